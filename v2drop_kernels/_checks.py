@@ -1,0 +1,77 @@
+"""Argument checks: one clear sentence that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+METRICS = ("l2", "l1", "cosine")
+_HIDDEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SCORE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def tensor(name: str, x: Any) -> None:
+    """Raise unless ``x`` is a strided tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+
+
+def same_device(name: str, x: torch.Tensor, device: torch.device, of: str) -> None:
+    """Raise unless ``x`` lies where the argument ``of`` lies."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of {of} ({device}), got {x.device}")
+
+
+def hidden(name: str, h: Any, packed: bool | None) -> None:
+    """Raise unless ``h`` is ``[B, N, D]`` (``[T, D]`` when packed; either when None) of a served dtype."""
+    tensor(name, h)
+    if h.dtype not in _HIDDEN_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {h.dtype}")
+    if packed is None:
+        if h.dim() not in (2, 3):
+            raise ValueError(f"{name} must be [B, N, D] or [T, D], got shape {list(h.shape)}")
+    elif h.dim() != (2 if packed else 3):
+        want = "[T, D] because cu_seqlens is given" if packed else "[B, N, D] (a packed [T, D] needs cu_seqlens)"
+        raise ValueError(f"{name} must be {want}, got shape {list(h.shape)}")
+
+
+def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> None:
+    """Raise unless both hidden states agree."""
+    hidden("h_cur", h_cur, packed)
+    hidden("h_prev", h_prev, packed)
+    if h_prev.shape != h_cur.shape:
+        raise ValueError(f"h_prev must have the shape of h_cur {list(h_cur.shape)}, got {list(h_prev.shape)}")
+    if h_prev.dtype != h_cur.dtype:
+        raise TypeError(f"h_prev must have the dtype of h_cur {h_cur.dtype}, got {h_prev.dtype}")
+    same_device("h_prev", h_prev, h_cur.device, "h_cur")
+
+
+def score_options(metric: Any, score_dtype: Any) -> None:
+    """Raise unless the metric and the rounding are known."""
+    one_of("metric", metric, METRICS)
+    if score_dtype not in _SCORE_DTYPES:
+        raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
+
+
+def given_scores(scores: Any, h_cur: torch.Tensor) -> None:
+    """Raise unless ``scores`` has one float per row of ``h_cur``."""
+    tensor("scores", scores)
+    if scores.shape != h_cur.shape[:-1]:
+        raise ValueError(f"scores must have one value per row of h_cur {list(h_cur.shape[:-1])}, got {list(scores.shape)}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    same_device("scores", scores, h_cur.device, "h_cur")
+
+
+def unit_stride(h: torch.Tensor) -> torch.Tensor:
+    """``h`` with a last dimension of stride 1: as it is, or one contiguous copy."""
+    return h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()

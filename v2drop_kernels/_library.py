@@ -1,0 +1,332 @@
+"""The ops as ``torch.ops.v2drop.*``: schemas, fakes and autograd, so that torch.compile and torch.export see one node each.
+
+Eager calls do not come through here: they call the backend's launcher directly, which saves the dispatcher's microseconds.
+A plan travels as a flat list of (possibly symbolic) integers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import _backend
+from ._types import Part
+from ._plan import CuPlan, Plan
+from .layout import host_cu_seqlens
+
+_lib = torch.library.Library("v2drop", "DEF")
+_PLAN = "SymInt[] plan, SymInt batch, SymInt rows, SymInt out_rows"
+
+
+def _define(schema: str, fake: Any, tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,)) -> Any:
+    """Register one op: its schema, its fake, and the decorated function as the implementation for every device."""
+    name = schema.split("(", 1)[0]
+
+    def register(fn: Any) -> Any:
+        _lib.define(schema, tags=tags)
+        _lib.impl(name, fn, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"v2drop::{name}", fake, lib=_lib)
+        return fn
+
+    return register
+
+
+def dispatched(x: torch.Tensor) -> bool:
+    """Whether a call on ``x`` must be seen by the dispatcher: it is being traced, or ``x`` is a tensor subclass."""
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(ints: tuple[int, ...], batch: int, rows: int, out_rows: int) -> Plan:
+    if len(ints) == 4:
+        return Plan(batch, rows, out_rows, batch, ints, None)
+    return Plan(batch, rows, out_rows, len(ints) // 8, None, ints)
+
+
+def _unpack_plan(
+    ints: Sequence[int], batch: int, rows: int, out_rows: int, cu_seqlens: torch.Tensor | None, pack: bool
+) -> Plan | CuPlan:
+    if cu_seqlens is None:
+        return _plan(tuple(ints), batch, rows, out_rows)
+    plan = CuPlan(rows, tuple(ints), out_rows, pack)
+    return plan.resolve(host_cu_seqlens(cu_seqlens, rows)) if cu_seqlens.device.type == "cpu" else plan
+
+
+def _pack_plan(plan: Plan | CuPlan) -> tuple[list[int], int, int, int]:
+    if isinstance(plan, CuPlan):
+        return list(plan.ks), 1, plan.rows, plan.out_rows
+    return list(plan.uniform or plan.table or ()), plan.batch, plan.rows, plan.out_rows
+
+
+def _groups(ints: Sequence[int], batch: int, cu_seqlens: torch.Tensor | None) -> int:
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    return batch if len(ints) == 4 else len(ints) // 8
+
+
+def _parts(tensors: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int]) -> list[Part]:
+    return [Part(t, dims[2 * i], dims[2 * i + 1], fills[i]) for i, t in enumerate(tensors)]
+
+
+def _resized(tensors: Sequence[torch.Tensor], dims: Sequence[int], rows: int) -> list[torch.Tensor]:
+    shapes = [[rows if d == dims[2 * i + 1] else n for d, n in enumerate(t.shape)] for i, t in enumerate(tensors)]
+    return [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)]
+
+
+# --- variation_score
+
+
+def _variation_score_fake(h_prev: Any, h_cur: Any, metric: str, score_dtype: Any, backend: str) -> torch.Tensor:
+    return h_cur.new_empty(h_cur.shape[:-1], dtype=torch.float32)
+
+
+@_define(
+    "variation_score(Tensor h_prev, Tensor h_cur, str metric, ScalarType? score_dtype, str backend) -> Tensor",
+    _variation_score_fake,
+)
+def _variation_score(
+    h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None, backend: str
+) -> torch.Tensor:
+    return _backend.load(backend).variation_score(h_prev, h_cur, metric, score_dtype)
+
+
+def _variation_score_backward_fake(
+    grad: Any, h_prev: Any, h_cur: Any, metric: str, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return h_prev.new_empty(h_prev.shape), h_cur.new_empty(h_cur.shape)
+
+
+@_define(
+    "variation_score_backward(Tensor grad, Tensor h_prev, Tensor h_cur, str metric, str backend) -> (Tensor, Tensor)",
+    _variation_score_backward_fake,
+)
+def _variation_score_backward(
+    grad: torch.Tensor, h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backend.load(backend).variation_score_backward(grad, h_prev, h_cur, metric, True, True)
+
+
+def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    h_prev, h_cur, ctx.metric, _, ctx.backend = inputs
+    ctx.save_for_backward(h_prev, h_cur)
+
+
+def _score_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    h_prev, h_cur = ctx.saved_tensors
+    d_prev, d_cur = torch.ops.v2drop.variation_score_backward(grad, h_prev, h_cur, ctx.metric, ctx.backend)
+    return d_prev, d_cur, None, None, None
+
+
+torch.library.register_autograd("v2drop::variation_score", _score_backward, setup_context=_score_setup, lib=_lib)
+
+
+# --- topk
+
+
+def _topk_fake(
+    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, plan: Any, batch: int, rows: int,
+    out_rows: int, order: str, metric: str, score_dtype: Any, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    like = h_cur if scores is None else scores
+    shape = (_groups(plan, batch, cu_seqlens), out_rows)
+    return (
+        like.new_empty(shape, dtype=torch.float32 if scores is None else scores.dtype),
+        like.new_empty(shape, dtype=torch.int64),
+    )
+
+
+@_define(
+    f"topk(Tensor? scores, Tensor? h_prev, Tensor? h_cur, Tensor? mask, Tensor? cu_seqlens, {_PLAN}, "
+    "str order, str metric, ScalarType? score_dtype, str backend) -> (Tensor, Tensor)",
+    _topk_fake,
+)
+def _topk(
+    scores: torch.Tensor | None, h_prev: torch.Tensor | None, h_cur: torch.Tensor | None, mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, plan: Sequence[int], batch: int, rows: int, out_rows: int, order: str,
+    metric: str, score_dtype: torch.dtype | None, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    found = _unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=False)
+    return _backend.load(backend).topk(
+        scores, h_prev, h_cur, found, mask, order, metric, score_dtype, cu_seqlens=cu_seqlens
+    )
+
+
+# --- drop
+
+
+def _drop_fake(
+    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, parts: Any, dims: Any, fills: Any, plan: Any,
+    batch: int, rows: int, out_rows: int, metric: str, score_dtype: Any, backend: str,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:  # fmt: skip
+    like = h_cur if scores is None else scores
+    cu = like.new_empty(0 if cu_seqlens is None else cu_seqlens.shape[0], dtype=torch.int32)
+    return like.new_empty((batch, out_rows), dtype=torch.int64), _resized(parts, dims, out_rows), cu
+
+
+@_define(
+    f"drop(Tensor? scores, Tensor? h_prev, Tensor? h_cur, Tensor? mask, Tensor? cu_seqlens, Tensor[] parts, "
+    f"int[] dims, int[] fills, {_PLAN}, str metric, ScalarType? score_dtype, str backend) "
+    "-> (Tensor, Tensor[], Tensor)",
+    _drop_fake,
+)
+def _drop(
+    scores: torch.Tensor | None, h_prev: torch.Tensor | None, h_cur: torch.Tensor | None, mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, parts: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int],
+    plan: Sequence[int], batch: int, rows: int, out_rows: int, metric: str, score_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:  # fmt: skip
+    found = _unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=True)
+    keep, outs, cu = _backend.load(backend).drop(
+        scores, h_prev, h_cur, found, mask, _parts(parts, dims, fills), metric, score_dtype, cu_seqlens=cu_seqlens
+    )
+    if cu is None:
+        cu = torch.empty(0, dtype=torch.int32, device=keep.device)
+        if cu_seqlens is not None:  # read on the host and resolved: the kept rows of each stretch are in its table
+            kept = found.host_table()[:, 4].cumsum(0)
+            cu = torch.nn.functional.pad(kept, (1, 0)).to(torch.int32)
+    return keep, outs, cu
+
+
+def _drop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    parts, dims, fills = inputs[5:8]
+    _save(ctx, output[0], parts, dims, fills, inputs[-1])
+    ctx.inputs = (5, len(inputs))
+
+
+def _drop_backward(ctx: Any, _keep: Any, grads: Any, _cu: Any) -> tuple[Any, ...]:
+    at, count = ctx.inputs
+    found: list[Any] = [None] * count
+    found[at] = _gradients(ctx, grads)
+    return tuple(found)
+
+
+# --- compact, its backward, and compact_
+
+
+def _compact_fake(keep: Any, parts: Any, dims: Any, fills: Any, backend: str) -> list[torch.Tensor]:
+    return _resized(parts, dims, keep.shape[1])
+
+
+@_define("compact(Tensor keep, Tensor[] parts, int[] dims, int[] fills, str backend) -> Tensor[]", _compact_fake)
+def _compact(
+    keep: torch.Tensor, parts: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int], backend: str
+) -> list[torch.Tensor]:
+    return _backend.load(backend).compact(keep, _parts(parts, dims, fills))
+
+
+def _compact_backward_fake(keep: Any, grads: Any, dims: Any, rows: int, backend: str) -> list[torch.Tensor]:
+    return _resized(grads, dims, rows)
+
+
+@_define(
+    "compact_backward(Tensor keep, Tensor[] grads, int[] dims, SymInt rows, str backend) -> Tensor[]",
+    _compact_backward_fake,
+)
+def _compact_backward(
+    keep: torch.Tensor, grads: Sequence[torch.Tensor], dims: Sequence[int], rows: int, backend: str
+) -> list[torch.Tensor]:
+    return _backend.load(backend).compact_backward(keep, _parts(grads, dims, [0] * len(grads)), rows)
+
+
+def _compact_inplace_fake(keep: Any, parts: Any, dims: Any, backend: str) -> None:
+    return None
+
+
+@_define("compact_(Tensor keep, Tensor(a!)[] parts, int[] dims, str backend) -> ()", _compact_inplace_fake)
+def _compact_inplace(
+    keep: torch.Tensor, parts: Sequence[torch.Tensor], dims: Sequence[int], backend: str
+) -> None:
+    _backend.load(backend).compact_(keep, _parts(parts, dims, [0] * len(parts)))
+
+
+def _save(ctx: Any, keep: torch.Tensor, parts: Any, dims: Any, fills: Any, backend: str) -> None:
+    ctx.save_for_backward(keep)
+    ctx.dims, ctx.backend = dims, backend
+    ctx.rows = [t.shape[dims[2 * i + 1]] for i, t in enumerate(parts)]
+    ctx.differentiable = [t.is_floating_point() for t in parts]
+
+
+def _gradients(ctx: Any, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """One backward launch for all parts that got a gradient."""
+    (keep,) = ctx.saved_tensors
+    wanted = [i for i, g in enumerate(grads) if g is not None and ctx.differentiable[i]]
+    found: list[torch.Tensor | None] = [None] * len(grads)
+    if wanted:
+        dims = [d for i in wanted for d in ctx.dims[2 * i : 2 * i + 2]]
+        rows = ctx.rows[wanted[0]]
+        made = torch.ops.v2drop.compact_backward(keep, [grads[i] for i in wanted], dims, rows, ctx.backend)
+        for i, g in zip(wanted, made, strict=True):
+            found[i] = g
+    return found
+
+
+def _compact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save(ctx, *inputs)
+
+
+def _compact_grad(ctx: Any, grads: Any) -> tuple[Any, ...]:
+    return None, _gradients(ctx, grads), None, None, None
+
+
+torch.library.register_autograd("v2drop::drop", _drop_backward, setup_context=_drop_setup, lib=_lib)
+torch.library.register_autograd("v2drop::compact", _compact_grad, setup_context=_compact_setup, lib=_lib)
+
+
+class Dispatched:
+    """The functions of a backend module, called through ``torch.ops.v2drop``."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def variation_score(
+        self, prev: torch.Tensor, cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        return torch.ops.v2drop.variation_score(prev, cur, metric, score_dtype, self._backend)
+
+    def topk(
+        self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, order: str, metric: str, score_dtype: Any,
+        cu_seqlens: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        packed = _pack_plan(plan)
+        return torch.ops.v2drop.topk(
+            scores, prev, cur, mask, cu_seqlens, *packed, order, metric, score_dtype, self._backend
+        )
+
+    def drop(
+        self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, parts: list[Part], metric: str,
+        score_dtype: Any, cu_seqlens: Any = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:  # fmt: skip
+        tensors, dims, fills = _split(parts)
+        keep, outs, cu = torch.ops.v2drop.drop(
+            scores, prev, cur, mask, cu_seqlens, tensors, dims, fills, *_pack_plan(plan), metric, score_dtype,
+            self._backend,
+        )  # fmt: skip
+        return keep, outs, cu if cu_seqlens is not None else None
+
+    def compact(self, keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+        return torch.ops.v2drop.compact(keep, *_split(parts), self._backend)
+
+    def compact_(self, keep: torch.Tensor, parts: list[Part]) -> None:
+        tensors, dims, _ = _split(parts)
+        torch.ops.v2drop.compact_(keep, tensors, dims, self._backend)
+
+
+def runner(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> tuple[Any, str]:
+    """What runs a call on this tensor, and its name: a backend module, or the dispatcher's ops when traced.
+
+    The reference has no such module: the public op calls it with its own arguments. ``dtype`` stands for the tensor's
+    where an op only moves bytes.
+    """
+    kind, dtype = tensor.device.type, dtype or tensor.dtype
+    if dispatched(tensor):
+        name = _backend.traced_choice(kind, dtype, argument)
+        return (None if name == "reference" else Dispatched(name)), name
+    name = _backend.choose_name(kind, dtype, _backend.forced_name(argument))
+    return (None if name == "reference" else _backend.load(name)), name
+
+
+def _split(parts: list[Part]) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    return [p.tensor for p in parts], [d for p in parts for d in (p.batch_dim, p.row_dim)], [p.fill for p in parts]

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ CPU backend: torch tensors in and out, libv2drop in between.
+
+Arguments were checked by the public functions; the library checks once more that no address is out of bounds. Every function
+allocates its results, describes the tensors as tuples (see csrc/python/module.cpp) and makes one call without the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._types import Part
+from .layout import Plan
+
+_METRICS = {"l2": 0, "l1": 1, "cosine": 2}
+_ORDERS = {"position": 0, "score": 1}
+_ROUND_TO = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class _DtypeCodes(dict[torch.dtype, int]):
+    """v2drop_dtype of a torch dtype; what the library need not understand goes by its size."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        code = self[dtype] = {1: 5, 2: 6, 4: 7, 8: 8, 16: 9}[dtype.itemsize]
+        return code
+
+
+_DTYPES = _DtypeCodes({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int64: 3, torch.bool: 4})
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from . import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
+            return None, "not built: the package was installed without its C++ library (pip install with a C++17 compiler builds it)"
+        return None, f"built, but it cannot be loaded: {error}"
+    return _C, ""
+
+
+def available() -> tuple[bool, str]:
+    """Whether the library serves, and if not, why."""
+    module, reason = _load()
+    return module is not None, reason
+
+
+def isa() -> str:
+    """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``; ``V2DROP_ISA`` caps it."""
+    return str(_lib().isa())
+
+
+def version() -> str:
+    """The version of libv2drop."""
+    return str(_lib().version())
+
+
+def _lib() -> Any:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cpu' is {reason}")
+    return module
+
+
+def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _stretches(plan: Plan) -> tuple[int, int]:
+    return plan.host_table().data_ptr(), plan.groups
+
+
+def _fill_bits(dtype: torch.dtype, fill: int) -> int:
+    if fill == 0 or not (dtype.is_floating_point or dtype.is_complex):
+        return int(fill)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return int(torch.tensor(fill, dtype=dtype).view(bits).item())
+
+
+def _outputs(parts: Sequence[Part], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+    """Fresh tensors with `rows` rows, and the descriptions of the parts that fill them."""
+    results, described = [], []
+    for tensor, batch_dim, row_dim, fill in parts:
+        shape = list(tensor.shape)
+        shape[row_dim] = rows
+        result = torch.empty(shape, dtype=tensor.dtype)
+        results.append(result)
+        described.append((_view(tensor), _view(result), batch_dim, row_dim, _fill_bits(tensor.dtype, fill)))
+    return results, described
+
+
+def variation_score(prev: Tensor, cur: Tensor, metric: str, score_dtype: torch.dtype | None) -> Tensor:
+    scores = torch.empty(prev.shape[:-1], dtype=torch.float32)
+    _lib().variation_score(_view(prev), _view(cur), _METRICS[metric], _ROUND_TO[score_dtype], _view(scores), torch.get_num_threads())
+    return scores
+
+
+def variation_score_backward(
+    grad: Tensor, prev: Tensor, cur: Tensor, metric: str, need_prev: bool, need_cur: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_prev = torch.empty(prev.shape, dtype=prev.dtype) if need_prev else None
+    grad_cur = torch.empty(cur.shape, dtype=cur.dtype) if need_cur else None
+    _lib().variation_score_backward(
+        _view(grad),
+        _view(prev),
+        _view(cur),
+        _METRICS[metric],
+        None if grad_prev is None else _view(grad_prev),
+        None if grad_cur is None else _view(grad_cur),
+        torch.get_num_threads(),
+    )
+    return grad_prev, grad_cur
+
+
+def topk(
+    scores: Tensor | None,
+    prev: Tensor | None,
+    cur: Tensor | None,
+    plan: Plan,
+    mask: Tensor | None,
+    order: str,
+    metric: str,
+    score_dtype: torch.dtype | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    values = torch.empty((plan.groups, plan.out_rows), dtype=torch.float32 if scores is None else scores.dtype)
+    indices = torch.empty((plan.groups, plan.out_rows), dtype=torch.int64)
+    _lib().topk(
+        None if scores is None else _view(scores),
+        None if prev is None else _view(prev),
+        None if cur is None else _view(cur),
+        None if mask is None else _view(mask),
+        _stretches(plan),
+        _ORDERS[order],
+        _METRICS[metric],
+        _ROUND_TO[score_dtype],
+        _view(values),
+        _view(indices),
+        torch.get_num_threads(),
+    )
+    return values, indices
+
+
+def drop(
+    prev: Tensor,
+    cur: Tensor,
+    plan: Plan,
+    mask: Tensor | None,
+    parts: Sequence[Part],
+    metric: str,
+    score_dtype: torch.dtype | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    keep = torch.empty((plan.batch, plan.out_rows), dtype=torch.int64)
+    results, described = _outputs(parts, plan.out_rows)
+    _lib().drop_tokens(
+        _view(prev),
+        _view(cur),
+        None if mask is None else _view(mask),
+        _stretches(plan),
+        _METRICS[metric],
+        _ROUND_TO[score_dtype],
+        _view(keep),
+        described,
+        torch.get_num_threads(),
+    )
+    return keep, results, None
+
+
+def compact(keep: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    results, described = _outputs(parts, keep.shape[-1])
+    _lib().compact(_view(keep), described, torch.get_num_threads())
+    return results
+
+
+def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Tensor]:
+    results, described = _outputs(grads, rows)
+    _lib().compact_backward(_view(keep), rows, described, torch.get_num_threads())
+    return results
+
+
+def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
+    described = [(_view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
+    _lib().compact_inplace(_view(keep), described, torch.get_num_threads())

@@ -1,0 +1,284 @@
+"""The plan that a backend executes, and how a call's arguments become one.
+
+A *stretch* is what a kernel works on: ``pre`` kept rows, ``n`` competing rows of which ``k`` survive, ``post`` kept rows. The
+stretches of an item tile its rows in the input and in the output, so one table of integers describes a whole ragged batch.
+All of it is integer arithmetic on the host, which ``torch.compile`` can trace with symbolic sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from .layout import TokenLayout, as_layout, check_spans, host_cu_seqlens, is_packed, is_pair, kind, per_segment_k, require_int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a backend executes; see the module docstring. All host integers.
+
+    Attributes
+    ----------
+    batch, rows : int
+        Batch entries of the tensors (1 when packed) and input rows of each.
+    out_rows : int
+        Output rows of each batch entry; for top-k the width ``K`` of the ``[groups, K]`` result.
+    groups : int
+        Number of stretches.
+    uniform : tuple | None
+        ``(pre, n, post, k)`` when every batch entry is one such stretch starting at its first row.
+    table : tuple | None
+        Otherwise ``groups * 8`` ints: row0, pre, n, post, k, out0, pad_pre, pad_post (rows flat over the batch).
+    """
+
+    batch: int
+    rows: int
+    out_rows: int
+    groups: int
+    uniform: tuple[int, int, int, int] | None
+    table: tuple[int, ...] | None
+
+    @functools.cached_property
+    def max_n(self) -> int:
+        """The largest competition."""
+        if self.uniform is not None:
+            return self.uniform[1]
+        return max(self.table[2::8], default=0)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some output rows are padding."""
+        if self.uniform is not None:
+            pre, _, post, k = self.uniform
+            return pre + k + post < self.out_rows
+        return any(self.table[6::8]) or any(self.table[7::8])
+
+    @functools.cached_property
+    def _host_table(self) -> torch.Tensor:
+        table = self.table
+        if self.uniform is not None:
+            pre, n, post, k = self.uniform
+            pad = self.out_rows - pre - k - post
+            table = [x for g in range(self.groups)
+                     for x in (g * self.rows, pre, n, post, k, g * self.out_rows, 0, pad)]  # fmt: skip
+        return torch.tensor(table, dtype=torch.int64).view(self.groups, 8)
+
+    @functools.cached_property
+    def _device_tables(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def host_table(self) -> torch.Tensor:
+        """The table as an int64 CPU tensor ``[groups, 8]``, made once."""
+        return self._host_table
+
+    def device_table(self, device: torch.device) -> torch.Tensor:
+        """The table on ``device``, copied once: the first call must lie outside a CUDA graph capture."""
+        found = self._device_tables.get(device)
+        if found is None:
+            found = self._device_tables[device] = self._host_table.to(device)
+        return found
+
+
+@dataclass(frozen=True)
+class CuPlan:
+    """A packed plan whose lengths only the device knows: stretch ``g`` is rows ``cu[g]`` to ``cu[g + 1]``.
+
+    It keeps ``min(ks[g], length)`` rows. ``pack=False`` (top-k) gives every group ``out_rows`` slots; ``pack=True`` (drop)
+    lays the kept rows end to end in a capacity of ``out_rows``. Wrong offsets are clamped into the tensor.
+    """
+
+    rows: int
+    ks: tuple[int, ...]
+    out_rows: int
+    pack: bool
+
+    @property
+    def groups(self) -> int:
+        return len(self.ks)
+
+    def resolve(self, cu: Sequence[int]) -> Plan:
+        """The same plan once the offsets are known on the host, with this plan's capacity."""
+        table: list[int] = []
+        out0 = 0
+        for g, k in enumerate(self.ks):
+            n = cu[g + 1] - cu[g]
+            k = min(k, n)
+            last = g == self.groups - 1
+            pad = (self.out_rows - out0 - k if last else 0) if self.pack else self.out_rows - k
+            table += [cu[g], 0, n, 0, k, out0 if self.pack else g * self.out_rows, 0, pad]
+            out0 += k
+        return Plan(1, self.rows, self.out_rows, self.groups, None, tuple(table))
+
+
+def topk_plan(layout: TokenLayout, ks: tuple[int, ...]) -> Plan:
+    """Plan of a selection that lists the chosen tokens of every segment."""
+    segments = layout.segments()
+    ks = tuple(min(x, s.available) for x, s in zip(ks, segments, strict=True))
+    width = max(ks, default=0)
+    batch = 1 if layout.is_packed else layout.batch
+    table: list[int] = []
+    for g, (s, x) in enumerate(zip(segments, ks, strict=True)):
+        table += [s.row, 0, s.n, 0, x, g * width, 0, width - x]
+    return Plan(batch, layout.rows, width, len(segments), None, tuple(table))
+
+
+class DropPlan(NamedTuple):
+    """A plan with what the caller needs beside it: cumulative kept rows per item, and the layout of the result."""
+
+    plan: Plan
+    cu: tuple[int, ...]
+    layout: TokenLayout
+
+
+def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
+    """Plan of a drop: the droppable tokens compete, all other real rows are kept."""
+    segments = layout.segments()
+    stretches: list[list[int]] = []  # row0, pre, n, post, k, item, whether it is a segment
+    for i, (lo, hi) in enumerate(layout.bounds):
+        at = lo if layout.is_packed else i * layout.rows + lo
+        end = at + (hi - lo)
+        mine = [(s, x) for s, x in zip(segments, ks, strict=True) if s.item == i]
+        for s, x in mine:
+            forced = s.n - s.available  # rows of a mask that are not droppable
+            stretches.append([at, s.row - at, s.n, 0, min(x, s.available) + forced, i, True])
+            at = s.row + s.n
+        if mine:
+            stretches[-1][3] = end - at
+        else:
+            stretches.append([at, end - at, 0, 0, 0, i, False])
+    kept = [0] * layout.batch
+    for _, pre, _, post, x, i, _ in stretches:
+        kept[i] += pre + x + post
+    cu = [0]
+    for c in kept:
+        cu.append(cu[-1] + c)
+
+    packed, left = layout.is_packed, layout.padding_side == "left"
+    out_rows = cu[-1] if packed else max(kept, default=0)
+    batch = 1 if packed else layout.batch
+    table: list[int] = []
+    spans: list[list[tuple[int, int]]] = [[] for _ in kept]
+    previous = -1
+    out0 = 0
+    for j, (row0, pre, n, post, x, i, segment) in enumerate(stretches):
+        pad = 0 if packed else out_rows - kept[i]
+        first, last = i != previous, j + 1 == len(stretches) or stretches[j + 1][5] != i
+        pad_pre, pad_post = (pad if left and first else 0), (pad if not left and last else 0)
+        table += [row0, pre, n, post, x, out0, pad_pre, pad_post]
+        start = out0 + pad_pre + pre - (cu[i] if packed else i * out_rows)
+        if segment:
+            spans[i].append((start, start + x))
+        out0 += pad_pre + pre + x + post + pad_post
+        previous = i
+
+    bounds = (
+        tuple(zip(cu[:-1], cu[1:], strict=True))
+        if packed
+        else tuple((out_rows - c, out_rows) if left else (0, c) for c in kept)
+    )
+    after = TokenLayout(tuple(tuple(s) for s in spans), out_rows, bounds, packed, layout.padding_side)
+    if layout.counts is not None:
+        counts = tuple(min(x, s.available) for x, s in zip(ks, segments, strict=True))
+        after = replace(after, spans=((),) * layout.batch, counts=counts)
+    plan = Plan(batch, layout.rows, out_rows, len(stretches), None, tuple(table))
+    return DropPlan(_simplify(plan), tuple(cu), after)
+
+
+def _simplify(plan: Plan) -> Plan:
+    """The uniform form of a table that says the same about every batch entry."""
+    if plan.groups != plan.batch or plan.groups == 0:
+        return plan
+    t = plan.table
+    alike = all(
+        (t[8 * g], t[8 * g + 5]) == (g * plan.rows, g * plan.out_rows)
+        and t[8 * g + 1 : 8 * g + 5] == t[1:5]
+        and t[8 * g + 6] == 0
+        for g in range(plan.groups)
+    )
+    return replace(plan, uniform=t[1:5], table=None) if alike else plan
+
+
+class Resolved(NamedTuple):
+    """What a call resolves to: a plan, the droppable mask, the offsets if only the device knows them, the result's facts."""
+
+    plan: Plan | CuPlan
+    mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    out_cu: tuple[int, ...] | None
+    after: TokenLayout | None
+
+
+def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *, traced: bool) -> Resolved:
+    """The plan of ``op`` ("topk" or "drop") on ``h`` (``[B, N, ...]`` or packed ``[T, ...]``).
+
+    ``traced``: sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
+    """
+    packed = is_packed(droppable, cu_seqlens)
+    everywhere_alike = not packed and (droppable is None or (op == "drop" and is_pair(droppable)))
+    if everywhere_alike and not isinstance(k, list | tuple | torch.Tensor):
+        require_int("k", k)
+        batch, rows = h.shape[0], h.shape[1]
+        start, stop = (0, rows) if droppable is None else droppable
+        if droppable is not None:
+            check_spans(0, ((start, stop),), 0, rows)
+        return (_uniform if traced else _cached_uniform)(op, batch, rows, start, stop, k)
+    if packed and isinstance(cu_seqlens, torch.Tensor) and not isinstance(droppable, TokenLayout):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
+        if traced or cu_seqlens.device.type != "cpu":
+            return _resolve_on_device(op, h, k, droppable, cu_seqlens)
+    if packed and isinstance(droppable, TokenLayout) and (cu_seqlens is None or traced):
+        cu = droppable.cu_seqlens
+    else:
+        cu = host_cu_seqlens(cu_seqlens, h.shape[0]) if packed else None
+    if traced and isinstance(droppable, torch.Tensor):
+        raise ValueError("droppable as a mask needs its counts here: pass TokenLayout.from_mask(mask, counts)")
+    layout = as_layout(droppable, h.shape[0], h.shape[0] if packed else h.shape[1], cu)
+    if layout.mask is not None and layout.mask.device != h.device:
+        raise ValueError(f"droppable must be on the device of h_cur ({h.device}), got {layout.mask.device}")
+    ks = per_segment_k(k, layout.groups)
+    if op == "topk":
+        plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
+        return Resolved(plan, layout.mask, None, None, None)
+    plan, out_cu, after = drop_plan(layout, ks) if traced else _cached_drop_plan(layout, ks)
+    # A layout is no tensor, so a traced graph cannot return one.
+    return Resolved(plan, layout.mask, None, out_cu if packed else None, None if traced else after)
+
+
+def _uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
+    k = min(k, stop - start)
+    out_rows = k if op == "topk" else rows - (stop - start) + k
+    plan = Plan(batch, rows, out_rows, batch, (start, stop - start, rows - stop, k), None)
+    return Resolved(plan, None, None, None, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
+    found = _uniform(op, batch, rows, start, stop, k)
+    if op == "topk":
+        return found
+    k = min(k, stop - start)
+    out_rows = found.plan.out_rows
+    return found._replace(after=TokenLayout((((start, start + k),),) * batch, out_rows, ((0, out_rows),) * batch))
+
+
+_cached_topk_plan = functools.lru_cache(maxsize=1024)(topk_plan)
+_cached_drop_plan = functools.lru_cache(maxsize=1024)(drop_plan)
+
+
+def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: torch.Tensor) -> Resolved:
+    if droppable is not None:
+        raise ValueError(
+            "droppable with cu_seqlens that only the device knows must be a layout: make TokenLayout.packed(spans, "
+            "cu_seqlens) once, outside the step"
+        )
+    if cu_seqlens.device != h.device:
+        raise ValueError(f"cu_seqlens must be on the device of h_cur ({h.device}), got {cu_seqlens.device}")
+    ks = per_segment_k(k, cu_seqlens.shape[0] - 1)
+    rows = h.shape[0]
+    out_rows = min(sum(ks), rows) if op == "drop" else min(max(ks, default=0), rows)
+    return Resolved(CuPlan(rows, ks, out_rows, op == "drop"), None, cu_seqlens, None, None)

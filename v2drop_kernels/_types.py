@@ -1,0 +1,81 @@
+"""What travels together: the results of the public ops, and the one internal record of the compaction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from .layout import TokenLayout
+
+
+class TopK(NamedTuple):
+    """The kept tokens of every segment.
+
+    Attributes
+    ----------
+    values : Tensor
+        ``[G, K]`` scores of the kept tokens, ``-inf`` where a segment keeps fewer than ``K``.
+    indices : Tensor
+        ``[G, K]`` int64 rows of the input: positions along ``N`` for a padded batch, rows of ``T`` for a packed
+        one. ``-1`` where a segment keeps fewer than ``K``; the empty slots are the last ones.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
+class Compacted(NamedTuple):
+    """Everything that was given to the compaction, with only the kept rows left.
+
+    ``S`` is the new number of rows per item; shorter items are padded (zeros, mask 0, labels -100) on the layout's
+    padding side. Packed input comes back packed, ``[T', ...]``, with new ``cu_seqlens``. What was not given is None.
+
+    Attributes
+    ----------
+    hidden : Tensor
+        ``[B, S, D]`` or ``[T', D]``.
+    keep : Tensor
+        int64 ``[B, S]`` (or ``[T']``): the input row of every output row, ``-1`` for padding.
+    position_ids, kv, attention_mask, rope, labels
+        As given, with ``S`` rows; ``kv`` and ``rope`` keep the structure they came in. ``attention_mask`` is made
+        (bool, ``keep >= 0``) when none was given and the result is ragged.
+    cu_seqlens : Tensor | None
+        int32 ``[B + 1]`` of the packed result.
+    layout : TokenLayout | None
+        Where the surviving droppable tokens now lie: the ``droppable=`` of the next stage.
+    """
+
+    hidden: torch.Tensor | None
+    keep: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    kv: Any = None
+    attention_mask: torch.Tensor | None = None
+    rope: Any = None
+    labels: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    layout: TokenLayout | None = None
+
+
+class Dropped(NamedTuple):
+    """The result of one drop step; the fields are those of :class:`Compacted`."""
+
+    hidden: torch.Tensor
+    keep: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    kv: Any = None
+    attention_mask: torch.Tensor | None = None
+    rope: Any = None
+    labels: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    layout: TokenLayout | None = None
+
+
+class Part(NamedTuple):
+    """One tensor to compact: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1: packed, none)."""
+
+    tensor: torch.Tensor
+    batch_dim: int
+    row_dim: int
+    fill: int = 0  # written, as the tensor's dtype, into empty rows

@@ -1,0 +1,457 @@
+"""Host-side facts: where the droppable tokens of a batch lie, and how many of them are kept.
+
+A *segment* is a contiguous run of tokens that shares one budget: a batch item, or one image of an item. Everything here is
+integers on the host, so that the shapes of results need no synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+
+Spans = tuple[tuple[int, int], ...]
+
+
+def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> int:
+    """Turn a keep ratio into a count; the one place where that happens.
+
+    Parameters
+    ----------
+    n : int
+        Tokens in the segment.
+    ratio : float
+        Share that is kept, in [0, 1]. It is read as the decimal that it prints as, so ``n_keep(100, 0.29)`` is 29
+        although ``int(100 * 0.29)`` is 28.
+    rounding : {"floor", "round", "ceil"}
+        ``"round"`` sends halves to the even count, as Python's ``round``.
+    at_least : int
+        Lower bound of the result, itself bounded by ``n``. The released V2Drop code keeps one token at "drop 100 %":
+        ``at_least=1``.
+
+    Returns
+    -------
+    int
+        The number of tokens to keep, ``0 <= result <= n``.
+
+    Examples
+    --------
+    >>> n_keep(576, 0.28), n_keep(576, 0.0, at_least=1)
+    (161, 1)
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"n must be an int >= 0, got {n!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float | Fraction) or not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be a number in [0, 1], got {ratio!r}")
+    if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
+        raise ValueError(f"at_least must be an int >= 0, got {at_least!r}")
+    ways = {"floor": math.floor, "round": round, "ceil": math.ceil}
+    if rounding not in ways:
+        raise ValueError(f"rounding must be 'floor', 'round' or 'ceil', got {rounding!r}")
+    return min(n, max(at_least, ways[rounding](n * Fraction(str(ratio)))))
+
+
+class Segment(NamedTuple):
+    """One competition: ``n`` rows from flat row ``row`` on, of which ``available`` are droppable."""
+
+    item: int
+    row: int
+    n: int
+    available: int
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which tokens of a batch are droppable (vision), and which rows are real (not padding).
+
+    Build it with :meth:`padded`, :meth:`packed`, :meth:`from_mask` or :meth:`from_token_ids`; the fields are read-only.
+
+    Attributes
+    ----------
+    spans : tuple
+        Per item the ascending ``(start, stop)`` spans, each a segment with a budget of its own. Padded: positions along
+        ``N``, left padding included. Packed: positions inside the item. Empty for a text-only item.
+    rows : int
+        ``N`` of a padded batch, ``T`` of a packed one.
+    bounds : tuple
+        Per item the ``(start, stop)`` of its real rows: along ``N``, or along ``T`` when packed.
+    is_packed : bool
+    padding_side : {"right", "left"}
+        Where ragged results are padded.
+    mask : Tensor | None
+        bool ``[B, N]`` or ``[T]`` on the device: within each item the True rows share one budget, wherever they lie.
+    counts : tuple | None
+        With ``mask``: how many rows of each item are True.
+    """
+
+    spans: tuple[Spans, ...]
+    rows: int
+    bounds: tuple[tuple[int, int], ...]
+    is_packed: bool = False
+    padding_side: str = "right"
+    mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of items."""
+        return len(self.bounds)
+
+    @staticmethod
+    def padded(
+        spans: Any,
+        seq_len: int,
+        *,
+        batch: int | None = None,
+        lengths: Sequence[int] | None = None,
+        padding_side: str = "right",
+    ) -> TokenLayout:
+        """Layout of a padded batch ``[B, N, ...]``.
+
+        Parameters
+        ----------
+        spans : (start, stop) | sequence
+            One pair for every item alike, or per item a pair, a list of pairs, or an empty list (text only).
+        seq_len : int
+            ``N``.
+        batch : int, optional
+            ``B``; needed only when ``spans`` is one pair for all.
+        lengths : sequence of int, optional
+            Real tokens per item. Padding rows are then not kept. Without it every row counts as real.
+        padding_side : {"right", "left"}
+            Where the padding of ``lengths`` is, and where ragged results are padded.
+
+        Raises
+        ------
+        ValueError
+            Spans that are reversed, overlapping, not ascending or outside the item; wrong number of items.
+
+        Examples
+        --------
+        >>> TokenLayout.padded((35, 611), 640, batch=2).spans
+        (((35, 611),), ((35, 611),))
+        """
+        check_padding_side(padding_side)
+        require_int("seq_len", seq_len)
+        if batch is None and lengths is not None:
+            batch = len(lengths)
+        per_item = _per_item_spans(spans, batch)
+        bounds = _padded_bounds(len(per_item), seq_len, lengths, padding_side)
+        for i, (item, (lo, hi)) in enumerate(zip(per_item, bounds, strict=True)):
+            check_spans(i, item, lo, hi)
+        return TokenLayout(per_item, seq_len, bounds, padding_side=padding_side)
+
+    @staticmethod
+    def packed(spans: Any, cu_seqlens: Sequence[int] | torch.Tensor) -> TokenLayout:
+        """Layout of a packed batch ``[T, ...]``; spans are positions inside each item.
+
+        Parameters
+        ----------
+        spans : (start, stop) | sequence
+            As in :meth:`padded`.
+        cu_seqlens : sequence of int | Tensor
+            ``[B + 1]`` cumulative lengths (flash-attn's convention). A tensor on a GPU is read once (one
+            synchronisation); make the layout outside the step that is captured or compiled.
+        """
+        cu = host_cu_seqlens(cu_seqlens)
+        per_item = _per_item_spans(spans, len(cu) - 1)
+        for i, item in enumerate(per_item):
+            check_spans(i, item, 0, cu[i + 1] - cu[i])
+        return TokenLayout(per_item, cu[-1], tuple(zip(cu[:-1], cu[1:], strict=True)), is_packed=True)
+
+    @staticmethod
+    def from_mask(
+        mask: torch.Tensor,
+        counts: Sequence[int] | int | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        padding_side: str = "right",
+        cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+    ) -> TokenLayout:
+        """Layout from a bool mask, True where a token is droppable; the True tokens of an item share one budget.
+
+        Parameters
+        ----------
+        mask : Tensor
+            bool ``[B, N]``, or ``[T]`` with ``cu_seqlens``.
+        counts : sequence of int | int, optional
+            True tokens per item. Without it they are counted: **one host synchronisation** when the mask is on a GPU.
+            They are trusted: a wrong count keeps a wrong number of tokens, never reads out of bounds.
+        lengths, padding_side, cu_seqlens
+            As in :meth:`padded` and :meth:`packed`.
+        """
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {kind(mask)}")
+        check_padding_side(padding_side)
+        if cu_seqlens is not None:
+            cu = host_cu_seqlens(cu_seqlens)
+            if mask.dim() != 1 or mask.shape[0] != cu[-1]:
+                raise ValueError(f"mask must be [T] with T = cu_seqlens[-1] = {cu[-1]}, got {tuple(mask.shape)}")
+            bounds = tuple(zip(cu[:-1], cu[1:], strict=True))
+            rows, packed = cu[-1], True
+        else:
+            if mask.dim() != 2:
+                raise ValueError(f"mask must be [B, N], or [T] with cu_seqlens, got shape {tuple(mask.shape)}")
+            rows, packed = mask.shape[1], False
+            bounds = _padded_bounds(mask.shape[0], rows, lengths, padding_side)
+        batch = len(bounds)
+        if counts is None:
+            totals = mask.flatten().cumsum(0).tolist() if packed else mask.cumsum(1).tolist()
+            per_item = [totals] * batch if packed else totals
+            counts = [t[hi - 1] - (t[lo - 1] if lo else 0) if hi > lo else 0
+                      for t, (lo, hi) in zip(per_item, bounds, strict=True)]  # fmt: skip
+        elif isinstance(counts, int):
+            counts = [counts] * batch
+        if len(counts) != batch:
+            raise ValueError(f"counts must have one int per item ({batch}), got {len(counts)}")
+        for i, (c, (lo, hi)) in enumerate(zip(counts, bounds, strict=True)):
+            if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c <= hi - lo:
+                raise ValueError(f"counts[{i}] must be an int in [0, {hi - lo}], got {c!r}")
+        return TokenLayout(((),) * batch, rows, bounds, packed, padding_side, mask, tuple(counts))
+
+    @staticmethod
+    def from_token_ids(
+        input_ids: torch.Tensor,
+        token_id: int,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        padding_side: str = "right",
+    ) -> TokenLayout:
+        """Layout from prompt ids: every run of ``token_id`` is a segment. Reads the ids once (a synchronisation on a GPU).
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            ``[B, N]`` integer ids in which the vision tokens stand expanded, one placeholder each.
+        token_id : int
+            The placeholder (``config.image_token_id``).
+        attention_mask : Tensor, optional
+            ``[B, N]``, 0 on padding, which must all lie on ``padding_side``.
+        """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be a tensor [B, N], got {kind(input_ids)}")
+        lengths = None
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+                    f"got {tuple(attention_mask.shape)}"
+                )
+            lengths = attention_mask.ne(0).sum(1).tolist()
+        spans = []
+        for row in input_ids.eq(token_id).tolist():
+            edges = [j for j in range(len(row) + 1) if (j < len(row) and row[j]) != (j > 0 and row[j - 1])]
+            spans.append(list(zip(edges[::2], edges[1::2], strict=True)))
+        return TokenLayout.padded(
+            spans, input_ids.shape[1], batch=len(spans), lengths=lengths, padding_side=padding_side
+        )
+
+    @property
+    def cu_seqlens(self) -> tuple[int, ...] | None:
+        """Offsets of a packed batch."""
+        return (0, *(hi for _, hi in self.bounds)) if self.is_packed else None
+
+    @property
+    def groups(self) -> int:
+        """Number of segments: what a list of ``k`` must have."""
+        return self.batch if self.counts is not None else sum(len(s) for s in self.spans)
+
+    def after(self, k: Any) -> TokenLayout:
+        """The layout of the result of ``drop_tokens(..., k, droppable=self)``, known before it runs.
+
+        A layout made from a mask comes back without its mask: the new one is ``Dropped.layout``'s.
+        """
+        from ._plan import drop_plan
+
+        return drop_plan(self, per_segment_k(k, self.groups)).layout
+
+    def droppable_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """bool ``[B, N]`` (``[T]`` packed): which rows compete."""
+        if self.mask is not None:
+            return self.mask.to(device)
+        rows = torch.zeros(self.rows if self.is_packed else self.batch * self.rows, dtype=torch.bool)
+        for s in self.segments():
+            rows[s.row : s.row + s.n] = True
+        return (rows if self.is_packed else rows.view(self.batch, self.rows)).to(device)
+
+    def real_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """bool ``[B, N]`` (``[T]`` packed): which rows are not padding."""
+        if self.is_packed:
+            return torch.ones(self.rows, dtype=torch.bool, device=device)
+        rows = torch.zeros(self.batch, self.rows, dtype=torch.bool)
+        for i, (lo, hi) in enumerate(self.bounds):
+            rows[i, lo:hi] = True
+        return rows.to(device)
+
+    def segments(self) -> list[Segment]:
+        """The competitions, item by item and span by span; ``k`` lists are in this order."""
+        found = []
+        for i, (lo, hi) in enumerate(self.bounds):
+            if self.counts is not None:
+                base = 0 if self.is_packed else i * self.rows
+                found.append(Segment(i, base + lo, hi - lo, self.counts[i]))
+                continue
+            base = lo if self.is_packed else i * self.rows
+            found += [Segment(i, base + start, stop - start, stop - start) for start, stop in self.spans[i]]
+        return found
+
+
+def whole(batch: int, rows: int) -> TokenLayout:
+    """Every token of a padded batch competes."""
+    return TokenLayout((((0, rows),),) * batch, rows, ((0, rows),) * batch)
+
+
+def as_layout(droppable: Any, batch: int, rows: int, cu_seqlens: Sequence[int] | None) -> TokenLayout:
+    """Normalise ``droppable=``; ``cu_seqlens`` are host ints for a packed batch, None for a padded one."""
+    if isinstance(droppable, TokenLayout):
+        shape = ("packed", droppable.rows) if droppable.is_packed else (droppable.batch, droppable.rows)
+        want = ("packed", rows) if cu_seqlens is not None else (batch, rows)
+        if shape != want:
+            raise ValueError(f"droppable is a layout of (batch, rows) = {shape}, but h_cur has {want}")
+        if cu_seqlens is not None and droppable.bounds != tuple(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+            raise ValueError("droppable is a layout of other cu_seqlens than the ones given")
+        return droppable
+    if isinstance(droppable, torch.Tensor):
+        want_shape = (rows,) if cu_seqlens is not None else (batch, rows)
+        if droppable.dtype != torch.bool or tuple(droppable.shape) != want_shape:
+            raise ValueError(
+                f"droppable as a tensor must be bool {list(want_shape)}, got {droppable.dtype} {list(droppable.shape)}"
+            )
+        return TokenLayout.from_mask(droppable, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        if droppable is None:
+            droppable = [(0, b - a) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+        return TokenLayout.packed(droppable, cu_seqlens)
+    if droppable is None:
+        return whole(batch, rows)
+    return TokenLayout.padded(droppable, rows, batch=batch)
+
+
+def per_segment_k(k: Any, groups: int) -> tuple[int, ...]:
+    """Normalise ``k=`` to one int per segment."""
+    if isinstance(k, torch.Tensor):
+        if k.device.type != "cpu":
+            raise ValueError("k must be known on the host (an int, a list or a CPU tensor): shapes depend on it")
+        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.dim() > 1:
+            raise TypeError(f"k as a tensor must be integer with 0 or 1 dimensions, got {kind(k)}")
+        k = k.tolist()
+    if isinstance(k, list | tuple):
+        if len(k) != groups:
+            raise ValueError(f"k must have one int per segment ({groups}), got {len(k)}")
+        ks = tuple(k)
+    else:
+        ks = (k,) * groups
+        if groups == 0:
+            require_int("k", k)
+    for x in ks:
+        require_int("k", x)
+    return ks
+
+
+def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
+    """Whether a call is about a packed batch."""
+    return cu_seqlens is not None or (isinstance(droppable, TokenLayout) and droppable.is_packed)
+
+
+def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...]:
+    """Check cumulative lengths and return them as ints."""
+    if isinstance(cu_seqlens, torch.Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
+        cu_seqlens = cu_seqlens.tolist()
+    cu = tuple(cu_seqlens)
+    for x in cu:
+        require_int("cu_seqlens", x)
+    if not cu or cu[0] != 0:
+        raise ValueError(f"cu_seqlens must start with 0, got {list(cu[:1])}")
+    for a, b in zip(cu[:-1], cu[1:], strict=True):
+        if b < a:
+            raise ValueError(f"cu_seqlens must ascend, got {a} before {b}")
+    if total is not None and cu[-1] != total:
+        raise ValueError(f"cu_seqlens must end at T = {total}, got {cu[-1]}")
+    return cu
+
+
+def check_padding_side(side: str) -> None:
+    """Raise unless ``side`` is a side."""
+    if side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
+
+
+def _padded_bounds(
+    batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str
+) -> tuple[tuple[int, int], ...]:
+    if lengths is None:
+        return ((0, rows),) * batch
+    if len(lengths) != batch:
+        raise ValueError(f"lengths must have one int per item ({batch}), got {len(lengths)}")
+    for i, n in enumerate(lengths):
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= rows:
+            raise ValueError(f"lengths[{i}] must be an int in [0, {rows}], got {n!r}")
+    return tuple((rows - n, rows) if padding_side == "left" else (0, n) for n in lengths)
+
+
+def is_pair(x: Any) -> bool:
+    """Whether ``x`` is one (start, stop)."""
+    return isinstance(x, list | tuple) and len(x) == 2 and all(isinstance(y, int) for y in x)
+
+
+def _per_item_spans(spans: Any, batch: int | None) -> tuple[Spans, ...]:
+    if is_pair(spans):
+        if batch is None:
+            raise ValueError("batch must be given when spans is one (start, stop) for every item")
+        return ((tuple(spans),),) * batch
+    if not isinstance(spans, list | tuple):
+        raise TypeError(f"droppable spans must be (start, stop) or a list with one entry per item, got {kind(spans)}")
+    if batch is not None and len(spans) != batch:
+        raise ValueError(f"droppable spans must have one entry per item ({batch}), got {len(spans)}")
+    items = []
+    for i, item in enumerate(spans):
+        if item is None:
+            item = ()
+        elif is_pair(item):
+            item = (item,)
+        if not isinstance(item, list | tuple) or not all(is_pair(s) for s in item):
+            raise TypeError(f"droppable spans of item {i} must be (start, stop) pairs of ints, got {item!r}")
+        items.append(tuple(tuple(s) for s in item))
+    return tuple(items)
+
+
+def check_spans(item: int, spans: Spans, lo: int, hi: int) -> None:
+    """Raise unless the spans of an item ascend inside its rows."""
+    at = lo
+    for start, stop in spans:
+        if stop < start:
+            raise ValueError(f"droppable span ({start}, {stop}) of item {item} is reversed")
+        if start < lo or stop > hi:
+            raise ValueError(f"droppable span ({start}, {stop}) of item {item} lies outside its rows [{lo}, {hi})")
+        if start < at:
+            raise ValueError(f"droppable span ({start}, {stop}) of item {item} overlaps or precedes the one before it")
+        at = stop
+
+
+def require_int(name: str, x: Any) -> None:
+    """Raise unless ``x`` is an int >= 0 (symbolic ones included)."""
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {kind(x)}")
+    if x < 0:
+        raise ValueError(f"{name} must be >= 0, got {x}")
+
+
+def kind(x: Any) -> str:
+    """How an error message names a value."""
+    if isinstance(x, torch.Tensor):
+        return f"{x.dtype} tensor of shape {tuple(x.shape)}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def __getattr__(name):  # TEMPORARY until the backends import from _plan
+    if name in ("Plan", "CuPlan"):
+        from . import _plan
+
+        return getattr(_plan, name)
+    raise AttributeError(name)
