@@ -143,7 +143,7 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
         return None if interpreting() else "serves GPU tensors; cpu tensors only under TRITON_INTERPRET=1"
     if kind != "cuda":
         return f"serves CUDA and ROCm tensors, not {kind}"
-    return None
+    return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
 def interpreting() -> bool:

@@ -44,8 +44,8 @@ def hidden(name: str, h: Any, packed: bool | None) -> None:
         raise ValueError(f"{name} must be {want}, got shape {list(h.shape)}")
 
 
-def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> None:
-    """Raise unless both hidden states agree."""
+def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both hidden states; raise unless they agree."""
     hidden("h_cur", h_cur, packed)
     hidden("h_prev", h_prev, packed)
     if h_prev.shape != h_cur.shape:
@@ -53,6 +53,7 @@ def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> None:
     if h_prev.dtype != h_cur.dtype:
         raise TypeError(f"h_prev must have the dtype of h_cur {h_cur.dtype}, got {h_prev.dtype}")
     same_device("h_prev", h_prev, h_cur.device, "h_cur")
+    return h_prev, h_cur
 
 
 def score_options(metric: Any, score_dtype: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from . import _backend
-from ._types import Part
 from ._plan import CuPlan, Plan
+from ._types import Part
 from .layout import host_cu_seqlens
 
 _lib = torch.library.Library("v2drop", "DEF")
@@ -42,7 +42,7 @@ def dispatched(x: torch.Tensor) -> bool:
 @functools.lru_cache(maxsize=256)
 def _plan(ints: tuple[int, ...], batch: int, rows: int, out_rows: int) -> Plan:
     if len(ints) == 4:
-        return Plan(batch, rows, out_rows, batch, ints, None)
+        return Plan(batch, rows, out_rows, batch, (ints[0], ints[1], ints[2], ints[3]))
     return Plan(batch, rows, out_rows, len(ints) // 8, None, ints)
 
 
@@ -58,7 +58,7 @@ def _unpack_plan(
 def _pack_plan(plan: Plan | CuPlan) -> tuple[list[int], int, int, int]:
     if isinstance(plan, CuPlan):
         return list(plan.ks), 1, plan.rows, plan.out_rows
-    return list(plan.uniform or plan.table or ()), plan.batch, plan.rows, plan.out_rows
+    return list(plan.uniform or plan.table), plan.batch, plan.rows, plan.out_rows
 
 
 def _groups(ints: Sequence[int], batch: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -149,9 +149,7 @@ def _topk(
     metric: str, score_dtype: torch.dtype | None, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     found = _unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=False)
-    return _backend.load(backend).topk(
-        scores, h_prev, h_cur, found, mask, order, metric, score_dtype, cu_seqlens=cu_seqlens
-    )
+    return _backend.load(backend).topk(scores, h_prev, h_cur, found, mask, order, metric, score_dtype, cu_seqlens=cu_seqlens)
 
 
 # --- drop
@@ -160,16 +158,16 @@ def _topk(
 def _drop_fake(
     scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, parts: Any, dims: Any, fills: Any, plan: Any,
     batch: int, rows: int, out_rows: int, metric: str, score_dtype: Any, backend: str,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:  # fmt: skip
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
     like = h_cur if scores is None else scores
     cu = like.new_empty(0 if cu_seqlens is None else cu_seqlens.shape[0], dtype=torch.int32)
-    return like.new_empty((batch, out_rows), dtype=torch.int64), _resized(parts, dims, out_rows), cu
+    return _resized(parts, dims, out_rows), like.new_empty((batch, out_rows), dtype=torch.int64), cu
 
 
 @_define(
     f"drop(Tensor? scores, Tensor? h_prev, Tensor? h_cur, Tensor? mask, Tensor? cu_seqlens, Tensor[] parts, "
     f"int[] dims, int[] fills, {_PLAN}, str metric, ScalarType? score_dtype, str backend) "
-    "-> (Tensor, Tensor[], Tensor)",
+    "-> (Tensor[], Tensor, Tensor)",
     _drop_fake,
 )
 def _drop(
@@ -177,30 +175,28 @@ def _drop(
     cu_seqlens: torch.Tensor | None, parts: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int],
     plan: Sequence[int], batch: int, rows: int, out_rows: int, metric: str, score_dtype: torch.dtype | None,
     backend: str,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:  # fmt: skip
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
     found = _unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=True)
     keep, outs, cu = _backend.load(backend).drop(
         scores, h_prev, h_cur, found, mask, _parts(parts, dims, fills), metric, score_dtype, cu_seqlens=cu_seqlens
     )
     if cu is None:
         cu = torch.empty(0, dtype=torch.int32, device=keep.device)
-        if cu_seqlens is not None:  # read on the host and resolved: the kept rows of each stretch are in its table
+        if cu_seqlens is not None and isinstance(found, Plan):  # resolved on the host: its table tells what is kept
             kept = found.host_table()[:, 4].cumsum(0)
             cu = torch.nn.functional.pad(kept, (1, 0)).to(torch.int32)
-    return keep, outs, cu
+    return outs, keep, cu
 
 
 def _drop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     parts, dims, fills = inputs[5:8]
-    _save(ctx, output[0], parts, dims, fills, inputs[-1])
-    ctx.inputs = (5, len(inputs))
+    _save(ctx, output[1], parts, dims, fills, inputs[-1])
+    # Autograd takes an empty list of integers for one of tensors, and wants it answered with a list.
+    ctx.answer = [[] if isinstance(x, list | tuple) and not x else None for x in inputs]
 
 
-def _drop_backward(ctx: Any, _keep: Any, grads: Any, _cu: Any) -> tuple[Any, ...]:
-    at, count = ctx.inputs
-    found: list[Any] = [None] * count
-    found[at] = _gradients(ctx, grads)
-    return tuple(found)
+def _drop_backward(ctx: Any, grads: Any, _keep: Any, _cu: Any) -> tuple[Any, ...]:
+    return (*ctx.answer[:5], _gradients(ctx, grads), *ctx.answer[6:])
 
 
 # --- compact, its backward, and compact_
@@ -236,9 +232,7 @@ def _compact_inplace_fake(keep: Any, parts: Any, dims: Any, backend: str) -> Non
 
 
 @_define("compact_(Tensor keep, Tensor(a!)[] parts, int[] dims, str backend) -> ()", _compact_inplace_fake)
-def _compact_inplace(
-    keep: torch.Tensor, parts: Sequence[torch.Tensor], dims: Sequence[int], backend: str
-) -> None:
+def _compact_inplace(keep: torch.Tensor, parts: Sequence[torch.Tensor], dims: Sequence[int], backend: str) -> None:
     _backend.load(backend).compact_(keep, _parts(parts, dims, [0] * len(parts)))
 
 
@@ -265,10 +259,11 @@ def _gradients(ctx: Any, grads: Sequence[torch.Tensor | None]) -> list[torch.Ten
 
 def _compact_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _save(ctx, *inputs)
+    ctx.answer = [[] if isinstance(x, list | tuple) and not x else None for x in inputs]
 
 
 def _compact_grad(ctx: Any, grads: Any) -> tuple[Any, ...]:
-    return None, _gradients(ctx, grads), None, None, None
+    return (None, _gradients(ctx, grads), *ctx.answer[2:])
 
 
 torch.library.register_autograd("v2drop::drop", _drop_backward, setup_context=_drop_setup, lib=_lib)
@@ -281,9 +276,7 @@ class Dispatched:
     def __init__(self, backend: str) -> None:
         self._backend = backend
 
-    def variation_score(
-        self, prev: torch.Tensor, cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None
-    ) -> torch.Tensor:
+    def variation_score(self, prev: torch.Tensor, cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None) -> torch.Tensor:
         return torch.ops.v2drop.variation_score(prev, cur, metric, score_dtype, self._backend)
 
     def topk(
@@ -291,16 +284,14 @@ class Dispatched:
         cu_seqlens: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         packed = _pack_plan(plan)
-        return torch.ops.v2drop.topk(
-            scores, prev, cur, mask, cu_seqlens, *packed, order, metric, score_dtype, self._backend
-        )
+        return torch.ops.v2drop.topk(scores, prev, cur, mask, cu_seqlens, *packed, order, metric, score_dtype, self._backend)
 
     def drop(
         self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, parts: list[Part], metric: str,
         score_dtype: Any, cu_seqlens: Any = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:  # fmt: skip
         tensors, dims, fills = _split(parts)
-        keep, outs, cu = torch.ops.v2drop.drop(
+        outs, keep, cu = torch.ops.v2drop.drop(
             scores, prev, cur, mask, cu_seqlens, tensors, dims, fills, *_pack_plan(plan), metric, score_dtype,
             self._backend,
         )  # fmt: skip

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._types import Part
-from .layout import Plan
+if TYPE_CHECKING:
+    from ._plan import Plan
+    from ._types import Part
 
 _METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 _ORDERS = {"position": 0, "score": 1}
@@ -40,7 +41,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
-            return None, "not built: the package was installed without its C++ library (pip install with a C++17 compiler builds it)"
+            return None, "not built: the package was installed without its C++ library (reinstall with a C++17 compiler)"
         return None, f"built, but it cannot be loaded: {error}"
     return _C, ""
 
@@ -97,7 +98,8 @@ def _outputs(parts: Sequence[Part], rows: int) -> tuple[list[Tensor], list[tuple
 
 def variation_score(prev: Tensor, cur: Tensor, metric: str, score_dtype: torch.dtype | None) -> Tensor:
     scores = torch.empty(prev.shape[:-1], dtype=torch.float32)
-    _lib().variation_score(_view(prev), _view(cur), _METRICS[metric], _ROUND_TO[score_dtype], _view(scores), torch.get_num_threads())
+    rounding, threads = _ROUND_TO[score_dtype], torch.get_num_threads()
+    _lib().variation_score(_view(prev), _view(cur), _METRICS[metric], rounding, _view(scores), threads)
     return scores
 
 
@@ -148,8 +150,9 @@ def topk(
 
 
 def drop(
-    prev: Tensor,
-    cur: Tensor,
+    scores: Tensor | None,
+    prev: Tensor | None,
+    cur: Tensor | None,
     plan: Plan,
     mask: Tensor | None,
     parts: Sequence[Part],
@@ -160,8 +163,9 @@ def drop(
     keep = torch.empty((plan.batch, plan.out_rows), dtype=torch.int64)
     results, described = _outputs(parts, plan.out_rows)
     _lib().drop_tokens(
-        _view(prev),
-        _view(cur),
+        None if scores is None else _view(scores),
+        None if prev is None else _view(prev),
+        None if cur is None else _view(cur),
         None if mask is None else _view(mask),
         _stretches(plan),
         _METRICS[metric],

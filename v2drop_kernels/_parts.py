@@ -10,7 +10,7 @@ import torch
 
 from . import _checks, positions
 from ._types import Compacted, Dropped, Part
-from .layout import TokenLayout
+from .layout import TokenLayout, check_offsets, host_cu_seqlens
 
 KV_LAYOUTS = ("BHSD", "BSHD")
 
@@ -195,6 +195,19 @@ def check_keep(keep: Any, at: Rows, groups: bool) -> None:
         raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
 
 
+def check_rows(keep: torch.Tensor, at: Rows, *, ascending: bool) -> None:
+    """Raise unless the rows of ``keep`` lie inside the input (and ascend); only where looking costs no synchronisation."""
+    if keep.device.type != "cpu":
+        return
+    if keep.numel() and int(keep.max()) >= at.rows:
+        raise ValueError(f"keep must list rows below {at.rows}, got {int(keep.max())}")
+    if ascending:
+        for item in keep:
+            rows = item[item >= 0]
+            if bool((rows[1:] <= rows[:-1]).any()):
+                raise ValueError(f"keep must ascend strictly within each item, got {rows.tolist()}")
+
+
 def input_positions(mode: str, position_ids: torch.Tensor | None, layout: TokenLayout | None, device: torch.device) -> Any:
     """The ids to gather: the given ones, the group ids of the layout, or none when they are numbered anew afterwards."""
     _checks.one_of("positions", mode, positions.MODES)
@@ -229,8 +242,12 @@ def finish(
     return kind(keep=keep, cu_seqlens=cu_seqlens, layout=after, **found)
 
 
-def kept_offsets(keep: torch.Tensor, cu_seqlens: Any) -> torch.Tensor:
+def kept_offsets(keep: torch.Tensor, cu_seqlens: Any, rows: int, *, traced: bool) -> torch.Tensor:
     """New offsets of a packed batch from its kept rows, on the device: an item's rows are those inside its old offsets."""
-    old = cu_seqlens if isinstance(cu_seqlens, torch.Tensor) else torch.tensor(list(cu_seqlens))
+    if isinstance(cu_seqlens, torch.Tensor) and (traced or cu_seqlens.device.type != "cpu"):
+        check_offsets(cu_seqlens)
+        old = cu_seqlens
+    else:
+        old = torch.tensor(host_cu_seqlens(cu_seqlens, rows), dtype=torch.int64)
     old = old.to(keep.device)[:, None]
     return ((keep >= 0) & (keep < old)).sum(1).to(torch.int32)

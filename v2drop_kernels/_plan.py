@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .layout import TokenLayout, as_layout, check_spans, host_cu_seqlens, is_packed, is_pair, kind, per_segment_k, require_int
+from .layout import (
+    TokenLayout,
+    as_layout,
+    check_offsets,
+    check_spans,
+    host_cu_seqlens,
+    is_packed,
+    is_pair,
+    per_segment_k,
+    require_int,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Plan:
     out_rows: int
     groups: int
     uniform: tuple[int, int, int, int] | None
-    table: tuple[int, ...] | None
+    table: tuple[int, ...] = ()
 
     @functools.cached_property
     def max_n(self) -> int:
@@ -59,7 +69,7 @@ class Plan:
 
     @functools.cached_property
     def _host_table(self) -> torch.Tensor:
-        table = self.table
+        table: Sequence[int] = self.table
         if self.uniform is not None:
             pre, n, post, k = self.uniform
             pad = self.out_rows - pre - k - post
@@ -96,8 +106,11 @@ class CuPlan:
     out_rows: int
     pack: bool
 
+    ragged = False  # a packed result has no padding
+
     @property
     def groups(self) -> int:
+        """Number of segments."""
         return len(self.ks)
 
     def resolve(self, cu: Sequence[int]) -> Plan:
@@ -176,9 +189,7 @@ def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
         previous = i
 
     bounds = (
-        tuple(zip(cu[:-1], cu[1:], strict=True))
-        if packed
-        else tuple((out_rows - c, out_rows) if left else (0, c) for c in kept)
+        tuple(zip(cu[:-1], cu[1:], strict=True)) if packed else tuple((out_rows - c, out_rows) if left else (0, c) for c in kept)
     )
     after = TokenLayout(tuple(tuple(s) for s in spans), out_rows, bounds, packed, layout.padding_side)
     if layout.counts is not None:
@@ -194,12 +205,10 @@ def _simplify(plan: Plan) -> Plan:
         return plan
     t = plan.table
     alike = all(
-        (t[8 * g], t[8 * g + 5]) == (g * plan.rows, g * plan.out_rows)
-        and t[8 * g + 1 : 8 * g + 5] == t[1:5]
-        and t[8 * g + 6] == 0
+        (t[8 * g], t[8 * g + 5]) == (g * plan.rows, g * plan.out_rows) and t[8 * g + 1 : 8 * g + 5] == t[1:5] and t[8 * g + 6] == 0
         for g in range(plan.groups)
     )
-    return replace(plan, uniform=t[1:5], table=None) if alike else plan
+    return replace(plan, uniform=(t[1], t[2], t[3], t[4]), table=()) if alike else plan
 
 
 class Resolved(NamedTuple):
@@ -218,7 +227,7 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
     ``traced``: sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
     """
     packed = is_packed(droppable, cu_seqlens)
-    everywhere_alike = not packed and (droppable is None or (op == "drop" and is_pair(droppable)))
+    everywhere_alike = not packed and h.shape[0] > 0 and (droppable is None or (op == "drop" and is_pair(droppable)))
     if everywhere_alike and not isinstance(k, list | tuple | torch.Tensor):
         require_int("k", k)
         batch, rows = h.shape[0], h.shape[1]
@@ -227,8 +236,7 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
             check_spans(0, ((start, stop),), 0, rows)
         return (_uniform if traced else _cached_uniform)(op, batch, rows, start, stop, k)
     if packed and isinstance(cu_seqlens, torch.Tensor) and not isinstance(droppable, TokenLayout):
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
-            raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
+        check_offsets(cu_seqlens)
         if traced or cu_seqlens.device.type != "cpu":
             return _resolve_on_device(op, h, k, droppable, cu_seqlens)
     if packed and isinstance(droppable, TokenLayout) and (cu_seqlens is None or traced):
@@ -238,8 +246,6 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
     if traced and isinstance(droppable, torch.Tensor):
         raise ValueError("droppable as a mask needs its counts here: pass TokenLayout.from_mask(mask, counts)")
     layout = as_layout(droppable, h.shape[0], h.shape[0] if packed else h.shape[1], cu)
-    if layout.mask is not None and layout.mask.device != h.device:
-        raise ValueError(f"droppable must be on the device of h_cur ({h.device}), got {layout.mask.device}")
     ks = per_segment_k(k, layout.groups)
     if op == "topk":
         plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
@@ -252,7 +258,7 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
 def _uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
     k = min(k, stop - start)
     out_rows = k if op == "topk" else rows - (stop - start) + k
-    plan = Plan(batch, rows, out_rows, batch, (start, stop - start, rows - stop, k), None)
+    plan = Plan(batch, rows, out_rows, batch, (start, stop - start, rows - stop, k))
     return Resolved(plan, None, None, None, None)
 
 

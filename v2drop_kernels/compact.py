@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks, _library, _parts, reference
 from ._types import Compacted, Part, TopK
-from .layout import TokenLayout, as_layout, host_cu_seqlens, is_packed, per_segment_k
+from .layout import TokenLayout, check_device, is_packed, layout_of, per_segment_k
 
 Launched = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]  # keep, tensors, offsets of a packed result
 
@@ -88,11 +88,12 @@ def compact(
     """
     packed = is_packed(droppable, cu_seqlens)
     at = _parts.rows_of("hidden", hidden, packed)
+    check_device(droppable, at.device, at.of)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and isinstance(keep, torch.Tensor) and keep.dim() == 2):
         _parts.check_keep(keep, at, groups=True)
-        layout = layout_of(droppable, at, cu_seqlens)
+        layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
         keep = _with_all_others(keep, k, layout)
         cu_seqlens = layout.cu_seqlens
     elif k is not None:
@@ -106,12 +107,14 @@ def compact(
     run, name = _library.runner(hidden, backend, torch.float32)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
     if name == "reference":
+        _parts.check_rows(keep, at, ascending=False)
         outs = reference.gather(rows, parts)
     else:
         _, outs, _ = differentiable(lambda: (rows, run.compact(rows, parts), None), run, parts, at.rows)
     return _parts.finish(
         Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens) if packed else None, ragged=layout is not None,
+        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=_library.dispatched(hidden)) if packed else None,
+        ragged=layout is not None,
     )  # fmt: skip
 
 
@@ -184,6 +187,7 @@ def compact_(
     )
     run, name = _library.runner(first, backend, torch.float32)
     if name == "reference":
+        _parts.check_rows(keep, at, ascending=True)
         reference.compact_(keep, kv, kv_layout=kv_layout)
     else:
         run.compact_(keep.contiguous(), parts)
@@ -193,19 +197,19 @@ class _Compaction(torch.autograd.Function):
     """Any launch that ends in a gather; its backward is one gather with the inverse map."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, launch: Callable[[], Launched], run: Any, dims: list[tuple[int, int]], rows: int, *tensors: torch.Tensor
     ) -> tuple[Any, ...]:
         keep, outs, cu = launch()
         ctx.save_for_backward(keep)
         ctx.run, ctx.dims, ctx.rows = run, dims, rows
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(keep, *(o for o in outs if not o.is_floating_point()))
+        ctx.mark_non_differentiable(keep, *(o for i, o in enumerate(outs) if not ctx.needs_input_grad[4 + i]))
         return (keep, cu, *outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _keep: Any, _cu: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _keep: Any, _cu: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         (keep,) = ctx.saved_tensors
         found: list[torch.Tensor | None] = [None] * len(grads)
         wanted = [(i, g) for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[4 + i]]
@@ -230,14 +234,6 @@ def differentiable(launch: Callable[[], Launched], run: Any, parts: list[Part], 
     return keep, outs, cu
 
 
-def layout_of(droppable: Any, at: _parts.Rows, cu_seqlens: Any) -> TokenLayout:
-    """``droppable=`` as a layout."""
-    if isinstance(droppable, TokenLayout) and cu_seqlens is None:
-        cu_seqlens = droppable.cu_seqlens
-    cu = None if at.batch is not None else host_cu_seqlens(cu_seqlens, at.rows)
-    return as_layout(droppable, at.batch or 0, at.rows, cu)
-
-
 def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.Tensor:
     """``keep [G, K]`` among the droppable tokens to all rows that survive, ascending: ``[B, S]`` or ``[T']``."""
     segments = layout.segments()
@@ -245,7 +241,7 @@ def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.T
         raise ValueError(f"keep must have one row per segment ({len(segments)}), got {keep.shape[0]}")
     ks = per_segment_k((keep >= 0).sum(1).tolist() if k is None else k, len(segments))
     if not layout.is_packed:
-        base = torch.tensor([s.item * layout.rows for s in segments], device=keep.device)
+        base = torch.tensor([s.item * layout.rows for s in segments], dtype=torch.int64, device=keep.device)
         keep = torch.where(keep >= 0, keep + base[:, None], keep)
     flags = (layout.real_rows() & ~layout.droppable_rows()).to(keep.device) if layout.mask is None else (
         layout.real_rows(keep.device) & ~layout.mask

@@ -9,9 +9,8 @@ import torch
 from . import _checks, _library, _parts, reference
 from ._plan import resolve
 from ._types import Dropped
-from .compact import Launched, differentiable, layout_of
-from .layout import is_packed
-
+from .compact import Launched, differentiable
+from .layout import check_device, is_packed, layout_of
 
 
 def drop_tokens(
@@ -85,12 +84,14 @@ def drop_tokens(
     tensor([[0, 2, 3, 4]])
     """
     packed = is_packed(droppable, cu_seqlens)
+    pair = None
     if scores is None:
-        _checks.pair(h_prev, h_cur, packed)
+        pair = _checks.pair(h_prev, h_cur, packed)
     else:
         _checks.hidden("h_cur", h_cur, packed)
         _checks.given_scores(scores, h_cur)
     _checks.score_options(metric, score_dtype)
+    check_device(droppable, h_cur.device, "h_cur")
     run, name = _library.runner(h_cur if scores is None else scores, backend)
     if name == "reference":
         return reference.drop_tokens(
@@ -101,14 +102,12 @@ def drop_tokens(
 
     at = _parts.rows_of("h_cur", h_cur, packed)
     found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=_library.dispatched(h_cur))
-    layout = layout_of(droppable, at, cu_seqlens) if positions == "group" else None
+    layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
     parts, restore = _parts.collect(
         at, hidden=h_cur, position_ids=_parts.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=found.mask,
     )  # fmt: skip
-    a = b = None
-    if scores is None:
-        a, b = _checks.unit_stride(h_prev), _checks.unit_stride(h_cur)
+    a, b = (None, None) if pair is None else map(_checks.unit_stride, pair)
 
     def launch() -> Launched:
         return run.drop(scores, a, b, found.plan, found.mask, parts, metric, score_dtype, cu_seqlens=found.cu_seqlens)

@@ -49,7 +49,7 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
         raise ValueError(f"ratio must be a number in [0, 1], got {ratio!r}")
     if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
         raise ValueError(f"at_least must be an int >= 0, got {at_least!r}")
-    ways = {"floor": math.floor, "round": round, "ceil": math.ceil}
+    ways: dict[str, Any] = {"floor": math.floor, "round": round, "ceil": math.ceil}
     if rounding not in ways:
         raise ValueError(f"rounding must be 'floor', 'round' or 'ceil', got {rounding!r}")
     return min(n, max(at_least, ways[rounding](n * Fraction(str(ratio)))))
@@ -232,23 +232,25 @@ class TokenLayout:
         attention_mask : Tensor, optional
             ``[B, N]``, 0 on padding, which must all lie on ``padding_side``.
         """
+        check_padding_side(padding_side)
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
             raise ValueError(f"input_ids must be a tensor [B, N], got {kind(input_ids)}")
         lengths = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
                 raise ValueError(
-                    f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
-                    f"got {tuple(attention_mask.shape)}"
+                    f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
                 )
-            lengths = attention_mask.ne(0).sum(1).tolist()
+            real = attention_mask.ne(0)
+            ordered = real.sort(dim=1, descending=padding_side == "right", stable=True).values
+            if not torch.equal(real, ordered):
+                raise ValueError(f"attention_mask must be 0 on the {padding_side} of each row and 1 elsewhere")
+            lengths = real.sum(1).tolist()
         spans = []
         for row in input_ids.eq(token_id).tolist():
             edges = [j for j in range(len(row) + 1) if (j < len(row) and row[j]) != (j > 0 and row[j - 1])]
             spans.append(list(zip(edges[::2], edges[1::2], strict=True)))
-        return TokenLayout.padded(
-            spans, input_ids.shape[1], batch=len(spans), lengths=lengths, padding_side=padding_side
-        )
+        return TokenLayout.padded(spans, input_ids.shape[1], batch=len(spans), lengths=lengths, padding_side=padding_side)
 
     @property
     def cu_seqlens(self) -> tuple[int, ...] | None:
@@ -331,6 +333,15 @@ def as_layout(droppable: Any, batch: int, rows: int, cu_seqlens: Sequence[int] |
     return TokenLayout.padded(droppable, rows, batch=batch)
 
 
+def layout_of(droppable: Any, batch: int | None, rows: int, cu_seqlens: Any) -> TokenLayout:
+    """Normalise ``droppable=`` and ``cu_seqlens=`` together; ``batch`` is None for a packed batch. Reads the offsets."""
+    if batch is not None:
+        return as_layout(droppable, batch, rows, None)
+    if cu_seqlens is None:
+        return as_layout(droppable, 0, rows, droppable.cu_seqlens)
+    return as_layout(droppable, 0, rows, host_cu_seqlens(cu_seqlens, rows))
+
+
 def per_segment_k(k: Any, groups: int) -> tuple[int, ...]:
     """Normalise ``k=`` to one int per segment."""
     if isinstance(k, torch.Tensor):
@@ -360,9 +371,10 @@ def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
 def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...]:
     """Check cumulative lengths and return them as ints."""
     if isinstance(cu_seqlens, torch.Tensor):
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
+        check_offsets(cu_seqlens)
         cu_seqlens = cu_seqlens.tolist()
+    if not isinstance(cu_seqlens, list | tuple):
+        raise TypeError(f"cu_seqlens must be a list or a tensor of ints, got {kind(cu_seqlens)}")
     cu = tuple(cu_seqlens)
     for x in cu:
         require_int("cu_seqlens", x)
@@ -376,15 +388,26 @@ def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...
     return cu
 
 
+def check_offsets(cu_seqlens: torch.Tensor) -> None:
+    """Raise unless a tensor of offsets has the right shape and dtype; its values are not read."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
+
+
+def check_device(droppable: Any, device: torch.device, of: str) -> None:
+    """Raise unless a mask lies on the device of the argument ``of``."""
+    mask = droppable.mask if isinstance(droppable, TokenLayout) else droppable
+    if isinstance(mask, torch.Tensor) and mask.device != device:
+        raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")
+
+
 def check_padding_side(side: str) -> None:
     """Raise unless ``side`` is a side."""
     if side not in ("right", "left"):
         raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
 
 
-def _padded_bounds(
-    batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str
-) -> tuple[tuple[int, int], ...]:
+def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str) -> tuple[tuple[int, int], ...]:
     if lengths is None:
         return ((0, rows),) * batch
     if len(lengths) != batch:
@@ -447,11 +470,3 @@ def kind(x: Any) -> str:
     if isinstance(x, torch.Tensor):
         return f"{x.dtype} tensor of shape {tuple(x.shape)}"
     return f"{type(x).__name__} {x!r}"
-
-
-def __getattr__(name):  # TEMPORARY until the backends import from _plan
-    if name in ("Plan", "CuPlan"):
-        from . import _plan
-
-        return getattr(_plan, name)
-    raise AttributeError(name)

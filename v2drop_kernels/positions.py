@@ -53,7 +53,8 @@ def compacted_position_ids(keep: torch.Tensor, cu_seqlens: torch.Tensor | None) 
         int32 ``[B + 1]`` of the packed result.
     """
     if cu_seqlens is None:
-        return ((keep >= 0).cumsum(-1) - 1).clamp(min=0)
+        real = keep >= 0
+        return torch.where(real, real.cumsum(-1) - 1, 0)
     rows = torch.arange(keep.shape[0], device=keep.device)
     item = torch.searchsorted(cu_seqlens[1:].long(), rows, right=True).clamp(max=cu_seqlens.shape[0] - 2)
     return torch.where(keep >= 0, rows - cu_seqlens[item], 0)

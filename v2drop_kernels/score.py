@@ -74,7 +74,7 @@ def variation_score(
 
 class _VariationScore(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None, run: Any
     ) -> torch.Tensor:
         ctx.save_for_backward(h_prev, h_cur)
@@ -83,7 +83,7 @@ class _VariationScore(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         h_prev, h_cur = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         return (*ctx.run.variation_score_backward(grad, h_prev, h_cur, ctx.metric, *wanted), None, None, None)

@@ -14,7 +14,7 @@ import torch
 from . import _checks, _library, reference
 from ._plan import resolve
 from ._types import TopK
-from .layout import is_packed
+from .layout import check_device, is_packed
 from .score import variation_score
 
 ORDERS = ("position", "score")
@@ -80,6 +80,8 @@ def segmented_topk(
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
     _checks.one_of("order", order, ORDERS)
+    if droppable is not None:
+        check_device(droppable, scores.device, "scores")
     run, name = _library.runner(scores, backend)
     if name == "reference":
         return reference.segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order)
@@ -137,6 +139,8 @@ def variation_topk(
     _checks.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
     _checks.score_options(metric, score_dtype)
     _checks.one_of("order", order, ORDERS)
+    if droppable is not None:
+        check_device(droppable, h_cur.device, "h_cur")
     run, name = _library.runner(h_cur, backend)
     if name == "reference":
         return reference.variation_topk(
@@ -149,11 +153,7 @@ def variation_topk(
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=name)
     found = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=_library.dispatched(h_cur))
     h_prev, h_cur = _checks.unit_stride(h_prev), _checks.unit_stride(h_cur)
-    return TopK(
-        *run.topk(
-            None, h_prev, h_cur, found.plan, found.mask, order, metric, score_dtype, cu_seqlens=found.cu_seqlens
-        )
-    )
+    return TopK(*run.topk(None, h_prev, h_cur, found.plan, found.mask, order, metric, score_dtype, cu_seqlens=found.cu_seqlens))
 
 
 def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from .. import _parts
 from .._types import Compacted, Part, TopK
-from ..layout import as_layout, host_cu_seqlens, is_packed
+from ..layout import is_packed, layout_of
 
 
 def gather(keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
@@ -23,12 +23,11 @@ def _gather(part: Part, keep: torch.Tensor) -> torch.Tensor:
     if part.batch_dim < 0:
         return _gather(Part(x.unsqueeze(0), 0, part.row_dim + 1, part.fill), keep).squeeze(0)
     x = x.movedim((part.batch_dim, part.row_dim), (0, 1))
-    if x.shape[1] == 0:
-        out = x.new_full((x.shape[0], keep.shape[1], *x.shape[2:]), part.fill)
-    else:
-        rows = x[torch.arange(x.shape[0], device=x.device)[:, None], keep.clamp(min=0)]
-        empty = (keep < 0).view(*keep.shape, *[1] * (x.dim() - 2))
-        out = rows.masked_fill(empty, part.fill)
+    if x.shape[1] == 0:  # nothing to index; every row of the result is empty
+        x = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), part.fill)], dim=1)
+    rows = x[torch.arange(x.shape[0], device=x.device)[:, None], keep.clamp(min=0)]
+    empty = (keep < 0).view(*keep.shape, *[1] * (x.dim() - 2))
+    out = rows.masked_fill(empty, part.fill)
     return out.movedim((0, 1), (part.batch_dim, part.row_dim)).contiguous()
 
 
@@ -53,8 +52,7 @@ def compact(
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and keep.dim() == 2):
-        cu = host_cu_seqlens(cu_seqlens) if cu_seqlens is not None else getattr(droppable, "cu_seqlens", None)
-        layout = as_layout(droppable, hidden.shape[0], at.rows, cu)
+        layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
         keep = _with_all_others(keep, layout)
         cu_seqlens = layout.cu_seqlens
     ids = _parts.input_positions(positions, position_ids, layout, at.device)
@@ -65,7 +63,7 @@ def compact(
     outs = gather(keep[None] if packed else keep, parts)
     return _parts.finish(
         Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens) if packed else None, ragged=layout is not None,
+        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
     )  # fmt: skip
 
 

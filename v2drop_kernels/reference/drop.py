@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .. import _parts
-from .._types import Dropped, Part
 from .._plan import drop_plan
-from ..layout import TokenLayout, as_layout, host_cu_seqlens, is_packed, per_segment_k
+from .._types import Dropped, Part
+from ..layout import TokenLayout, is_packed, layout_of, per_segment_k
 from .compact import gather, pad_rows
 from .score import variation_score
 from .select import best, segment_rows
@@ -61,10 +61,9 @@ def drop_tokens(
     """Score, choose per segment, and keep the chosen with everything that does not compete."""
     packed = is_packed(droppable, cu_seqlens)
     at = _parts.rows_of("h_cur", h_cur, packed)
-    cu = host_cu_seqlens(cu_seqlens) if cu_seqlens is not None else getattr(droppable, "cu_seqlens", None)
-    layout = as_layout(droppable, h_cur.shape[0], at.rows, cu)
+    layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
     if scores is None:
-        scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype)
+        scores = variation_score(cast(torch.Tensor, h_prev), h_cur, metric=metric, score_dtype=score_dtype)
     ids = _parts.input_positions(positions, position_ids, layout, at.device)
     parts, restore = _parts.collect(
         at, hidden=h_cur, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
@@ -75,6 +74,6 @@ def drop_tokens(
         keep = keep[0]
     return _parts.finish(
         Dropped, keep, restore(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=_parts.kept_offsets(keep, cu) if packed else None,
+        cu_seqlens=_parts.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
         after=drop_plan(layout, per_segment_k(k, layout.groups)).layout, ragged=not packed and bool((keep < 0).any()),
     )  # fmt: skip

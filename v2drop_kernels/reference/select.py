@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .._types import TopK
-from ..layout import TokenLayout, as_layout, host_cu_seqlens, per_segment_k
+from ..layout import TokenLayout, is_packed, layout_of, per_segment_k
 from .score import variation_score
 
 
@@ -27,13 +27,10 @@ def segment_rows(layout: TokenLayout) -> list[torch.Tensor]:
     return rows
 
 
-def segmented_topk(
-    scores: torch.Tensor, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position"
-) -> TopK:
+def segmented_topk(scores: torch.Tensor, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position") -> TopK:
     """The k highest scores of every segment: ``[B, N]`` or packed ``[T]`` to values and indices ``[G, K]``."""
-    packed = cu_seqlens is not None
-    cu = host_cu_seqlens(cu_seqlens, scores.shape[0]) if packed else None
-    layout = as_layout(droppable, scores.shape[0], scores.shape[-1], cu)
+    packed = is_packed(droppable, cu_seqlens)
+    layout = layout_of(droppable, None if packed else scores.shape[0], scores.shape[-1], cu_seqlens)
     segments, flat = layout.segments(), scores.flatten()
     ks = [min(x, s.available) for x, s in zip(per_segment_k(k, len(segments)), segments, strict=True)]
     values = flat.new_full((len(segments), max(ks, default=0)), -torch.inf)

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The arithmetic of exact selection, free of any device: how a score becomes an integer key, where the cut lies, who is kept and where
+// each kept row goes. Shared by every backend that is written in C++, and tested exhaustively on small inputs.
+#ifndef V2DROP_CORE_KEYS_H_
+#define V2DROP_CORE_KEYS_H_
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define V2DROP_FN static __host__ __device__ inline
+#else
+// `static`: the same header is compiled for several instruction sets, and the linker must not mix their copies.
+#define V2DROP_FN [[maybe_unused]] static inline
+#endif
+
+namespace v2drop {
+
+constexpr int32_t kExcluded = INT32_MIN;  // below every score: never returned
+constexpr int32_t kForced = INT32_MAX;    // above every score: always kept
+constexpr int32_t kNaN = INT32_MAX - 1;   // every NaN, above +inf
+
+// Orders floats as signed integers: NaN highest, -0.0 equal to 0.0.
+V2DROP_FN int32_t key_of_bits(uint32_t bits) {
+  const int32_t s = static_cast<int32_t>(bits);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const int32_t key = s ^ ((s >> 31) & 0x7fffffff);
+  return magnitude > 0x7f800000u ? kNaN : magnitude == 0 ? 0 : key;
+}
+
+// The inverse, up to the sign of zero and the payload of NaN.
+V2DROP_FN uint32_t bits_of_key(int32_t key) { return static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)); }
+
+// A row is kept if its key is above the threshold, or equal to it with fewer than `ties` equal keys before it.
+struct Cut {
+  int32_t threshold;
+  int64_t ties;
+};
+
+V2DROP_FN bool kept(Cut cut, int32_t key, int64_t equal_before) {
+  return key > cut.threshold || (key == cut.threshold && equal_before < cut.ties);
+}
+
+// The place of a kept row among the kept rows, in position order.
+V2DROP_FN int64_t place(Cut cut, int64_t above_before, int64_t equal_before) {
+  return above_before + (equal_before < cut.ties ? equal_before : cut.ties);
+}
+
+// The cut that keeps the best k of n keys, all within [lo, hi]. `at_least(t)` counts the keys >= t. Bisection needs no sort, no buffer
+// and at most 32 counts whatever the keys are, ties included, and mostly stops early: as soon as a count is exactly k.
+// Excluded keys stay out even where that leaves fewer than k.
+template <class AtLeast>
+V2DROP_FN Cut find_cut(int32_t lo, int32_t hi, int64_t n, int64_t k, const AtLeast& at_least) {
+  if (k <= 0) return {INT32_MAX, 0};
+  if (k >= n) return {kExcluded, lo == kExcluded ? 0 : n};
+  while (lo < hi) {  // at_least(lo) >= k > at_least(hi + 1)
+    const int32_t mid = static_cast<int32_t>(lo + (static_cast<int64_t>(hi) - lo + 1) / 2);
+    const int64_t count = at_least(mid);
+    if (count == k) return {mid - 1, 0};
+    if (count > k) {
+      lo = mid;
+    } else {
+      hi = mid - 1;
+    }
+  }
+  if (lo == kExcluded) return {kExcluded, 0};
+  return {lo, lo == INT32_MAX ? k : k - at_least(lo + 1)};
+}
+
+}  // namespace v2drop
+
+#endif  // V2DROP_CORE_KEYS_H_

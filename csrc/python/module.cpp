@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// v2drop_kernels._C: the C interface for Python, free of torch. A tensor comes as a tuple (address, dtype code, shape, strides in
+// elements), a part as (src, dst, batch_dim, row_dim, fill), a table of stretches as (address, rows); whoever calls keeps them alive.
+// Tuples are read directly: calls on small tensors are common, and their conversion would cost more than their work.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "v2drop/v2drop.h"
+
+namespace py = pybind11;
+
+namespace {
+
+int64_t integer(PyObject* object) {
+  const long long value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// The items of a tuple, whose length must be `size` unless that is negative.
+PyObject** items(PyObject* object, Py_ssize_t size) {
+  if (!PyTuple_Check(object) || (size >= 0 && PyTuple_GET_SIZE(object) != size))
+    throw py::type_error("expected a tuple that describes a tensor");
+  return &PyTuple_GET_ITEM(object, 0);
+}
+
+class Tensor {
+ public:
+  explicit Tensor(py::handle object) : given_(!object.is_none()) {
+    if (!given_) return;
+    PyObject** fields = items(object.ptr(), 4);
+    PyObject **shape = items(fields[2], -1), **stride = items(fields[3], PyTuple_GET_SIZE(fields[2]));
+    tensor_.data = PyLong_AsVoidPtr(fields[0]);
+    if (!tensor_.data && PyErr_Occurred()) throw py::error_already_set();
+    tensor_.dtype = static_cast<int32_t>(integer(fields[1]));
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(fields[2]);
+    if (ndim > V2DROP_MAX_DIMS) throw py::value_error("a tensor has more than 8 dimensions");
+    tensor_.ndim = static_cast<int32_t>(ndim);
+    for (Py_ssize_t d = 0; d < ndim; ++d) {
+      tensor_.shape[d] = integer(shape[d]);
+      tensor_.stride[d] = integer(stride[d]);
+    }
+  }
+  operator const v2drop_tensor*() const { return given_ ? &tensor_ : nullptr; }
+
+ private:
+  bool given_;
+  v2drop_tensor tensor_;
+};
+
+std::vector<v2drop_part> parts_of(const py::list& list) {
+  std::vector<v2drop_part> parts;
+  parts.reserve(list.size());
+  for (const py::handle object : list) {
+    PyObject** fields = items(object.ptr(), 5);
+    const Tensor src(fields[0]), dst(fields[1]);
+    if (!src) throw py::type_error("a part has no src");
+    parts.push_back({*src, dst ? *dst : v2drop_tensor{}, static_cast<int32_t>(integer(fields[2])), static_cast<int32_t>(integer(fields[3])),
+                     integer(fields[4])});
+  }
+  return parts;
+}
+
+struct Stretches {
+  const v2drop_stretch* data;
+  int64_t count;
+  explicit Stretches(py::handle object) {
+    PyObject** fields = items(object.ptr(), 2);
+    data = static_cast<const v2drop_stretch*>(PyLong_AsVoidPtr(fields[0]));
+    count = integer(fields[1]);
+  }
+};
+
+// Runs the work without the interpreter lock, and raises its error.
+template <class Work>
+void call(const Work& work) {
+  v2drop_status status;
+  {
+    const py::gil_scoped_release unlocked;
+    status = work();
+  }
+  if (status == V2DROP_OK) return;
+  const char* message = v2drop_last_error();
+  if (status == V2DROP_ERROR_ARGUMENT) throw py::value_error(message);
+  if (status == V2DROP_ERROR_MEMORY) throw std::bad_alloc();
+  throw std::runtime_error(message);
+}
+
+using Handle = const py::handle&;
+
+void variation_score(Handle prev, Handle cur, int metric, int round_to, Handle scores, int threads) {
+  const Tensor a(prev), b(cur), out(scores);
+  call([&] { return v2drop_variation_score(a, b, metric, round_to, out, threads); });
+}
+
+void variation_score_backward(Handle grad, Handle prev, Handle cur, int metric, Handle grad_prev, Handle grad_cur, int threads) {
+  const Tensor g(grad), a(prev), b(cur), to_a(grad_prev), to_b(grad_cur);
+  call([&] { return v2drop_variation_score_backward(g, a, b, metric, to_a, to_b, threads); });
+}
+
+void topk(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, int order, int metric, int round_to, Handle values,
+          Handle indices, int threads) {
+  const Tensor s(scores), a(prev), b(cur), m(mask), v(values), i(indices);
+  const Stretches table(stretches);
+  call([&] { return v2drop_topk(s, a, b, m, table.data, table.count, order, metric, round_to, v, i, threads); });
+}
+
+void drop_tokens(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, int metric, int round_to, Handle keep,
+                 const py::list& parts, int threads) {
+  const Tensor s(scores), a(prev), b(cur), m(mask), k(keep);
+  const Stretches table(stretches);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  call([&] {
+    return v2drop_drop_tokens(s, a, b, m, table.data, table.count, metric, round_to, k, p.data(), static_cast<int64_t>(p.size()), threads);
+  });
+}
+
+void compact(Handle keep, const py::list& parts, int threads) {
+  const Tensor k(keep);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  call([&] { return v2drop_compact(k, p.data(), static_cast<int64_t>(p.size()), threads); });
+}
+
+void compact_backward(Handle keep, int64_t rows, const py::list& parts, int threads) {
+  const Tensor k(keep);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  call([&] { return v2drop_compact_backward(k, rows, p.data(), static_cast<int64_t>(p.size()), threads); });
+}
+
+void compact_inplace(Handle keep, const py::list& parts, int threads) {
+  const Tensor k(keep);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  call([&] { return v2drop_compact_inplace(k, p.data(), static_cast<int64_t>(p.size()), threads); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C interface of libv2drop; see v2drop_kernels/_native.py for its users.";
+  module.def("version", [] {
+    const int v = v2drop_version();
+    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
+  });
+  module.def("isa", &v2drop_isa);
+  module.def("variation_score", &variation_score);
+  module.def("variation_score_backward", &variation_score_backward);
+  module.def("topk", &topk);
+  module.def("drop_tokens", &drop_tokens);
+  module.def("compact", &compact);
+  module.def("compact_backward", &compact_backward);
+  module.def("compact_inplace", &compact_inplace);
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Keys, cut and placement against a stable sort, for every array of length <= 7 over several small sets of values and every k.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "keys.h"
+
+using namespace v2drop;
+
+namespace {
+
+int failures = 0;
+#define CHECK(condition) ((condition) ? void() : void((std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition), ++failures)))
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Higher, as the contract defines it: NaN above all, -0.0 equal to 0.0.
+bool higher(float a, float b) { return std::isnan(a) ? !std::isnan(b) : !std::isnan(b) && a > b; }
+
+std::vector<int64_t> best_by_sort(const std::vector<float>& scores, size_t k) {
+  std::vector<int64_t> order(scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return higher(scores[a], scores[b]); });
+  order.resize(k);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+std::vector<int64_t> best_by_cut(const std::vector<int32_t>& keys, int64_t k) {
+  const int64_t n = static_cast<int64_t>(keys.size());
+  if (n == 0) return {};
+  const auto ends = std::minmax_element(keys.begin(), keys.end());
+  int counts = 0;
+  const Cut cut = find_cut(*ends.first, *ends.second, n, k, [&](int32_t t) {
+    ++counts;
+    return static_cast<int64_t>(std::count_if(keys.begin(), keys.end(), [&](int32_t key) { return key >= t; }));
+  });
+  CHECK(counts <= 33);
+  std::vector<int64_t> out(keys.size(), -1);
+  int64_t above = 0, equal = 0, total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (kept(cut, keys[i], equal)) {
+      CHECK(place(cut, above, equal) == total);
+      out[total++] = i;
+    }
+    above += keys[i] > cut.threshold;
+    equal += keys[i] == cut.threshold;
+  }
+  CHECK(place(cut, above, equal) == total);
+  out.resize(static_cast<size_t>(total));
+  return out;
+}
+
+void every_array(const std::vector<float>& values, size_t longest) {
+  for (size_t n = 0; n <= longest; ++n) {
+    std::vector<size_t> digits(n, 0);
+    for (;;) {
+      std::vector<float> scores;
+      std::vector<int32_t> keys;
+      for (size_t d : digits) scores.push_back(values[d]), keys.push_back(key_of_bits(bits_of(values[d])));
+      for (size_t k = 0; k <= n; ++k) CHECK(best_by_cut(keys, static_cast<int64_t>(k)) == best_by_sort(scores, k));
+      size_t i = 0;
+      while (i < n && ++digits[i] == values.size()) digits[i++] = 0;
+      if (i == n) break;
+    }
+  }
+}
+
+// Forced keys come first, excluded ones never.
+void every_mask() {
+  const std::vector<int32_t> values = {kExcluded, 0, kNaN, kForced};
+  for (int code = 0; code < 4 * 4 * 4 * 4 * 4; ++code) {
+    std::vector<int32_t> keys;
+    for (int c = code, i = 0; i < 5; ++i, c /= 4) keys.push_back(values[static_cast<size_t>(c % 4)]);
+    const int64_t competing = 5 - std::count(keys.begin(), keys.end(), kExcluded);
+    for (int64_t k = 0; k <= 5; ++k) {
+      std::vector<int64_t> order = {0, 1, 2, 3, 4};
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return keys[a] > keys[b]; });
+      order.resize(static_cast<size_t>(std::min(k, competing)));
+      std::sort(order.begin(), order.end());
+      CHECK(best_by_cut(keys, k) == order);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const float inf = std::numeric_limits<float>::infinity(), tiny = std::numeric_limits<float>::denorm_min();
+  const float nan = float_of(0x7fc00000u), negative_nan = float_of(0xffc00001u), loud_nan = float_of(0x7f800001u);
+
+  const std::vector<float> ascending = {-inf, -std::numeric_limits<float>::max(), -1,  -tiny, 0, tiny,
+                                        1,    std::numeric_limits<float>::max(),  inf, nan};
+  for (size_t i = 1; i < ascending.size(); ++i) CHECK(key_of_bits(bits_of(ascending[i - 1])) < key_of_bits(bits_of(ascending[i])));
+  for (float x : ascending) {
+    const float back = float_of(bits_of_key(key_of_bits(bits_of(x))));
+    CHECK(std::isnan(x) ? std::isnan(back) : back == x);
+  }
+  CHECK(key_of_bits(bits_of(-0.0f)) == key_of_bits(bits_of(0.0f)));
+  for (float x : {nan, negative_nan, loud_nan}) CHECK(key_of_bits(bits_of(x)) == kNaN);
+  CHECK(kExcluded < key_of_bits(bits_of(-inf)) && kNaN < kForced);
+
+  every_array({1.0f}, 7);
+  every_array({1.0f, 2.0f, -3.0f}, 7);
+  every_array({nan, inf, 0.0f}, 7);
+  every_array({-0.0f, 0.0f, negative_nan}, 7);
+  every_array({-inf, -tiny, -0.0f, tiny, nan}, 5);
+  every_mask();
+  if (!failures) std::printf("keys: ok\n");
+  return failures != 0;
+}
