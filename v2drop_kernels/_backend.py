@@ -29,7 +29,15 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("v2drop_bac
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found: the backend that runs, and the reason of every one that does not."""
+    """What :func:`explain` found.
+
+    Attributes
+    ----------
+    chosen : str
+        The backend that runs.
+    rejected : dict
+        The reason of every one that does not.
+    """
 
     chosen: str
     rejected: dict[str, str]
@@ -40,12 +48,20 @@ class Explanation:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block: ``"triton"``, ``"cpu"`` or ``"reference"``.
+    """Force a backend inside a ``with`` block.
+
+    Parameters
+    ----------
+    name : {"triton", "cpu", "reference"}
+
+    Returns
+    -------
+    context manager
 
     Raises
     ------
     ValueError
-        Unknown name. A known backend that cannot serve a call raises when that call is made.
+        Unknown name. A known backend that cannot serve a call raises (RuntimeError) when that call is made.
 
     Examples
     --------
@@ -74,6 +90,11 @@ def explain(tensor: torch.Tensor | None = None, *, device: Any = None, dtype: to
     -------
     Explanation
         ``chosen`` (name), ``rejected`` (name to reason); prints as lines.
+
+    Raises
+    ------
+    RuntimeError
+        A forced backend cannot serve; the message has its reason.
 
     Examples
     --------
@@ -105,10 +126,13 @@ def forced_name(argument: str | None) -> str | None:
     return _known(name, "V2DROP_BACKEND") if name else None
 
 
-@torch.compiler.assume_constant_result
 def traced_choice(kind: str, dtype: torch.dtype, argument: str | None) -> str:
     """The choice as a constant of a compiled graph."""
     return choose_name(kind, dtype, forced_name(argument))
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import all of dynamo (2 s) with the package.
+traced_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ._plan import Plan
     from ._types import Part
 
+# Fresh memory of this size is mapped anew by every call, and faulting it in 4 KB at a time costs more than the gather that fills it.
+_HUGE = 4 << 20
 _METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 _ORDERS = {"position": 0, "score": 1}
 _ROUND_TO = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -85,12 +87,15 @@ def _fill_bits(dtype: torch.dtype, fill: int) -> int:
 
 
 def _outputs(parts: Sequence[Part], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
-    """Fresh tensors with `rows` rows, and the descriptions of the parts that fill them."""
+    """The results with `rows` rows, fresh unless given, and the descriptions of the parts that fill them."""
     results, described = [], []
-    for tensor, batch_dim, row_dim, fill in parts:
-        shape = list(tensor.shape)
-        shape[row_dim] = rows
-        result = torch.empty(shape, dtype=tensor.dtype)
+    for tensor, batch_dim, row_dim, fill, result in parts:
+        if result is None:
+            shape = list(tensor.shape)
+            shape[row_dim] = rows
+            result = torch.empty(shape, dtype=tensor.dtype)
+            if result.nbytes >= _HUGE:
+                _lib().prefer_huge_pages(result.data_ptr(), result.nbytes)
         results.append(result)
         described.append((_view(tensor), _view(result), batch_dim, row_dim, _fill_bits(tensor.dtype, fill)))
     return results, described

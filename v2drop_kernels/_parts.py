@@ -38,10 +38,13 @@ def collect(
     rope: Any,
     labels: torch.Tensor | None,
     extra: torch.Tensor | None = None,
+    out: Compacted | Dropped | None = None,
+    out_rows: int = 0,
 ) -> tuple[list[Part], Callable[[list[torch.Tensor]], dict[str, Any]]]:
     """Check every given tensor against ``at``; return the parts and the function that puts the results in place.
 
-    ``extra`` is the droppable mask of a layout, which travels along to describe the result.
+    ``extra`` is the droppable mask of a layout, which travels along to describe the result. ``out`` is an earlier result whose
+    tensors, of ``out_rows`` rows, are written again.
     """
     _checks.one_of("kv_layout", kv_layout, KV_LAYOUTS)
     parts: list[Part] = []
@@ -55,6 +58,13 @@ def collect(
             _checks.tensor(name, leaf)
             _checks.same_device(name, leaf, at.device, at.of)
             parts.append(make(name, leaf, at))
+        if out is not None and name != "extra":
+            given = getattr(out, name)
+            structure, targets = (None, []) if given is None else flatten(f"out.{name}", given)
+            if structure != where[name] or len(targets) != len(leaves):
+                raise ValueError(f"out.{name} must have the structure of {name}")
+            first = len(parts) - len(leaves)
+            parts[first:] = [_into(f"out.{name}", p, t, out_rows) for p, t in zip(parts[first:], targets, strict=True)]
 
     put("hidden", hidden, _trailing)
     put("position_ids", position_ids, _ids)
@@ -74,7 +84,7 @@ def collect(
 def flatten(name: str, value: Any) -> tuple[Any, list[torch.Tensor]]:
     """Nested lists and tuples of tensors to (structure, leaves); a leaf's structure is None."""
     if isinstance(value, list | tuple):
-        if name not in ("kv", "rope"):
+        if name.removeprefix("out.") not in ("kv", "rope"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if hasattr(value, "_fields"):
             raise TypeError(f"{name} must be plain tuples or lists of tensors, got {type(value).__name__}")
@@ -103,6 +113,31 @@ def _part(name: str, x: torch.Tensor, at: Rows, batch_dim: int, row_dim: int, wa
     if not row_dim < x.dim() or x.shape[row_dim] != at.rows or (at.batch is not None and x.shape[batch_dim] != at.batch):
         raise _wrong(name, x, want, at)
     return Part(x, batch_dim, row_dim, fill)
+
+
+def check_out(out: Any, kind: type, traced: bool) -> None:
+    """Raise unless ``out`` is an earlier result, given outside tracing."""
+    if out is None:
+        return
+    if not isinstance(out, kind):
+        raise TypeError(f"out must be a {kind.__name__}, got {type(out).__name__}")
+    if traced:
+        raise ValueError("out cannot be given under torch.compile or torch.export, which plan memory themselves")
+
+
+def _into(name: str, part: Part, target: torch.Tensor, out_rows: int) -> Part:
+    shape = list(part.tensor.shape)
+    shape[part.row_dim] = out_rows
+    if list(target.shape) != shape or target.dtype != part.tensor.dtype or target.device != part.tensor.device:
+        want = f"{part.tensor.dtype} {shape} on {part.tensor.device}"
+        raise ValueError(f"{name} must be {want}, got {target.dtype} {list(target.shape)} on {target.device}")
+    if not target.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(target.stride())}")
+    if target.data_ptr() == part.tensor.data_ptr() and target.numel():
+        raise ValueError(f"{name} must not be the tensor that is read")
+    if torch.is_grad_enabled() and (part.tensor.requires_grad or target.requires_grad):
+        raise ValueError(f"{name} cannot be given where a gradient is recorded")
+    return part._replace(out=target)
 
 
 def _trailing(name: str, x: torch.Tensor, at: Rows) -> Part:

@@ -79,3 +79,4 @@ class Part(NamedTuple):
     batch_dim: int
     row_dim: int
     fill: int = 0  # written, as the tensor's dtype, into empty rows
+    out: torch.Tensor | None = None  # where the result goes; None: a fresh tensor

@@ -29,6 +29,7 @@ def compact(
     droppable: Any = None,
     cu_seqlens: Any = None,
     k: Any = None,
+    out: Compacted | None = None,
     backend: str | None = None,
 ) -> Compacted:
     """Gather the kept rows of everything that belongs to a batch, in one pass.
@@ -60,6 +61,8 @@ def compact(
     k : optional
         With ``droppable``: how many rows of each segment ``keep`` lists. Without it they are counted (one host
         synchronisation when ``keep`` is on a GPU).
+    out : Compacted, optional
+        As in :func:`drop_tokens`: the result of an earlier call, to be overwritten.
     backend : str, optional
         Force a backend for this call.
 
@@ -99,10 +102,12 @@ def compact(
     elif k is not None:
         raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
     _parts.check_keep(keep, at, groups=False)
+    traced = _library.dispatched(hidden)
     ids = _parts.input_positions(positions, position_ids, layout, at.device)
+    _parts.check_out(out, Compacted, traced)
     parts, restore = _parts.collect(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
-        labels=labels,
+        labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     run, name = _library.runner(hidden, backend, torch.float32)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
@@ -113,7 +118,7 @@ def compact(
         _, outs, _ = differentiable(lambda: (rows, run.compact(rows, parts), None), run, parts, at.rows)
     return _parts.finish(
         Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=_library.dispatched(hidden)) if packed else None,
+        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
         ragged=layout is not None,
     )  # fmt: skip
 

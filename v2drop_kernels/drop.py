@@ -30,6 +30,7 @@ def drop_tokens(
     cu_seqlens: Any = None,
     metric: str = "l2",
     score_dtype: torch.dtype | None = None,
+    out: Dropped | None = None,
     backend: str | None = None,
 ) -> Dropped:
     """Drop all but the k droppable tokens of every segment that the last layer changed most, and compact the rest.
@@ -50,6 +51,9 @@ def drop_tokens(
         As in :func:`compact`.
     metric, score_dtype
         As in :func:`variation_score`.
+    out : Dropped, optional
+        The result of an earlier call of the same shapes, whose gathered tensors are overwritten and returned: saves the page
+        faults of fresh memory on a CPU. Not under autograd or tracing.
     backend : str, optional
         Force a backend for this call.
 
@@ -97,15 +101,18 @@ def drop_tokens(
         return reference.drop_tokens(
             h_prev, h_cur, k, droppable=droppable, scores=scores, cu_seqlens=cu_seqlens, metric=metric,
             score_dtype=score_dtype, positions=positions, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
-            attention_mask=attention_mask, rope=rope, labels=labels,
+            attention_mask=attention_mask, rope=rope, labels=labels, out=out,
         )  # fmt: skip
 
     at = _parts.rows_of("h_cur", h_cur, packed)
-    found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=_library.dispatched(h_cur))
+    traced = _library.dispatched(h_cur)
+    found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
+    _parts.check_out(out, Dropped, traced)
     parts, restore = _parts.collect(
         at, hidden=h_cur, position_ids=_parts.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=found.mask,
+        out=out, out_rows=found.plan.out_rows,
     )  # fmt: skip
     a, b = (None, None) if pair is None else map(_checks.unit_stride, pair)
 

@@ -38,6 +38,11 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
     int
         The number of tokens to keep, ``0 <= result <= n``.
 
+    Raises
+    ------
+    ValueError
+        ``n`` or ``at_least`` is no int >= 0, ``ratio`` lies outside [0, 1], or ``rounding`` is unknown.
+
     Examples
     --------
     >>> n_keep(576, 0.28), n_keep(576, 0.0, at_least=1)

@@ -5,6 +5,8 @@
 // Tuples are read directly: calls on small tensors are common, and their conversion would cost more than their work.
 #include <pybind11/pybind11.h>
 
+#include <sys/mman.h>
+
 #include <stdexcept>
 #include <vector>
 
@@ -118,6 +120,16 @@ void drop_tokens(Handle scores, Handle prev, Handle cur, Handle mask, Handle str
   });
 }
 
+// Advice only: where it is not taken, nothing changes.
+void prefer_huge_pages(uintptr_t address, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 void compact(Handle keep, const py::list& parts, int threads) {
   const Tensor k(keep);
   const std::vector<v2drop_part> p = parts_of(parts);
@@ -145,6 +157,7 @@ PYBIND11_MODULE(_C, module) {
     return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
   });
   module.def("isa", &v2drop_isa);
+  module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("variation_score", &variation_score);
   module.def("variation_score_backward", &variation_score_backward);
   module.def("topk", &topk);

@@ -13,7 +13,8 @@ from ..layout import is_packed, layout_of
 
 def gather(keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
     """Rows ``keep [Bt, S]`` of every part; rows of ``fill`` where ``keep`` is negative."""
-    return [_gather(part, keep) for part in parts]
+    found = [_gather(part, keep) for part in parts]
+    return [x if part.out is None else part.out.copy_(x) for x, part in zip(found, parts, strict=True)]
 
 
 def _gather(part: Part, keep: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,7 @@ def compact(
     attention_mask: torch.Tensor | None = None,
     rope: Any = None,
     labels: torch.Tensor | None = None,
+    out: Compacted | None = None,
 ) -> Compacted:
     """Only the kept rows of everything; with ``droppable``, all rows that do not compete are kept as well."""
     packed = is_packed(droppable, cu_seqlens)
@@ -58,7 +60,7 @@ def compact(
     ids = _parts.input_positions(positions, position_ids, layout, at.device)
     parts, restore = _parts.collect(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
-        labels=labels,
+        labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     outs = gather(keep[None] if packed else keep, parts)
     return _parts.finish(

@@ -57,6 +57,7 @@ def drop_tokens(
     attention_mask: torch.Tensor | None = None,
     rope: Any = None,
     labels: torch.Tensor | None = None,
+    out: Dropped | None = None,
 ) -> Dropped:
     """Score, choose per segment, and keep the chosen with everything that does not compete."""
     packed = is_packed(droppable, cu_seqlens)
@@ -64,10 +65,12 @@ def drop_tokens(
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
     if scores is None:
         scores = variation_score(cast(torch.Tensor, h_prev), h_cur, metric=metric, score_dtype=score_dtype)
+    after = drop_plan(layout, per_segment_k(k, layout.groups)).layout
     ids = _parts.input_positions(positions, position_ids, layout, at.device)
+    _parts.check_out(out, Dropped, traced=False)
     parts, restore = _parts.collect(
         at, hidden=h_cur, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
-        labels=labels, extra=layout.mask,
+        labels=labels, extra=layout.mask, out=out, out_rows=after.rows,
     )  # fmt: skip
     keep, outs = select_and_gather(scores, k, layout, parts)
     if packed:
@@ -75,5 +78,5 @@ def drop_tokens(
     return _parts.finish(
         Dropped, keep, restore(outs), mode=positions, position_ids=position_ids,
         cu_seqlens=_parts.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
-        after=drop_plan(layout, per_segment_k(k, layout.groups)).layout, ragged=not packed and bool((keep < 0).any()),
+        after=after, ragged=not packed and bool((keep < 0).any()),
     )  # fmt: skip

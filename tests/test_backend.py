@@ -1,0 +1,200 @@
+"""Which backend runs, and the reasons of those that do not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import v2drop_kernels as vk
+from v2drop_kernels import _backend
+
+H = torch.zeros(1, 3, 4)
+CALLS = {
+    "variation_score": lambda **kw: vk.variation_score(H, H, **kw),
+    "segmented_topk": lambda **kw: vk.segmented_topk(H[..., 0], 2, **kw),
+    "variation_topk": lambda **kw: vk.variation_topk(H, H, 2, **kw),
+    "compact": lambda **kw: vk.compact(torch.tensor([[1]]), H, **kw),
+    "compact_": lambda **kw: vk.compact_(torch.tensor([[1]]), torch.zeros(1, 1, 3, 2), **kw),
+    "drop_tokens": lambda **kw: vk.drop_tokens(H, H, 2, **kw),
+}
+EVERY = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+class Recorder:
+    """Stands for a backend module; notes which of its functions are called."""
+
+    def __init__(self, module, calls):
+        self._module, self._calls = module, calls
+
+    def __getattr__(self, name):
+        self._calls.append(name)
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The functions of the C++ backend that the calls of a test reach."""
+    found = []
+    module = Recorder(_backend.load("cpu"), found)
+    monkeypatch.setattr(_backend, "load", lambda name: module)
+    return found
+
+
+def test_explain_of_cpu_tensors():
+    found = vk.explain(torch.zeros(1, 3, 4))
+    assert found.chosen == "cpu"
+    assert set(found.rejected) == {"triton", "reference"}
+    assert "TRITON_INTERPRET" in found.rejected["triton"] or "not installed" in found.rejected["triton"]
+    assert "'cpu' comes first" in found.rejected["reference"]
+    assert str(found).splitlines()[0] == "cpu: runs"
+    assert len(str(found).splitlines()) == 3
+
+
+def test_explain_falls_through_to_the_reference():
+    found = vk.explain(torch.zeros(1, 3, 4, dtype=torch.float64))
+    assert found.chosen == "reference"
+    assert "float64" in found.rejected["cpu"]
+    assert "float64" in found.rejected["triton"]
+    assert vk.explain(dtype=torch.float64) == found
+    other = vk.explain(device="meta")
+    assert other.chosen == "reference"
+    assert "meta" in other.rejected["cpu"]
+
+
+def test_explain_of_gpu_tensors():
+    found = vk.explain(device="cuda", dtype=torch.bfloat16)
+    assert "serves cpu tensors, not cuda" in found.rejected["cpu"]
+    assert found.chosen == "triton" or any(why in found.rejected["triton"] for why in ("not installed", "sees no GPU"))
+
+
+@EVERY
+def test_the_automatic_choice_on_cpu_tensors_is_the_library(call, calls):
+    call()
+    assert calls
+
+
+@EVERY
+def test_backend_forces_by_argument_and_by_block(call, calls):
+    call(backend="reference")
+    with vk.backend("reference"):
+        call()
+    assert not calls
+    with vk.backend("reference"):
+        call(backend="cpu")
+    assert calls, "the argument is nearer than the block"
+
+
+@EVERY
+def test_backend_forces_by_environment(call, calls, monkeypatch):
+    monkeypatch.setenv("V2DROP_BACKEND", "reference")
+    call()
+    assert not calls
+    assert vk.explain().chosen == "reference"
+    with vk.backend("cpu"):
+        call()
+    assert calls, "the block is nearer than the environment"
+
+
+@EVERY
+def test_backend_that_cannot_serve_raises_with_its_reason(call):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot serve cpu.*(TRITON_INTERPRET|not installed)"):
+        call(backend="triton")
+    with vk.backend("triton"), pytest.raises(RuntimeError, match="triton"):
+        call()
+
+
+@pytest.mark.parametrize("call", [c for n, c in CALLS.items() if n not in ("compact", "compact_")])
+def test_backend_cpu_refuses_float64(call, monkeypatch):
+    monkeypatch.setitem(globals(), "H", H.double())
+    call()
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve.*float64"):
+        call(backend="cpu")
+
+
+def test_backend_moves_bytes_of_any_dtype():
+    """compact reads no numbers, so the library also serves float64, complex and integers."""
+    for dtype in (torch.float64, torch.complex64, torch.int64, torch.float8_e4m3fn):
+        x = torch.zeros(1, 3, 2, dtype=torch.uint8).repeat(1, 1, dtype.itemsize).view(dtype)
+        assert vk.compact(torch.tensor([[1]]), x, backend="cpu").hidden.dtype == dtype
+
+
+def test_backend_restores_what_was_forced():
+    with vk.backend("reference"):
+        with vk.backend("cpu"):
+            assert vk.explain().chosen == "cpu"
+        assert vk.explain().chosen == "reference"
+        assert vk.explain().rejected["cpu"] == "'reference' is forced"
+    with pytest.raises(KeyError), vk.backend("reference"):
+        raise KeyError
+    assert vk.explain().chosen == "cpu"
+
+
+def test_backend_is_local_to_a_thread():
+    """A context variable: forcing a backend here changes nothing for a server's other threads."""
+    seen = []
+    with vk.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(vk.explain().chosen))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "CPU", "native"])
+def test_backend_of_unknown_names(name, monkeypatch):
+    with pytest.raises(ValueError, match="name must be one of"), vk.backend(name):
+        pass
+    with pytest.raises(ValueError, match="backend must be one of"):
+        vk.variation_score(H, H, backend=name)
+    if name:
+        monkeypatch.setenv("V2DROP_BACKEND", name)
+        with pytest.raises(ValueError, match="V2DROP_BACKEND must be one of"):
+            vk.variation_score(H, H)
+
+
+def test_backend_environment_holds_for_a_process():
+    script = "import torch, v2drop_kernels as vk; print(vk.explain(torch.zeros(1, 2, 3)))"
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "V2DROP_BACKEND": "reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.startswith("reference: runs\n")
+    assert "cpu: 'reference' is forced" in out
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_native_isa_is_capped_by_environment(isa):
+    """Every instruction set that this machine has gives the same bits; V2DROP_ISA caps the choice."""
+    script = """
+import torch, v2drop_kernels as vk
+from v2drop_kernels import _native
+g = torch.Generator().manual_seed(0)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for D in (1, 7, 33, 200):
+        a = torch.randint(-8, 9, (2, 70, D), generator=g).to(dtype)
+        b = torch.randint(-8, 9, (2, 70, D), generator=g).to(dtype)
+        for metric in ("l2", "l1"):
+            got = vk.drop_tokens(a, b, 20, droppable=(3, 66), metric=metric, backend="cpu")
+            want = vk.drop_tokens(a, b, 20, droppable=(3, 66), metric=metric, backend="reference")
+            assert torch.equal(got.keep, want.keep) and torch.equal(got.hidden, want.hidden)
+            scores = vk.variation_score(a, b, metric=metric, backend="cpu")
+            assert torch.equal(scores, vk.variation_score(a, b, metric=metric, backend="reference"))
+print(_native.isa())
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "V2DROP_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    order = ["baseline", "avx2", "avx512"]
+    assert found.stdout.strip() in order[: order.index(isa) + 1]

@@ -1,0 +1,184 @@
+"""The floors of the house (DESIGN.md, section 1): imports go down only, and the package imports on a bare machine."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import v2drop_kernels
+
+PACKAGE = Path(v2drop_kernels.__file__).resolve().parent
+# From the ground up; a module may import from its own floor and from those below.
+FLOORS = [
+    {"reference", "layout", "schedule", "_plan", "_checks", "_types", "_parts", "positions"},
+    {"_triton", "_native", "_C"},
+    {"_library", "_backend"},
+    {"score", "select", "compact", "attention_score", "soft_topk", "merge"},
+    {"drop"},
+    {"__init__"},
+    {"models", "__main__", "plot", "demo", "_demo_model"},
+    {"bench", "tests", "examples"},
+]
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+OPTIONAL = ("triton", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn")
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def top(path: Path) -> str:
+    """The name that has a floor: the file, or the folder, directly inside the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """(imported module of this package, or foreign top-level name; whether it is imported when the module is) per
+    import."""
+    package = ("v2drop_kernels", *path.relative_to(PACKAGE).parent.parts)
+
+    def visit(node, eager):
+        for child in ast.iter_child_nodes(node):
+            inner = eager and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield from resolved(tuple(alias.name.split(".")), [], inner)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else ()
+                yield from resolved(
+                    (*base, *(child.module or "").split(".")) if child.module else base, child.names, inner
+                )
+            yield from visit(child, inner)
+
+    def resolved(parts, names, eager):
+        if parts[0] != "v2drop_kernels":
+            yield parts[0], True, eager
+        elif len(parts) > 1:
+            yield parts[1], False, eager
+        else:
+            for alias in names or [ast.alias("__init__")]:
+                submodule = (
+                    alias.name in FLOOR or (PACKAGE / alias.name).is_dir() or (PACKAGE / f"{alias.name}.py").exists()
+                )
+                yield alias.name if submodule else "__init__", False, eager
+
+    yield from visit(ast.parse(path.read_text()), True)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    assert top(path) in FLOOR, f"{top(path)} has no floor: give it one here and in CONTRIBUTING.md"
+    for name, foreign, _ in imports(path):
+        if not foreign:
+            assert name in FLOOR, f"{name} has no floor"
+            assert FLOOR[name] <= FLOOR[top(path)], f"{path.name} imports {name}, which stands on a higher floor"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_inside_functions(path):
+    for name, foreign, eager in imports(path):
+        if foreign and eager and name in OPTIONAL:
+            assert name == "triton", f"{path.name} imports {name} at the top"
+            assert top(path) == "_triton", f"{path.name} imports triton at the top"
+
+
+def test_backends_are_loaded_by_name_only():
+    """Nothing above imports _triton or _native but the one place that chooses, and that when it chooses."""
+    for path in SOURCES:
+        if top(path) not in ("_triton", "_native", "__main__"):
+            assert not [name for name, foreign, eager in imports(path) if name in ("_triton", "_native") and eager], (
+                path
+            )
+
+
+def test_the_floors_test_sees_what_it_forbids(tmp_path, monkeypatch):
+    """A test of the test: upward imports of every spelling are found."""
+    monkeypatch.setitem(globals(), "PACKAGE", PACKAGE)
+    path = PACKAGE / "layout.py"
+    for line in (
+        "from . import select",
+        "from .select import x",
+        "import v2drop_kernels.select",
+        "from v2drop_kernels import select",
+        "from v2drop_kernels.select import x",
+        "def f():\n    from . import select",
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda self, line=line: line)
+        assert [name for name, *_ in imports(path)] == ["select"], line
+    monkeypatch.setattr(Path, "read_text", lambda self: "import v2drop_kernels\nimport triton")
+    assert list(imports(path)) == [("__init__", False, True), ("triton", True, True)]
+
+
+def run(script, **env):
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+BARE = """
+import sys
+
+# These are not installed: every finder answers that it knows no such module.
+ABSENT = ("triton", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn", "v2drop_kernels._C")
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        if name in ABSENT or name.startswith(tuple(a + "." for a in ABSENT)):
+            return None
+        return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name): return getattr(self.finder, name)
+sys.meta_path[:] = [Without(f) for f in sys.meta_path]
+import torch
+import v2drop_kernels as vk
+"""
+
+
+def test_import_on_a_bare_machine():
+    """No Triton, no compiled library, no GPU: the import succeeds and plain PyTorch serves."""
+    out = run(
+        BARE
+        + """
+assert not [m for m in sys.modules if m.startswith(ABSENT)]
+found = vk.explain(torch.zeros(1, 3, 4))
+assert found.chosen == "reference", found
+assert "not built" in found.rejected["cpu"], found
+assert "not installed" in found.rejected["triton"], found
+h = torch.arange(12.0).view(1, 3, 4)
+assert vk.drop_tokens(torch.zeros(1, 3, 4), h, 2).keep.tolist() == [[1, 2]]
+for name in ("cpu", "triton"):
+    try:
+        vk.variation_score(h, h, backend=name)
+    except RuntimeError as error:
+        print(error)
+    else:
+        raise SystemExit(f"{name} served")
+"""
+    )
+    assert "not built" in out.splitlines()[0]
+    assert "not installed" in out.splitlines()[1]
+
+
+def test_import_is_light():
+    """What need not be there is not imported where it is, either; nor is a GPU touched, nor numpy through us."""
+    run("""
+        import sys
+        import torch
+        before = set(sys.modules)
+        import v2drop_kernels
+        new = {m.split(".")[0] for m in set(sys.modules) - before}
+        assert not new & {"triton", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn"}, new
+        assert not torch.cuda.is_initialized()
+        assert "v2drop_kernels._triton" not in sys.modules
+        assert "v2drop_kernels.models" not in sys.modules
+    """)

@@ -1,0 +1,101 @@
+"""The command line: ``python -m v2drop_kernels info | demo | bench``.
+
+Exit codes: 0 well, 1 a result is wrong, 2 a wrong argument or something missing (one line on stderr); ``bench`` passes its own on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import __version__, _native, demo
+from ._backend import explain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    program = "v2drop-kernels" if Path(sys.argv[0]).name == "v2drop-kernels" else "python -m v2drop_kernels"
+    parser = argparse.ArgumentParser(prog=program, description="Drop vision tokens: what runs here, a demo, benchmarks.")
+    parser.add_argument("--version", action="version", version=f"v2drop-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("info", help="versions, backends with reasons, instruction set, GPU", description="What runs here.")
+    demo_parser = commands.add_parser(
+        "demo",
+        help="drop the vision tokens of a photo, check and time every stage, write a picture",
+        description="Run a photo through a LLaVA-shaped decoder (random weights) that drops its vision tokens at three layers; "
+        "check every stage against the PyTorch reference, time it, and write a picture of what was kept. "
+        "Exit code 1 if a stage differs from the reference.",
+    )
+    demo.add_arguments(demo_parser)
+    commands.add_parser("bench", help="run the benchmarks of a source checkout; arguments are passed on", add_help=False)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if args.command == "info":
+            return info()
+        return demo.run(args) if args.command == "demo" else bench(rest)
+    except (demo.DemoError, RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        print(f"{program} {args.command}: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def info() -> int:
+    """Print what runs here."""
+    built, reason = _native.available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    toolkits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    built_for = " ".join(f"{name} {version}" for name, version in toolkits.items() if version) or "no GPU"
+    lines = {
+        "v2drop-kernels": f"{__version__} in {Path(__file__).resolve().parent}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, built for {built_for}",
+        "triton": _version_of("triton"),
+        "native library": _native.version() if built else reason,
+        "instruction set": f"{_native.isa()} (native library)" if built else "-",
+        "threads": str(torch.get_num_threads()),
+        "GPU": ", ".join(gpus) or "none",
+    }
+    for name, value in lines.items():
+        print(f"{name:<16}{value}")
+    for device in ("cpu", "cuda"):
+        print(f"\n{device} tensors" + (" (there are none here)" if device == "cuda" and not gpus else ""))
+        try:
+            found = explain(device=device)
+        except (RuntimeError, ValueError) as error:  # a backend is forced that cannot serve
+            print(f"  {error}")
+            continue
+        print(f"  {found.chosen:<12}runs")
+        for name, why in found.rejected.items():
+            print(f"  {name:<12}{why}")
+    return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Run the benchmark suite of the checkout, if this is one."""
+    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        script = root / "bench" / "run.py"
+        if (root / "csrc").is_dir() and script.is_file():
+            return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
+    raise demo.DemoError("the benchmarks are not in the installed package: run `make bench` in a checkout of the sources")
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
