@@ -42,6 +42,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "on" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("backends")
         params = [p for p in _backends() if only is None or p.values[0].backend in only.args]
+        if not params:
+            elsewhere = pytest.mark.skip(reason=f"runs in the other process ({', '.join(only.args)})")
+            params = [pytest.param(None, id="elsewhere", marks=elsewhere)]
         metafunc.parametrize("on", params, indirect=True)
 
 

@@ -19,7 +19,6 @@ from cases import (
     scores,
     seeded,
     strided,
-    to,
 )  # fmt: skip
 from test_compact import some_rows
 from test_variation_score import eager
@@ -330,10 +329,3 @@ def test_gradients_are_differentiated_once(on):
     else:
         with pytest.raises(RuntimeError, match="once_differentiable"):
             g.sum().backward()
-
-
-def test_to_moves_nothing_by_itself(on):
-    """Gradients arrive where the leaves lie."""
-    leaf = to(torch.ones(1, 3, 2), on.device).requires_grad_()
-    vk.compact(torch.tensor([[2]], device=on.device), leaf, backend=on.backend).hidden.sum().backward()
-    assert leaf.grad.device == leaf.device

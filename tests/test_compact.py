@@ -62,7 +62,7 @@ def check(got, keep, hidden, given):
             plane = 1 if packed else 2
         elif name in ("position_ids", "rope"):
             first = value[0] if name == "rope" else value
-            plane = row + (first.dim() - (name == "rope") - 1 - row)
+            plane = first.dim() - 1 - (name == "rope")
         fill = -100 if name == "labels" else 0
         want = (
             oracle.gather(value, keep, plane - row, plane, fill)

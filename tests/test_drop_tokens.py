@@ -51,9 +51,11 @@ def check_facts(got, b, keep, ks):
     assert after.rows == keep.shape[-1]
     droppable, real = after.droppable_rows().cpu(), after.real_rows().cpu()
     competing = [{r for s in item for r in s} for item in b.segments]
-    want = [[r in competing[i] for r in rows] for i, rows in enumerate([keep.tolist()] if b.packed else keep.tolist())
-            ] if not b.packed else [[any(r in c for c in competing) for r in keep.tolist()]]  # fmt: skip
-    same(droppable, torch.tensor(want[0] if b.packed else want, dtype=torch.bool).view(keep.shape))
+    if b.packed:
+        want = [any(r in c for c in competing) for r in keep.tolist()]
+    else:
+        want = [[r in competing[i] for r in rows] for i, rows in enumerate(keep.tolist())]
+    same(droppable, torch.tensor(want, dtype=torch.bool).view(keep.shape))
     same(real, keep >= 0)
     assert [s.available for s in after.segments()] == [min(k, len(s)) for k, s in zip(ks, b.flat, strict=True)]
 
@@ -77,7 +79,7 @@ def test_drop_tokens_of_everything(on, b, k, key):
     keep = oracle.keep(exact(prev, cur, "l2").float(), b, b.ks(k))
     check(got, keep, cur, given)
     check_facts(got, b, keep, b.ks(k))
-    if not isinstance(b.droppable, torch.Tensor | type(None)) and isinstance(b.droppable, vk.TokenLayout):
+    if isinstance(b.droppable, vk.TokenLayout):
         assert b.droppable.after(b.k(k)) == got.layout
 
 
@@ -289,17 +291,14 @@ def test_out_that_cannot_be_written_is_refused(on):
     run = lambda out, k=4, h=cur, **kw: vk.drop_tokens(prev, h, k, kv=kv, out=out, backend=on.backend, **kw)
     good = run(None)
     same(to([run(good).hidden, run(good).kv], "cpu"), to([good.hidden, good.kv], "cpu"))
-    bad = {
-        "hidden.* must be": (ValueError, good._replace(hidden=torch.zeros(1, 5, 4, device=on.device))),
-        "hidden must be torch.float32|hidden.* must be": (ValueError, good._replace(hidden=good.hidden.half())),
-        "hidden.* must be contiguous": (
-            ValueError,
-            good._replace(hidden=torch.zeros(1, 4, 8, device=on.device)[..., ::2]),
-        ),
-        "kv": (ValueError, good._replace(kv=[good.kv[0][:, :1]])),
-        "out must be a Dropped": (TypeError, (good.hidden,)),
-    }
-    for message, (error, out) in bad.items():
+    strided_hidden = torch.zeros(1, 4, 8, device=on.device)[..., ::2]
+    for message, error, out in (
+        ("out.hidden must be", ValueError, good._replace(hidden=torch.zeros(1, 5, 4, device=on.device))),
+        ("out.hidden must be torch.float32", ValueError, good._replace(hidden=good.hidden.half())),
+        ("out.hidden must be contiguous", ValueError, good._replace(hidden=strided_hidden)),
+        ("out.kv must be", ValueError, good._replace(kv=[good.kv[0][:, :1]])),
+        ("out must be a Dropped", TypeError, (good.hidden,)),
+    ):
         with pytest.raises(error, match=message):
             run(out)
     with pytest.raises((ValueError, TypeError), match="kv"):
@@ -308,7 +307,7 @@ def test_out_that_cannot_be_written_is_refused(on):
         run(good._replace(kv=[good.kv[0], good.kv[0]]))
     with pytest.raises(ValueError, match="hidden"):
         run(good, k=5)
-    with pytest.raises(ValueError, match="out cannot be given where a gradient"):
+    with pytest.raises(ValueError, match=r"out.* cannot be given where a gradient"):
         run(good, h=cur.clone().requires_grad_())
     with pytest.raises(ValueError, match="must not be the tensor that is read"):
         vk.drop_tokens(prev, cur, 12, out=vk.drop_tokens(prev, cur, 12)._replace(hidden=cur), backend=on.backend)

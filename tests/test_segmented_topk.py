@@ -21,7 +21,6 @@ from cases import (
     same_values,
     scores,
     strided,
-    to,
 )  # fmt: skip
 
 import v2drop_kernels as vk
@@ -131,8 +130,3 @@ def test_segmented_topk_passes_the_gradient_of_its_values(on):
             grads.append(leaf.grad.cpu())
         assert grads[0].count_nonzero() == sum(min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True))
         assert torch.equal(*grads)
-
-
-def test_segmented_topk_takes_a_topk_apart(on):
-    values, indices = vk.segmented_topk(to(torch.tensor([[1.0, 3.0, 2.0]]), on.device), 2, backend=on.backend)
-    assert (values.tolist(), indices.tolist()) == ([[3.0, 2.0]], [[1, 2]])

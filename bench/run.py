@@ -1,0 +1,185 @@
+"""Measure everything and write it down: ``make bench``.
+
+First the bars (bars.py), then the pytest-benchmark suite (bench_*.py), both in this process. Four files come of it:
+bars.csv, results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bars
+import harness
+import pytest
+import readme_table
+from providers import OPS, providers
+
+HERE = Path(__file__).resolve().parent
+
+
+def measure_bars(path: Path, run: str) -> bool:
+    """All bars to ``path``; whether every asserted one passed."""
+    dry = run == "dry"
+    gate = harness.Gate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if dry else 0)
+    conditions = harness.conditions(run)
+    passed = True
+    with path.open("w", newline="") as file:
+        out = csv.DictWriter(file, bars.COLUMNS, restval="", lineterminator="\n")
+        out.writeheader()
+        for bar in bars.bars(dry):
+            row = bars.measure(bar, gate, dry)
+            out.writerow({**row, **conditions})
+            passed &= not bar.asserted or row["status"] == "pass"
+            print(f"{row['status']:>8}  {row['bar']}, {row['case']}, {row['threads']} thread(s): {_words(row)}", flush=True)
+    return passed
+
+
+def _words(row: dict[str, Any]) -> str:
+    if row["value"] == "":
+        return "no number"
+    asked = f" (asked {row['limit']})" if row["limit"] else ""
+    return (
+        f"{row['value']}{' us' if row['unit'] == 'us' else ''}{asked}; {row['a']} {row['a_min_us']:.6g} us, {row['b']} "
+        f"{row['b_min_us']:.6g} us; {row['quiet_attempts']} of {row['attempts']} attempts quiet"
+    )
+
+
+def measure_suite(path: Path, run: str) -> int:
+    """The pytest-benchmark suite to ``path``; pytest's exit status."""
+    return int(
+        pytest.main(
+            [str(HERE), "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE), "-q", "-p", "no:cacheprovider", "--benchmark-quiet",
+             "--csv", str(path), *(["--quick"] if run == "dry" else ["--run", run])]
+        )
+    )  # fmt: skip
+
+
+def roofline(rows: list[readme_table.Row]) -> str:
+    """Every op, shape and provider: bytes, time, GB/s and the share of the copy beside it."""
+    lines = []
+    for row in rows:
+        shape = f"[{row['B']}, {row['N']}, {row['D']}], k = {row['k']}"
+        start = [f"{row['op']}, {row['provider']}", shape, row["threads"], row["cache"], f"{float(row['bytes']) / 1e6:.4g}"]
+        if not row["median_us"]:
+            lines.append([*start, row["check"], "-", "-", "-", "-"])
+            continue
+        spread = f"{readme_table.duration(row['p20_us'])} to {readme_table.duration(row['p80_us'])}"
+        share = f"{100 * float(row['copy_share']):.0f} %" if row["copy_share"] else "-"
+        lines.append([*start, readme_table.duration(row["median_us"]), spread, row["gb_s"], share, row["quiet"]])
+    head = ["op, provider", "hidden", "threads", "cache", "MB", "median", "p20 to p80", "GB/s", "of a copy", "quiet"]
+    return readme_table.table(head, lines)
+
+
+def plot(rows: list[readme_table.Row], path: Path) -> None:
+    """GB/s over bytes: this package, the other providers, and the copy that is the roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {
+        "copy": ("0.6", "--", ""), "native": ("tab:blue", "-", "o"), "triton": ("tab:cyan", "-", "o"),
+        "compile-out": ("tab:green", ":", "s"), "eager-out": ("tab:orange", ":", "^"), "eager-out-lean": ("tab:olive", ":", "v"),
+        "eager": ("tab:red", ":", "x"), "v2drop": ("tab:purple", ":", "+"),
+    }  # fmt: skip
+    figure, axes = pyplot.subplots(1, len(OPS), figsize=(14, 4), sharey=True)
+    for axis, op in zip(axes, OPS, strict=True):
+        for name, (colour, line, marker) in styles.items():
+            mine = [r for r in rows if r["op"] == op and r["provider"] == name and r["threads"] == "1" and r["median_us"]]
+            mine = [r for r in mine if op == "select" or r["cache"] == "cold"]
+            points = sorted((float(r["bytes"]), float(r["gb_s"])) for r in mine)
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=marker, markersize=5, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="bytes that must move", title=op)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("GB/s of those bytes, one thread")
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def report(folder: Path, memory: str, seconds: float) -> str:
+    """report.md, from the two CSV files."""
+    results, measured = readme_table.read(folder / "results.csv"), readme_table.read(folder / "bars.csv")
+    first = measured[0]
+    kind = {"dry": ": a dry run on tiny shapes, no measurement", "ungated": ": no noise gate, not to be quoted"}
+    noisy = sum(row["quiet"] == "no" for row in results)
+    about = {p.name: p.about for op in OPS for p in providers(op).values()}
+    used = {row["provider"] for row in results}
+    return "\n\n".join(
+        [
+            f"# CPU measurements{kind.get(first['run'], '')}",
+            f"{readme_table.conditions(first)}. Memory: {memory}. Made by `{readme_table.COMMAND}` in {seconds / 60:.1f} minutes.",
+            "## Bars",
+            f"Two calls in turns in one process, at least {bars.REPETITIONS} times over at least {bars.SECONDS:g} s, with the same "
+            "inputs on every turn; the value is the ratio of the minima (the host overhead: the median call). An attempt counts "
+            "only where a fixed loop of 20 ms ran within 10 % of its best before and after and other processes used less than a "
+            f"tenth of a core; up to {bars.ATTEMPTS} attempts, the first quiet one that passes counts. Baselines named torch, "
+            "numpy or libc are the fastest of several. A memcpy of the same bytes copies N D E + k D E bytes, so that it reads and "
+            "writes as much as the step.",
+            readme_table.bars_table(measured, asserted=True),
+            "Reported, not asserted:",
+            readme_table.bars_table(measured, asserted=False),
+            "## drop_tokens",
+            readme_table.drop_table(results),
+            "## Providers",
+            "\n".join(f"- `{name}`: {about[name]}." for name in about if name in used),
+            "Every provider's result was compared with `v2drop_kernels.reference` before it was timed; the kept sets of those that "
+            "round otherwise may differ only in tokens whose scores round into the cut. A wrong one has no number.",
+            "## Roofline",
+            "![GB/s over bytes](roofline.png)",
+            "Bytes that must move, E bytes per element: score 2 B N D E + 4 B N; select 4 B N + 12 B k; compact 2 B k D E + 8 B k; "
+            "drop 2 B N D E + 2 B k D E + 8 B k. The copy reads and writes as many in the same process. Cold: inputs rotated over "
+            f"four times the last-level cache. {noisy} of {len(results)} rows were taken while the machine was not quiet.",
+            roofline(results),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the results, default bench/results/cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a dry run, not a measurement; needs --out")
+    parser.add_argument("--ungated", action="store_true", help="believe noisy attempts too, on a busy machine; needs --out")
+    parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where an asserted bar does not pass")
+    parser.add_argument("--only", choices=["bars", "suite"], help="measure this half; no report")
+    options = parser.parse_args(arguments)
+    if (options.quick or options.ungated) and options.out is None:
+        parser.error("--quick and --ungated need --out: they must not replace measured results")
+    run = "dry" if options.quick else "ungated" if options.ungated else "full"
+    if os.environ.get("TRITON_INTERPRET") == "1" and not options.quick:
+        parser.error("TRITON_INTERPRET=1 would measure Triton's interpreter")
+    out = options.out or readme_table.RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    memory = harness.recycle_memory()
+    passed, broken = True, 0
+    # A run that is cut short must not leave half of its files beside those of an older one.
+    with tempfile.TemporaryDirectory() as scratch:
+        done = Path(scratch)
+        if options.only != "suite":
+            passed = measure_bars(done / "bars.csv", run)
+        if options.only != "bars":
+            broken = measure_suite(done / "results.csv", run)
+        if options.only is None:
+            plot(readme_table.read(done / "results.csv"), done / "roofline.png")
+            (done / "report.md").write_text(report(done, memory, time.monotonic() - start))
+        for file in sorted(done.iterdir()):
+            (out / file.name).write_bytes(file.read_bytes())
+            print(out / file.name)
+    return 1 if broken or (options.strict and not passed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The Triton kernels, compiled for real targets without a GPU, exactly as their launchers would.
+
+A test calls a public function of the backend on CPU tensors with ``launch.start`` replaced by a recorder: nothing runs, and what
+was to be launched (arguments, constants, warps) is then compiled for the target. So shapes, alignment and specialisation are those
+of production. Runs in a process of its own without ``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from v2drop_kernels._plan import CuPlan, Plan  # noqa: E402
+from v2drop_kernels._types import Part  # noqa: E402
+
+pytestmark = pytest.mark.compile_only
+if triton.knobs.runtime.interpret:
+    pytest.skip("compiles for real targets: run without TRITON_INTERPRET", allow_module_level=True)
+
+from v2drop_kernels import _triton as vt  # noqa: E402
+from v2drop_kernels._triton import launch  # noqa: E402
+
+SM80, SM90, SM100, SM120 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120))
+GFX942 = GPUTarget("hip", "gfx942", 64)
+TARGETS = {"sm80": SM80, "sm90": SM90, "sm100": SM100, "sm120": SM120, "gfx942": GFX942}
+every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+
+
+class Compiled(NamedTuple):
+    """What the target's assembler made: for CUDA the registers, bytes of stack and SASS as well."""
+
+    asm: dict[str, Any]
+    registers: int = 0
+    stack: int = 0
+    sass: str = ""
+
+    def accesses(self, *kinds: str) -> list[str]:
+        """Widths of the global or local accesses, e.g. ``accesses("LDG")`` -> ``["128", "32"]``."""
+        found = re.findall(rf"\b(?:{'|'.join(kinds)})\.(\S+)", self.sass)
+        return [(re.findall(r"\b(?:U8|S8|U16|S16|64|128)\b", x) or ["32"])[-1].lstrip("US") for x in found]
+
+
+@contextlib.contextmanager
+def recorded(target: GPUTarget):
+    """The launches that the backend would make on ``target``."""
+    launches: list[Launch] = []
+
+    def record(kernel, programs, device, *args, **meta):
+        if programs:
+            launches.append(Launch(kernel, programs, args, meta))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "start", record)
+        patch.setattr(launch, "is_nvidia", lambda device: target.backend == "cuda")
+        patch.setattr(launch, "has_pdl", lambda device: target.backend == "cuda" and target.arch >= 90)
+        yield launches
+
+
+def specialize(target: GPUTarget, item: Launch) -> tuple[ASTSource, Any]:
+    """What the launch would compile, and with which options, as Triton's own launcher derives them from the arguments."""
+    meta = launch.options(item.meta)
+    backend = make_backend(target)
+    binder = create_function_from_signature(item.kernel.signature, item.kernel.params, backend)
+    bound, specialization, rest = binder(*item.args, **meta, debug=False)
+    options, signature, constants, attributes = item.kernel._pack_args(backend, meta, bound, specialization, rest)
+    return ASTSource(item.kernel, signature, constants, attributes), options
+
+
+def compile_for(target: GPUTarget, item: Launch) -> Compiled:
+    """Compile, and check what holds for every kernel: no spills, no local memory."""
+    source, options = specialize(target, item)
+    asm = triton.compile(source, target=target, options=options.__dict__).asm
+    if target.backend != "cuda":
+        # The AMD back end states it in the kernel's metadata.
+        assert re.search(r"\.vgpr_spill_count: +0\b", asm["amdgcn"])
+        return Compiled(asm)
+    usage, sass = _disassemble(asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert stack == 0, (registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", sass)))
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    return Compiled(asm, registers, stack, sass)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+        return run([tool, "-res-usage", path]).stdout, run([tool, "-sass", path]).stdout
+
+
+def hidden(n: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(1, n, d, dtype=dtype)
+
+
+def everything(n: int, layers: int = 32) -> list[Part]:
+    """Hidden states, K and V of ``layers`` layers, M-RoPE ids and a mask."""
+    kv = [Part(torch.empty(1, 4, n, 128, dtype=torch.bfloat16), 0, 2) for _ in range(2 * layers)]
+    ids, mask = torch.empty(3, 1, n, dtype=torch.int64), torch.empty(1, n, dtype=torch.bool)
+    return [Part(hidden(n), 0, 1), *kv, Part(ids, 1, 2), Part(mask, 0, 1)]
+
+
+def uniform(n: int) -> Plan:
+    return Plan(1, n, n // 4, 1, (0, n, 0, n // 4), None)
+
+
+def table(n: int) -> Plan:
+    return Plan(1, n, n // 4, 2, None, (0, 0, n // 2, 0, n // 8, 0, 0, 0, n // 2, 0, n // 2, 0, n // 8, n // 8, 0, 0))
+
+
+def drop(n: int, parts: list[Part], plan: Plan | None = None, mask: torch.Tensor | None = None) -> None:
+    vt.drop(None, hidden(n), hidden(n), plan or uniform(n), mask, parts, "l2", None)
+
+
+def has_pdl(compiled: Compiled) -> bool:
+    return "griddepcontrol" in compiled.asm.get("ptx", "")
+
+
+SCORES = [
+    ("l2", 4096, torch.bfloat16, None),
+    ("l2", 4096, torch.float32, None),
+    ("l2", 4096, torch.bfloat16, torch.bfloat16),
+    ("l1", 4096, torch.float16, None),
+    ("cosine", 4096, torch.bfloat16, None),
+    ("l2", 3584, torch.bfloat16, None),
+    ("cosine", 576, torch.float16, None),
+]
+
+
+@every_target
+@pytest.mark.parametrize(("metric", "d", "dtype", "score_dtype"), SCORES, ids=lambda x: str(x).removeprefix("torch."))
+def test_variation_score(target, metric, d, dtype, score_dtype):
+    with recorded(target) as launches:
+        vt.variation_score(hidden(576, d, dtype), hidden(576, d, dtype), metric, score_dtype)
+    (score,) = launches
+    compiled = compile_for(target, score)
+    assert not has_pdl(compiled)
+    if target.backend != "cuda":
+        return
+    # Rows come in 16-byte loads only, of both tensors; the one narrow access is the store of the scores.
+    loads = 2 * -(-d // score.meta["BLOCK_D"])
+    assert compiled.accesses("LDG") == ["128"] * loads
+    assert compiled.accesses("STG") == ["32"]
+    # All are issued before the first is used; ptxas lets only half of them be in flight in the small float32 body.
+    before_use = re.split(r"\b(?:FADD|FFMA|HADD2\.F32)\b", compiled.sass)[0]
+    assert before_use.count("LDG.") >= (loads if dtype != torch.float32 else loads // 2)
+    if d == 4096:
+        assert compiled.registers <= 64
+
+
+@every_target
+@pytest.mark.parametrize("n", [576, 2048, 4096, 6272, 65536])
+def test_topk(target, n):
+    with recorded(target) as launches:
+        vt.topk(torch.empty(1, n), None, None, uniform(n), None, "position", "l2", None)
+    assert [x.name for x in launches] == ["select_fwd"]
+    compile_for(target, launches[0])
+
+
+@every_target
+def test_topk_by_score_of_device_lengths(target):
+    plan = CuPlan(9000, (5,) * 32, 5, False)
+    with recorded(target) as launches:
+        vt.topk(torch.empty(9000), None, None, plan, None, "score", "l2", None, torch.empty(33, dtype=torch.int32))
+    assert [x.name for x in launches] == ["select_fwd", "rank_fwd"]
+    for item in launches:
+        assert has_pdl(compile_for(target, item)) == (target in (SM90, SM100, SM120))
+
+
+@every_target
+@pytest.mark.parametrize("n", [512, 1024, 2048, 6272])
+@pytest.mark.parametrize("kv", [False, True], ids=["hidden", "kv"])
+def test_drop(target, n, kv):
+    with recorded(target) as launches:
+        drop(n, everything(n) if kv else [Part(hidden(n), 0, 1)])
+    names = ["variation_score_fwd", "gather_fwd"] if n <= 2048 else ["variation_score_fwd", "select_fwd", "gather_fwd"]
+    assert [x.name for x in launches] == names
+    compiled = [compile_for(target, x) for x in launches]
+    assert {has_pdl(x) for x in compiled} == {target in (SM90, SM100, SM120)}
+    if target.backend != "cuda":
+        return
+    gather = compiled[-1]
+    loads, stores = gather.accesses("LDG"), gather.accesses("STG")
+    # Hidden states and K/V move by 16 bytes. Narrower are, where the select is fused, the scores (32) and keep (64), and
+    # the small arrays: ids (64) and mask (8).
+    narrow = {"64"} | ({"8"} if kv else set())
+    assert set(stores) - narrow <= {"128"}
+    assert set(loads) - narrow - ({"32"} if n <= 2048 else set()) <= {"128"}
+    assert loads.count("128") == stores.count("128") > 0
+    if not kv and n > 2048:
+        assert set(stores) == {"128"}
+
+
+@every_target
+@pytest.mark.parametrize("n", [2048, 8192, 9000, 20000])
+def test_drop_table_and_mask(target, n):
+    with recorded(target) as launches:
+        drop(n, [Part(hidden(n), 0, 1)], table(n), torch.empty(1, n, dtype=torch.bool))
+    assert len(launches) == (2 if n <= 2048 else 3)
+    for item in launches:
+        compile_for(target, item)
+
+
+@every_target
+def test_drop_device_lengths(target):
+    h, plan = hidden(9000)[0], CuPlan(9000, (5,) * 32, 160, True)
+    with recorded(target) as launches:
+        vt.drop(None, h, h, plan, None, [Part(h, -1, 0)], "l2", None, torch.empty(33, dtype=torch.int32))
+    assert [x.name for x in launches] == ["variation_score_fwd", "select_fwd", "gather_fwd"]
+    for item in launches[:2]:
+        compile_for(target, item)
+
+
+@every_target
+def test_backward(target):
+    n = 2048
+    keep = torch.empty(1, n // 4, dtype=torch.int64)
+    with recorded(target) as launches:
+        vt.variation_score_backward(torch.empty(1, n), hidden(n), hidden(n), "cosine", True, True)
+        vt.compact_backward(keep, [Part(hidden(n // 4), 0, 1)], n)
+    assert [x.name for x in launches] == ["variation_score_bwd", "invert_fwd", "gather_fwd"]
+    score, _, gather = (compile_for(target, x) for x in launches)
+    if target.backend == "cuda":
+        assert set(score.accesses("STG")) == set(gather.accesses("STG")) == {"128"}
+
+
+@every_target
+def test_compact_in_place(target):
+    with recorded(target) as launches:
+        vt.compact_(torch.empty(1, 512, dtype=torch.int64), everything(2048))
+    assert [x.name for x in launches] == ["compact_inplace"]
+    compiled = compile_for(target, launches[0])
+    if target.backend == "cuda":
+        assert {"64", "8"} <= set(compiled.accesses("STG")) <= {"128", "64", "8"}
+
+
+def test_launches_of_many_tensors():
+    """Up to 128 tensors share a launch and its 4 KB of parameters; 400 take three more."""
+    for tensors, launches_wanted in ((128, 2), (129, 3), (400, 5)):
+        with recorded(SM90) as launches:
+            drop(64, [Part(torch.empty(1, 64, 128), 0, 1)] * tensors)
+        assert len(launches) == launches_wanted
+    with recorded(SM90) as launches:
+        drop(64, [Part(torch.empty(1, 64, 128), 0, 1)] * 128)
+    header = compile_for(SM90, launches[1]).asm["ptx"].split("{", 1)[0]
+    assert 8 * header.count(".param") <= 4096
+
+
+@pytest.mark.parametrize("plan", [uniform, table])
+def test_new_lengths_do_not_recompile(plan):
+    """Lengths of one ladder step compile to the same kernels, whatever divides them."""
+    sources = []
+    for n in (576, 640, 1000):
+        with recorded(SM90) as launches:
+            drop(n, everything(n, layers=2), plan(n))
+        sources.append([specialize(SM90, x)[0].hash() for x in launches])
+    assert sources[0] == sources[1] == sources[2]

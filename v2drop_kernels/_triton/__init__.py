@@ -1,0 +1,21 @@
+"""The Triton backend: plain tensors in and out, no argument checks (the public functions made them).
+
+Serves CUDA and ROCm tensors, and CPU tensors under ``TRITON_INTERPRET=1``. No kernel spins, counts in global memory or uses
+atomics; nothing synchronises with the host. Device tables of a plan are copied once, so the first call of a plan must lie
+outside a CUDA graph capture.
+"""
+
+from .compact import compact, compact_, compact_backward
+from .drop import drop
+from .score import variation_score, variation_score_backward
+from .select import topk
+
+__all__ = [
+    "compact",
+    "compact_",
+    "compact_backward",
+    "drop",
+    "topk",
+    "variation_score",
+    "variation_score_backward",
+]
