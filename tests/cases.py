@@ -50,8 +50,7 @@ def cross(rounds: int = 1, **axes: list[Any]) -> Any:
     else:
         combinations = list(itertools.product(*axes.values()))
     params = [
-        pytest.param(*c, id="-".join(_label(name, x) for name, x in zip(axes, c, strict=True)))
-        for c in dict.fromkeys(combinations)
+        pytest.param(*c, id="-".join(_label(name, x) for name, x in zip(axes, c, strict=True))) for c in dict.fromkeys(combinations)
     ]
     return pytest.mark.parametrize(",".join(axes), params)
 
@@ -112,11 +111,7 @@ def random_bytes(shape: Any, dtype: torch.dtype, *key: Any) -> torch.Tensor:
     if 0 in shape:
         return torch.empty(tuple(shape), dtype=dtype)
     *outer, last = shape
-    return (
-        torch.randint(0, 256, (*outer, last * dtype.itemsize), generator=seeded(*key, shape))
-        .to(torch.uint8)
-        .view(dtype)
-    )
+    return torch.randint(0, 256, (*outer, last * dtype.itemsize), generator=seeded(*key, shape)).to(torch.uint8).view(dtype)
 
 
 def strided(x: torch.Tensor, kind: str) -> torch.Tensor:

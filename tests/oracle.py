@@ -14,9 +14,7 @@ def best(values: list[float], rows: list[int], k: int) -> list[int]:
     return sorted(rows, key=lambda r: (0, 0.0, r) if math.isnan(values[r]) else (1, -values[r], r))[:k]
 
 
-def topk(
-    scores: torch.Tensor, segments: list[list[list[int]]], ks: list[int], order: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def topk(scores: torch.Tensor, segments: list[list[list[int]]], ks: list[int], order: str) -> tuple[torch.Tensor, torch.Tensor]:
     """values and indices ``[G, K]`` of ``[B, N]`` or packed ``[T]`` scores."""
     items = [(i, s) for i, item in enumerate(segments) for s in item]
     chosen = []

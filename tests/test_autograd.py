@@ -56,9 +56,7 @@ def test_gradcheck_of_drop_tokens_and_compact(b):
     x = scores("random", b.lead, torch.float32)
 
     def drop(hidden, kv, rope):
-        got = vk.drop_tokens(
-            None, hidden, b.k("n/3"), scores=x, kv=[kv], rope=(rope,), backend="reference", **b.arguments()
-        )
+        got = vk.drop_tokens(None, hidden, b.k("n/3"), scores=x, kv=[kv], rope=(rope,), backend="reference", **b.arguments())
         return got.hidden, got.kv[0], got.rope[0]
 
     keep = vk.segmented_topk(x, b.k("n/3"), backend="reference", **b.spans())
@@ -74,9 +72,7 @@ def test_gradcheck_of_drop_tokens_and_compact(b):
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradcheck_of_topk_values(metric):
     a, b = double(1, 9, 4), (2 * double(1, 9, 4)).detach().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda a, b: vk.variation_topk(a, b, 4, metric=metric, order="score").values, (a, b)
-    )
+    assert torch.autograd.gradcheck(lambda a, b: vk.variation_topk(a, b, 4, metric=metric, order="score").values, (a, b))
     assert torch.autograd.gradcheck(lambda s: vk.segmented_topk(s, 3, order="score").values, (double(2, 7),))
 
 
@@ -203,9 +199,7 @@ def test_compaction_gradients(on, b, key, op):
         hidden, k, v, cos = leaves
         given = {"kv": [(k, v)], "rope": (cos, cos.detach()), **rest}
         if op == "drop_tokens":
-            got = vk.drop_tokens(
-                None, hidden, b.k("n/3"), scores=x.to(device), backend=backend, **b.arguments(device), **given
-            )
+            got = vk.drop_tokens(None, hidden, b.k("n/3"), scores=x.to(device), backend=backend, **b.arguments(device), **given)
         else:
             keep = vk.segmented_topk(x.to(device), b.k("n/3"), backend=backend, **b.spans(device))
             got = vk.compact(keep, hidden, backend=backend, **b.spans(device), **given)
@@ -245,11 +239,7 @@ def test_compact_gradients_of_any_rows(on, N, k, dtype):
 def test_compact_takes_any_incoming_gradient(on, incoming, dtype):
     keep = some_rows(2, 20, 9)
     shape = (2, 9, 6)
-    g = (
-        torch.ones((), dtype=dtype).expand(shape)
-        if incoming == "expanded"
-        else strided(normal(shape, dtype, "g"), incoming)
-    )
+    g = torch.ones((), dtype=dtype).expand(shape) if incoming == "expanded" else strided(normal(shape, dtype, "g"), incoming)
     hidden = normal((2, 20, 6), dtype, "h")
     run = lambda h: vk.compact(keep.to(h.device), h, backend=on.backend).hidden
     got = gradients(run, [hidden], on.device, g)[0]
@@ -301,9 +291,7 @@ def test_compact_gradients_of_shared_tables(on):
     """A rope table [N, R] shared by the batch: every item adds its rows to the one table."""
     keep = some_rows(3, 10, 6)
     table = torch.ones(10, 4, requires_grad=True, device=on.device)
-    got = vk.compact(
-        keep.to(on.device), torch.zeros(3, 10, 1, device=on.device), rope=(table, table), backend=on.backend
-    )
+    got = vk.compact(keep.to(on.device), torch.zeros(3, 10, 1, device=on.device), rope=(table, table), backend=on.backend)
     (got.rope[0].sum() + 2 * got.rope[1].sum()).backward()
     times = torch.bincount(keep[keep >= 0], minlength=10)
     assert torch.equal(table.grad.cpu(), (3.0 * times)[:, None].expand(10, 4))

@@ -36,9 +36,7 @@ def some_rows(batch: int, rows: int, width: int) -> torch.Tensor:
     gen = seeded("rows", batch, rows, width)
     picks = [torch.randperm(rows, generator=gen)[:width] for _ in range(batch)]
     keep = (
-        torch.stack([torch.nn.functional.pad(p, (0, width - len(p)), value=-1) for p in picks])
-        if batch
-        else torch.empty(0, width)
+        torch.stack([torch.nn.functional.pad(p, (0, width - len(p)), value=-1) for p in picks]) if batch else torch.empty(0, width)
     )
     holes = torch.rand(batch, width, generator=gen) < 0.2
     return torch.where(holes, -1, keep.to(torch.int64))
@@ -64,11 +62,7 @@ def check(got, keep, hidden, given):
             first = value[0] if name == "rope" else value
             plane = first.dim() - 1 - (name == "rope")
         fill = -100 if name == "labels" else 0
-        want = (
-            oracle.gather(value, keep, plane - row, plane, fill)
-            if name != "kv"
-            else oracle.gather(value, keep, 0, plane)
-        )
+        want = oracle.gather(value, keep, plane - row, plane, fill) if name != "kv" else oracle.gather(value, keep, 0, plane)
         found = to(getattr(got, name), "cpu")
         same(found, want)
         assert _all_contiguous(found)

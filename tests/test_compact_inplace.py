@@ -62,10 +62,7 @@ def test_compact_inplace_leaves_memory_between_rows(on, strides):
 
 def test_compact_inplace_of_32_layers(on):
     keep = ascending_rows(2, 40, 20)
-    cache = [
-        tuple(random_bytes((2, 1 + i % 2, 40, 4), torch.bfloat16, i, s) for s in "kv")
-        for i in range(fewer([32], [5])[0])
-    ]
+    cache = [tuple(random_bytes((2, 1 + i % 2, 40, 4), torch.bfloat16, i, s) for s in "kv") for i in range(fewer([32], [5])[0])]
     moved = to([tuple(x.clone() for x in pair) for pair in cache], on.device)
     addresses = [x.data_ptr() for pair in moved for x in pair]
     vk.compact_(keep.to(on.device), moved, backend=on.backend)

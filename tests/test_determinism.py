@@ -69,9 +69,7 @@ def test_the_batch_changes_no_bit_of_a_row(on):
     for metric in METRICS:
         whole = vk.variation_score(prev, cur, metric=metric, backend=on.backend)
         for i, j in ((0, 0), (1, 33), (2, 66)):
-            one = vk.variation_score(
-                prev[i : i + 1, j : j + 1], cur[i : i + 1, j : j + 1], metric=metric, backend=on.backend
-            )
+            one = vk.variation_score(prev[i : i + 1, j : j + 1], cur[i : i + 1, j : j + 1], metric=metric, backend=on.backend)
             same(one[0, 0].reshape(1), whole[i, j].reshape(1))
 
 
@@ -79,8 +77,7 @@ def test_the_batch_changes_no_bit_of_a_row(on):
 def test_concurrent_calls_do_not_disturb_each_other(on):
     """Eight Python threads at once: scratch memory and thread pools belong to a call, not to the process."""
     inputs = [
-        (normal((1, 300 + i, 96), torch.bfloat16, i, "a"), normal((1, 300 + i, 96), torch.bfloat16, i, "b"))
-        for i in range(8)
+        (normal((1, 300 + i, 96), torch.bfloat16, i, "a"), normal((1, 300 + i, 96), torch.bfloat16, i, "b")) for i in range(8)
     ]
 
     def job(i):
@@ -97,9 +94,7 @@ def test_concurrent_calls_do_not_disturb_each_other(on):
 def test_ragged_batches_give_the_same_bits(on, b):
     hidden, given = random_bytes((*b.lead, 8), torch.bfloat16, "h").to(on.device), companions(b, device=on.device)
     x = torch.zeros(b.lead, device=on.device)  # all tie: the order must come from the rows alone
-    run = lambda: vk.drop_tokens(
-        None, hidden, b.k("n/3"), scores=x, backend=on.backend, **b.arguments(on.device), **given
-    )
+    run = lambda: vk.drop_tokens(None, hidden, b.k("n/3"), scores=x, backend=on.backend, **b.arguments(on.device), **given)
     first = to([run().keep, run().hidden, *run().kv[0]], "cpu")
     for _ in range(RUNS // 5):
         got = run()

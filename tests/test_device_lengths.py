@@ -74,9 +74,7 @@ def test_wrong_device_offsets_stay_in_bounds(on, cu):
     assert (indices[chosen] < rows).all()
     assert torch.equal(values[chosen], x[indices[chosen]])
     plan = _plan.CuPlan(rows, tuple(ks), min(sum(ks), rows), True)
-    keep, (out,), new = backend.drop(
-        x, None, None, plan, None, [Part(x[:, None], -1, 0)], "l2", None, cu_seqlens=offsets(cu, on)
-    )
+    keep, (out,), new = backend.drop(x, None, None, plan, None, [Part(x[:, None], -1, 0)], "l2", None, cu_seqlens=offsets(cu, on))
     assert ((keep >= -1) & (keep < rows)).all()
     assert not out.isnan().any()
     assert ((new >= 0) & (new <= plan.out_rows)).all()
@@ -130,7 +128,5 @@ def test_every_part_has_the_offsets_of_the_batch(on, key):
     parts, _ = _parts.collect(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
     x = scores("random", b.lead, torch.float32).to(on.device)
     plan = _plan.CuPlan(b.rows, (5, 1, 9), 15, True)
-    keep, outs, _ = _backend.load("triton").drop(
-        x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on)
-    )
+    keep, outs, _ = _backend.load("triton").drop(x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on))
     same(outs, vk.reference.gather(keep, parts))

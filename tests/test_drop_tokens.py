@@ -97,9 +97,7 @@ def test_drop_tokens_of_large_batches(on, b, dtype):
 def test_drop_tokens_of_strided_tensors(on, b, strides, dtype):
     prev, cur = hidden_pair((*b.lead, 20), dtype)
     given = companions(b)
-    got = drop(
-        on, strided(prev, strides), strided(cur, strides), b.k("n/3"), **b.arguments(), **companions(b, strides=strides)
-    )
+    got = drop(on, strided(prev, strides), strided(cur, strides), b.k("n/3"), **b.arguments(), **companions(b, strides=strides))
     check(got, oracle.keep(exact(prev, cur, "l2").float(), b, b.ks("n/3")), cur, given)
 
 

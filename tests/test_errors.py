@@ -151,9 +151,7 @@ def pair_cases(op, *k):
         one("cur-1d", ValueError, "h_cur must be", h(4), h(4)),
         one("cur-4d", ValueError, "h_cur must be", h(1, 1, 1, 1), h(1, 1, 1, 1)),
         one("cur-sparse", TypeError, "h_cur must be a dense", h(), h().to_sparse()),
-        one(
-            "metric-unknown", ValueError, "metric must be one of 'l2', 'l1', 'cosine', got 'L2'", h(), h(), metric="L2"
-        ),
+        one("metric-unknown", ValueError, "metric must be one of 'l2', 'l1', 'cosine', got 'L2'", h(), h(), metric="L2"),
         one("metric-none", ValueError, "metric must be one of", h(), h(), metric=None),
         one("score-dtype", TypeError, "score_dtype must be", h(), h(), score_dtype=torch.float64),
         one("score-dtype-string", TypeError, "score_dtype must be", h(), h(), score_dtype="bf16"),
@@ -186,9 +184,7 @@ def companion_cases(op, *args, of):
         one("ids-4d", ValueError, "position_ids must be", position_ids=h(1, 3, B, N).long()),
         one("ids-mrope-rows", ValueError, "position_ids must be", position_ids=h(3, B, N - 1).long()),
         one("ids-list", TypeError, "position_ids must be a tensor", position_ids=[0, 1]),
-        one(
-            "ids-elsewhere", ValueError, "position_ids must be on the device", position_ids=h(B, N, device=META).long()
-        ),
+        one("ids-elsewhere", ValueError, "position_ids must be on the device", position_ids=h(B, N, device=META).long()),
         one("attention-rows", ValueError, "attention_mask must be", attention_mask=h(B, N + 1)),
         one("attention-4d", ValueError, "attention_mask must be", attention_mask=h(B, 1, N, N)),
         one(
@@ -266,9 +262,7 @@ CASES = [
         cu_seqlens=[0, 5],
         attention_mask=h(5),
     ),
-    case(
-        "packed-kv", ValueError, "kv must be", "drop_tokens", h(5, D), h(5, D), 2, cu_seqlens=[0, 5], kv=h(1, 2, 5, D)
-    ),
+    case("packed-kv", ValueError, "kv must be", "drop_tokens", h(5, D), h(5, D), 2, cu_seqlens=[0, 5], kv=h(1, 2, 5, D)),
     *companion_cases("compact", rows([0], [1]), h(), of="hidden"),
     case("hidden-none", TypeError, "hidden must be a tensor", "compact", rows([0], [1]), None),
     case("hidden-1d", ValueError, "hidden must be", "compact", rows([0], [1]), h(N)),
@@ -294,9 +288,7 @@ CASES = [
     case("keep-groups-1d", ValueError, "keep must be", "compact", rows([0])[0], h(), droppable=(0, 2)),
     case("k-without-droppable", ValueError, "k .*needs droppable", "compact", rows([0], [1]), h(), k=1),
     case("k-negative", ValueError, "k must be >= 0", "compact", rows([0], [1]), h(), k=-1, droppable=(0, 3)),
-    case(
-        "span-reversed", ValueError, "droppable span .* is reversed", "compact", rows([0], [1]), h(), droppable=(3, 2)
-    ),
+    case("span-reversed", ValueError, "droppable span .* is reversed", "compact", rows([0], [1]), h(), droppable=(3, 2)),
     case("cu-descends", ValueError, "cu_seqlens must ascend", "compact", rows([0], [1]), h(5, D), cu_seqlens=[0, 7, 5]),
     case("cu-short", ValueError, "cu_seqlens must end at T", "compact", rows([0], [1]), h(5, D), cu_seqlens=[0, 2, 4]),
     case(
@@ -308,9 +300,7 @@ CASES = [
         h(5, D),
         cu_seqlens=[0, 7, 5],
     ),
-    case(
-        "cu-short-flat", ValueError, "cu_seqlens must end at T", "compact", rows([0, 1])[0], h(5, D), cu_seqlens=[0, 4]
-    ),
+    case("cu-short-flat", ValueError, "cu_seqlens must end at T", "compact", rows([0, 1])[0], h(5, D), cu_seqlens=[0, 4]),
     case(
         "group-without-droppable",
         ValueError,
@@ -324,9 +314,7 @@ CASES = [
     case("kv-3d", ValueError, "kv must hold tensors of 4", "compact_", rows([0]), h(1, N, D)),
     case("kv-lengths", ValueError, "kv must be", "compact_", rows([0]), [h(1, 2, N, D), h(1, 2, N + 1, D)]),
     case("kv-batches", ValueError, "kv must be", "compact_", rows([0]), [h(1, 2, N, D), h(2, 2, N, D)]),
-    case(
-        "kv-expanded", ValueError, "kv must not share memory", "compact_", rows([0]), h(1, 1, N, D).expand(1, 3, N, D)
-    ),
+    case("kv-expanded", ValueError, "kv must not share memory", "compact_", rows([0]), h(1, 1, N, D).expand(1, 3, N, D)),
     case("kv-grad", ValueError, "kv must not require grad", "compact_", rows([0]), h(1, 1, N, D).requires_grad_()),
     case("kv-none", TypeError, "kv must be a tensor", "compact_", rows([0]), None),
     case("kv-layout", ValueError, "kv_layout must be one of", "compact_", rows([0]), h(1, 1, N, D), kv_layout="SBHD"),

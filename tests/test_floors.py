@@ -50,9 +50,7 @@ def imports(path: Path):
                     yield from resolved(tuple(alias.name.split(".")), [], inner)
             elif isinstance(child, ast.ImportFrom):
                 base = package[: len(package) - child.level + 1] if child.level else ()
-                yield from resolved(
-                    (*base, *(child.module or "").split(".")) if child.module else base, child.names, inner
-                )
+                yield from resolved((*base, *(child.module or "").split(".")) if child.module else base, child.names, inner)
             yield from visit(child, inner)
 
     def resolved(parts, names, eager):
@@ -62,9 +60,7 @@ def imports(path: Path):
             yield parts[1], False, eager
         else:
             for alias in names or [ast.alias("__init__")]:
-                submodule = (
-                    alias.name in FLOOR or (PACKAGE / alias.name).is_dir() or (PACKAGE / f"{alias.name}.py").exists()
-                )
+                submodule = alias.name in FLOOR or (PACKAGE / alias.name).is_dir() or (PACKAGE / f"{alias.name}.py").exists()
                 yield alias.name if submodule else "__init__", False, eager
 
     yield from visit(ast.parse(path.read_text()), True)
@@ -91,9 +87,7 @@ def test_backends_are_loaded_by_name_only():
     """Nothing above imports _triton or _native but the one place that chooses, and that when it chooses."""
     for path in SOURCES:
         if top(path) not in ("_triton", "_native", "__main__"):
-            assert not [name for name, foreign, eager in imports(path) if name in ("_triton", "_native") and eager], (
-                path
-            )
+            assert not [name for name, foreign, eager in imports(path) if name in ("_triton", "_native") and eager], path
 
 
 def test_the_floors_test_sees_what_it_forbids(tmp_path, monkeypatch):

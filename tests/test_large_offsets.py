@@ -103,9 +103,7 @@ def test_drop_tokens_of_far_items(on):
     prev, cur = hidden_pair((2, 30, 16), torch.bfloat16)
     kv = random_bytes((2, 2, 30, 4), torch.int8, "kv")
     want = vk.reference.drop_tokens(prev, cur, 7, droppable=(2, 29), kv=[kv])
-    got = vk.drop_tokens(
-        far_apart(prev, on), far_apart(cur, on), 7, droppable=(2, 29), kv=[far_apart(kv, on)], backend=on.backend
-    )
+    got = vk.drop_tokens(far_apart(prev, on), far_apart(cur, on), 7, droppable=(2, 29), kv=[far_apart(kv, on)], backend=on.backend)
     same([got.keep.cpu(), got.hidden.cpu(), got.kv[0].cpu()], [want.keep, want.hidden, want.kv[0]])
 
 

@@ -54,9 +54,7 @@ def test_token_layout_tells_rows_apart(b):
     """Segments, droppable and real rows against the rows that the case spells out."""
     layout = b.droppable
     if not isinstance(layout, vk.TokenLayout):
-        layout = _plan.as_layout(
-            b.droppable, b.batch, b.rows, None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-        )
+        layout = _plan.as_layout(b.droppable, b.batch, b.rows, None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens)))
     assert (layout.batch, layout.rows, layout.is_packed, layout.groups) == (b.batch, b.rows, b.packed, len(b.flat))
     droppable, real = torch.zeros(b.lead, dtype=torch.bool), torch.zeros(b.lead, dtype=torch.bool)
     for i in range(b.batch):
@@ -75,9 +73,7 @@ def test_drop_plan_tiles_input_and_output(b, k):
     """Stretches cover every real row and every output row exactly once: that is why each element of a result is
     written."""
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = (
-        b.droppable if isinstance(b.droppable, vk.TokenLayout) else _plan.as_layout(b.droppable, b.batch, b.rows, cu)
-    )
+    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else _plan.as_layout(b.droppable, b.batch, b.rows, cu)
     plan, out_cu, after = _plan.drop_plan(layout, tuple(b.ks(k)))
     into, out = [], []
     kept = 0
@@ -97,9 +93,7 @@ def test_drop_plan_tiles_input_and_output(b, k):
 @EVERY
 def test_topk_plan_lists_every_segment(b):
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = (
-        b.droppable if isinstance(b.droppable, vk.TokenLayout) else _plan.as_layout(b.droppable, b.batch, b.rows, cu)
-    )
+    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else _plan.as_layout(b.droppable, b.batch, b.rows, cu)
     plan = _plan.topk_plan(layout, tuple(b.ks("list")))
     ks = [min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True)]
     assert plan.out_rows == max(ks, default=0)
@@ -138,9 +132,7 @@ def test_cu_plan_resolves_to_the_host_plan(pack):
     assert pad == ([0, 0, 0, 5] if pack else [6, 9, 8, 0])
 
 
-@pytest.mark.parametrize(
-    "b", [b for b in BATCHES if getattr(b.droppable, "spans", ()) and b.droppable.mask is None], ids=str
-)
+@pytest.mark.parametrize("b", [b for b in BATCHES if getattr(b.droppable, "spans", ()) and b.droppable.mask is None], ids=str)
 def test_token_layout_after(b):
     """What the next stage needs is known before this one runs: survivors in the place where the drop puts them."""
     after = b.droppable.after(b.k("list"))

@@ -40,18 +40,14 @@ def fresh():
 def planned(b, op, k="n/3"):
     """What a call passes to its op: the plan, the mask."""
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = _plan.as_layout(
-        b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None)
-    )
+    layout = _plan.as_layout(b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None))
     ks = tuple(b.ks(k))
     plan = _plan.topk_plan(layout, ks) if op == "topk" else _plan.drop_plan(layout, ks).plan
     return _library._pack_plan(plan), layout.mask
 
 
 def check(op, *args, grad=True):
-    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"] + (
-        ["test_autograd_registration"] if grad else []
-    )
+    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"] + (["test_autograd_registration"] if grad else [])
     torch.library.opcheck(op, args, test_utils=utils)
 
 
@@ -108,9 +104,7 @@ def test_opcheck_of_offsets(on):
     prev, cur = hidden_pair((30, 4), torch.float32)
     cu = torch.tensor([0, 10, 10, 30], dtype=torch.int32)
     check(ops.topk.default, None, prev, cur, None, cu, [4, 1, 5], 1, 30, 5, "position", "l2", None, on.backend)
-    check(
-        ops.drop.default, None, prev, cur, None, cu, [cur], [-1, 0], [0], [4, 1, 5], 1, 30, 10, "l2", None, on.backend
-    )
+    check(ops.drop.default, None, prev, cur, None, cu, [cur], [-1, 0], [0], [4, 1, 5], 1, 30, 10, "l2", None, on.backend)
 
 
 @pytest.mark.backends("cpu")
@@ -130,11 +124,7 @@ def test_opcheck_of_compact(on):
 def step(prev, cur, k=7, **given):
     """One drop as a model's forward holds it, with tensor work before and behind."""
     got = vk.drop_tokens(prev * 1, cur + 0, k, **given)
-    return [
-        x
-        for x in (got.hidden * 2, got.keep, got.position_ids, got.kv and got.kv[0], got.attention_mask)
-        if x is not None
-    ]
+    return [x for x in (got.hidden * 2, got.keep, got.position_ids, got.kv and got.kv[0], got.attention_mask) if x is not None]
 
 
 def inputs(n, d=8):
@@ -151,9 +141,7 @@ FUNCTIONS = {
     "drop_tokens-span": lambda prev, cur, given: step(prev, cur, droppable=(3, prev.shape[1] - 2), **given),
     "drop_tokens-share": lambda prev, cur, given: step(prev, cur, prev.shape[1] // 3, **given),
     "drop_tokens-compacted": lambda prev, cur, given: step(prev, cur, positions="compacted", **given),
-    "drop_tokens-scores": lambda prev, cur, given: step(
-        None if prev is None else prev, cur, scores=cur.sum(-1), **given
-    ),
+    "drop_tokens-scores": lambda prev, cur, given: step(None if prev is None else prev, cur, scores=cur.sum(-1), **given),
     "variation_topk": lambda prev, cur, given: list(vk.variation_topk(prev, cur, 5)),
     "segmented_topk": lambda prev, cur, given: list(vk.segmented_topk(vk.variation_score(prev, cur), 5, order="score")),
     "compact": lambda prev, cur, given: list(vk.compact(vk.variation_topk(prev, cur, 5), cur, kv=given["kv"]))[:1],
@@ -187,9 +175,7 @@ def test_compile_without_a_word_on_dynamic_shapes(on):
 
 
 @pytest.mark.backends("cpu")
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
-)
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor(on):
     compiled = torch.compile(FUNCTIONS["drop_tokens-span"], fullgraph=True, dynamic=True)
     for n in (37, 64):
@@ -364,8 +350,6 @@ def test_large_plans_are_served(on):
     spans = [[(8 * i, 8 * i + 7) for i in range(1000)], []]
     layout = vk.TokenLayout.padded(spans, 8001)
     x = scores("three", (2, 8001), torch.float32)
-    got = vk.drop_tokens(
-        None, x[..., None].to(on.device), 2, scores=x.to(on.device), droppable=layout, backend=on.backend
-    )
+    got = vk.drop_tokens(None, x[..., None].to(on.device), 2, scores=x.to(on.device), droppable=layout, backend=on.backend)
     want = vk.reference.drop_tokens(None, x[..., None], 2, scores=x, droppable=layout)
     same([got.keep.cpu(), got.hidden.cpu()], [want.keep, want.hidden])

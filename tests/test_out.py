@@ -40,11 +40,12 @@ def test_compact_writes_into_an_earlier_result(on):
         (lambda first, cur: first._replace(hidden=first.hidden[:, 1:]), ValueError, "out.hidden"),
         (lambda first, cur: first._replace(hidden=first.hidden.float()), ValueError, "out.hidden"),
         (lambda first, cur: first._replace(hidden=None), ValueError, "out.hidden"),
-        (lambda first, cur: first._replace(hidden=first.hidden.transpose(0, 1).contiguous().transpose(0, 1)), ValueError, "out.hidden"),
+        (lambda first, cur: first._replace(hidden=first.hidden.mT.contiguous().mT), ValueError, "out.hidden"),
+        (lambda first, cur: first._replace(hidden=cur.view(-1)[:128].view(2, 8, 8)), ValueError, "share memory"),
         (lambda first, cur: first._replace(kv=first.kv[0]), ValueError, "out.kv"),
         (lambda first, cur: first.hidden, TypeError, "out"),
     ],
-    ids=["rows", "dtype", "missing", "strides", "structure", "type"],
+    ids=["rows", "dtype", "missing", "strides", "overlap", "structure", "type"],
 )
 def test_out_that_does_not_fit(on, change, error, text):
     prev, cur, rest = _inputs(on)

@@ -23,11 +23,7 @@ PROMISED = {
 }  # fmt: skip
 FUNCTIONS = [name for name in vk.__all__ if inspect.isfunction(inspect.unwrap(getattr(vk, name)))]
 METHODS = ["padded", "packed", "from_mask", "from_token_ids", "after", "droppable_rows", "real_rows", "segments"]
-MODULES = [
-    m.name
-    for m in pkgutil.walk_packages(vk.__path__, "v2drop_kernels.")
-    if not re.search(r"_triton|_C$|__main__", m.name)
-]
+MODULES = [m.name for m in pkgutil.walk_packages(vk.__path__, "v2drop_kernels.") if not re.search(r"_triton|_C$|__main__", m.name)]
 
 
 def section(doc: str, title: str) -> str:
@@ -79,9 +75,7 @@ def test_docstrings_of_classes(name):
     assert inspect.getdoc(cls)
     fields = getattr(cls, "_fields", None) or list(getattr(cls, "__dataclass_fields__", {}))
     for field in fields:
-        assert re.search(rf"\b{field}\b", inspect.getdoc(cls) + (_same_as(cls) or "")), (
-            f"{name} does not document {field}"
-        )
+        assert re.search(rf"\b{field}\b", inspect.getdoc(cls) + (_same_as(cls) or "")), f"{name} does not document {field}"
 
 
 def _same_as(cls):
@@ -128,17 +122,11 @@ def test_every_op_has_examples_that_ran():
             assert examples, f"{name} shows no example"
 
 
-@pytest.mark.parametrize(
-    "name", ["variation_score", "segmented_topk", "variation_topk", "compact", "compact_", "drop_tokens"]
-)
+@pytest.mark.parametrize("name", ["variation_score", "segmented_topk", "variation_topk", "compact", "compact_", "drop_tokens"])
 def test_reference_has_the_same_names_and_arguments(name):
     """The specification is called as the op is, less the choice of backend."""
     op, spec = (inspect.signature(getattr(m, name)).parameters for m in (vk, vk.reference))
-    options = (
-        {"backend"}
-        | ({"rows"} if name == "compact_" else set())
-        | ({"cu_seqlens"} if name == "variation_score" else set())
-    )
+    options = {"backend"} | ({"rows"} if name == "compact_" else set()) | ({"cu_seqlens"} if name == "variation_score" else set())
     assert {p for p in op if p not in options} == set(spec)
     for parameter, found in spec.items():
         assert (found.kind, found.default) == (op[parameter].kind, op[parameter].default)

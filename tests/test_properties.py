@@ -102,9 +102,7 @@ def gathers(draw):
     for b in range(batch):
         order = draw(st.permutations(range(rows)))[:width]
         at = draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order)))
-        keep[b, : len(order)] = torch.tensor(
-            [r if a else -1 for r, a in zip(order, at, strict=True)], dtype=torch.int64
-        )
+        keep[b, : len(order)] = torch.tensor([r if a else -1 for r, a in zip(order, at, strict=True)], dtype=torch.int64)
     dtype = draw(st.sampled_from([torch.int8, torch.float16, torch.float32, torch.int64, torch.complex128, torch.bool]))
     heads, width = draw(st.integers(1, 3)), draw(st.integers(0, 20))
     return (
@@ -127,9 +125,7 @@ def test_compact_of_anything(on, case, kv_layout):
         random_bytes((batch, heads, rows, width) if kv_layout == "BHSD" else (batch, rows, heads, width), dtype, "kv"),
         strides,
     )
-    got = vk.compact(
-        keep.to(on.device), hidden.to(on.device), kv=[kv.to(on.device)], kv_layout=kv_layout, backend=on.backend
-    )
+    got = vk.compact(keep.to(on.device), hidden.to(on.device), kv=[kv.to(on.device)], kv_layout=kv_layout, backend=on.backend)
     want = vk.reference.compact(keep, hidden, kv=[kv], kv_layout=kv_layout)
     same([got.hidden.cpu(), got.kv[0].cpu()], [want.hidden, want.kv[0]])
 

@@ -90,9 +90,7 @@ def test_segmented_topk_is_the_stable_sort(on, order):
 
 
 def test_segmented_topk_ranks_nan_inf_and_zeros(on):
-    x = torch.tensor(
-        [[-torch.inf, 0.0, -torch.nan, torch.inf, -0.0, torch.nan, -1.0, torch.inf, 0.0]], device=on.device
-    )
+    x = torch.tensor([[-torch.inf, 0.0, -torch.nan, torch.inf, -0.0, torch.nan, -1.0, torch.inf, 0.0]], device=on.device)
     got = vk.segmented_topk(x, 9, order="score", backend=on.backend)
     assert got.indices.tolist() == [[2, 5, 3, 7, 1, 4, 8, 6, 0]]
     assert vk.segmented_topk(x, 5, backend=on.backend).indices.tolist() == [[1, 2, 3, 5, 7]]

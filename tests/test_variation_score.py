@@ -108,11 +108,7 @@ def test_variation_score_cosine_of_nearly_parallel_rows(on, dtype, closeness):
     cur = (prev.float() * (1 + closeness * normal((1, 100, D), torch.float32, "change"))).to(dtype)
     want = exact(prev, cur, "cosine")
     a, b = prev.double().norm(dim=-1), cur.double().norm(dim=-1)
-    lost = (
-        D
-        * 2.0**-24
-        * ((prev.double() - cur.double()).square().sum(-1) + 2 * (a - b).abs() * (a + b) + D * 2.0**-24 * a * b)
-    )
+    lost = D * 2.0**-24 * ((prev.double() - cur.double()).square().sum(-1) + 2 * (a - b).abs() * (a + b) + D * 2.0**-24 * a * b)
     error = (score(on, prev, cur, metric="cosine") - want).abs()
     # The reference takes 1 - cos in float64 and rounds it to float32 once.
     assert (error <= lost / (2 * a * b) + ULP * want.abs()).all()

@@ -46,9 +46,7 @@ def check(on, prev, cur, b, k, order, metric="l2"):
 @cross(N=SIZES, k=KS, dtype=FLOATS, metric=["l2", "l1"], order=ORDERS)
 def test_variation_topk(on, N, k, dtype, metric, order):
     prev, cur = hidden_pair((2, N, 24), dtype)
-    got = vk.variation_topk(
-        prev.to(on.device), cur.to(on.device), count(k, N), metric=metric, order=order, backend=on.backend
-    )
+    got = vk.variation_topk(prev.to(on.device), cur.to(on.device), count(k, N), metric=metric, order=order, backend=on.backend)
     want = vk.reference.segmented_topk(exact(prev, cur, metric).float(), count(k, N), order=order)
     same(got.indices, want.indices)
     same_values(got.values, want.values)
@@ -82,9 +80,7 @@ def test_variation_topk_of_real_values(on, dtype, metric, N, D):
     assert chosen.sum(1).tolist() == [k, k]
     assert chosen[s > threshold + rounding].all()
     assert not chosen[s < threshold - rounding].any()
-    assert ((s - threshold).abs() <= rounding).sum() <= 0.05 * 2 * N, (
-        "the bound says nothing if it holds for every token"
-    )
+    assert ((s - threshold).abs() <= rounding).sum() <= 0.05 * 2 * N, "the bound says nothing if it holds for every token"
 
 
 @cross(b=[BATCHES[0], BATCHES[6], BATCHES[12], BATCHES[16]], metric=METRICS, dtype=FLOATS)

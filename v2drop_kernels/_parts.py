@@ -133,8 +133,8 @@ def _into(name: str, part: Part, target: torch.Tensor, out_rows: int) -> Part:
         raise ValueError(f"{name} must be {want}, got {target.dtype} {list(target.shape)} on {target.device}")
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(target.stride())}")
-    if target.data_ptr() == part.tensor.data_ptr() and target.numel():
-        raise ValueError(f"{name} must not be the tensor that is read")
+    if target.untyped_storage().data_ptr() == part.tensor.untyped_storage().data_ptr() and target.numel():
+        raise ValueError(f"{name} must not share memory with the tensor that is read")
     if torch.is_grad_enabled() and (part.tensor.requires_grad or target.requires_grad):
         raise ValueError(f"{name} cannot be given where a gradient is recorded")
     return part._replace(out=target)

@@ -53,7 +53,7 @@ def drop_tokens(
         As in :func:`variation_score`.
     out : Dropped, optional
         The result of an earlier call of the same shapes, whose gathered tensors are overwritten and returned: saves the page
-        faults of fresh memory on a CPU. Not under autograd or tracing.
+        faults of fresh memory on a CPU. It must not share memory with what is read. Not under autograd or tracing.
     backend : str, optional
         Force a backend for this call.
 

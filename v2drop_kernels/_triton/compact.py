@@ -286,7 +286,8 @@ def _geometry(
     unrolled = [(0, 0)]
     for count, a, b in planes:
         unrolled = [(x + i * a, y + i * b) for i in range(count) for x, y in unrolled]
-    batch = (src[batch_dim], dst[batch_dim]) if batch_dim >= 0 else (0, 0)
+    # The stride of a single batch entry may be anything; it is no reason to copy by narrower pieces.
+    batch = (src[batch_dim], dst[batch_dim]) if batch_dim >= 0 and shape[batch_dim] > 1 else (0, 0)
     src_strides = (batch[0], src[row_dim], src_plane)
     dst_strides = (batch[1], dst[row_dim], dst_plane)
     bits = functools.reduce(int.__or__, (x for pair in unrolled for x in pair), 16 | width)
