@@ -167,6 +167,8 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
         return None if interpreting() else "serves GPU tensors; cpu tensors only under TRITON_INTERPRET=1"
     if kind != "cuda":
         return f"serves CUDA and ROCm tensors, not {kind}"
+    if interpreting():
+        return "TRITON_INTERPRET=1 is set, and the interpreter serves cpu tensors"
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
