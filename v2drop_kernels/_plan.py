@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .layout import (
+    Segment,
     TokenLayout,
     as_layout,
     check_offsets,
@@ -149,17 +150,18 @@ class DropPlan(NamedTuple):
 
 def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
     """Plan of a drop: the droppable tokens compete, all other real rows are kept."""
-    segments = layout.segments()
+    by_item: list[list[tuple[Segment, int]]] = [[] for _ in layout.bounds]
+    for s, x in zip(layout.segments(), ks, strict=True):
+        by_item[s.item].append((s, x))
     stretches: list[list[int]] = []  # row0, pre, n, post, k, item, whether it is a segment
     for i, (lo, hi) in enumerate(layout.bounds):
         at = lo if layout.is_packed else i * layout.rows + lo
         end = at + (hi - lo)
-        mine = [(s, x) for s, x in zip(segments, ks, strict=True) if s.item == i]
-        for s, x in mine:
+        for s, x in by_item[i]:
             forced = s.n - s.available  # rows of a mask that are not droppable
             stretches.append([at, s.row - at, s.n, 0, min(x, s.available) + forced, i, True])
             at = s.row + s.n
-        if mine:
+        if by_item[i]:
             stretches[-1][3] = end - at
         else:
             stretches.append([at, end - at, 0, 0, 0, i, False])
@@ -193,7 +195,7 @@ def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
     )
     after = TokenLayout(tuple(tuple(s) for s in spans), out_rows, bounds, packed, layout.padding_side)
     if layout.counts is not None:
-        counts = tuple(min(x, s.available) for x, s in zip(ks, segments, strict=True))
+        counts = tuple(min(x, s.available) for x, s in zip(ks, layout.segments(), strict=True))
         after = replace(after, spans=((),) * layout.batch, counts=counts)
     plan = Plan(batch, layout.rows, out_rows, len(stretches), None, tuple(table))
     return DropPlan(_simplify(plan), tuple(cu), after)
