@@ -307,5 +307,5 @@ def test_out_that_cannot_be_written_is_refused(on):
         run(good, k=5)
     with pytest.raises(ValueError, match=r"out.* cannot be given where a gradient"):
         run(good, h=cur.clone().requires_grad_())
-    with pytest.raises(ValueError, match="must not be the tensor that is read"):
+    with pytest.raises(ValueError, match="share memory"):
         vk.drop_tokens(prev, cur, 12, out=vk.drop_tokens(prev, cur, 12)._replace(hidden=cur), backend=on.backend)
