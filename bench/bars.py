@@ -197,7 +197,7 @@ def _attempts(bar: Bar, gate: Gate, ours: Call, other: Call, dry: bool) -> dict[
         found = _judged(bar, a, b)
         if dry:
             return found | {"status": "dry run", "attempts": 1}
-        if gate.quiet(before, after):
+        if gate.quiet(before, after, in_cache=2 * bar.case.input_bytes <= LLC):
             quiet.append(found)
     if not quiet:
         return {"status": "noisy: no quiet attempt", "attempts": attempts, "quiet_attempts": 0}

@@ -120,7 +120,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, gate: harness.Gate) 
             call(next(turn))
         once = harness.timed(lambda: call(next(turn)))
         rounds = 3 if dry else min(MOST, max(LEAST, int(SECONDS / once)))
-        quiet = gate.settle(0.0 if dry else 2.0)
+        quiet = gate.settle(0.0 if dry else 0.5)
         benchmark.pedantic(lambda: call(next(turn)), rounds=rounds, iterations=1, warmup_rounds=1)
         times = benchmark.stats.stats.data
         p20, median, p80 = (harness.quantile(times, q) * 1e6 for q in (0.2, 0.5, 0.8))
