@@ -212,3 +212,15 @@ def test_compacted_position_ids():
     cu = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     assert vk.positions.compacted_position_ids(torch.tensor([1, 4, 6, 7, 9]), cu).tolist() == [0, 1, 0, 1, 2]
     assert vk.positions.compacted_position_ids(torch.tensor([1, 4, 6, 7, 9, -1]), cu).tolist() == [0, 1, 0, 1, 2, 0]
+
+
+def test_offsets_of_a_packed_result_are_never_shared():
+    """The resident copy on a GPU is cloned, so writing into one result cannot change the next."""
+    for made in (
+        _plan.offsets_on((0, 3, 7), torch.device("cpu"), traced=False),
+        _plan._resident_offsets((0, 3, 7), torch.device("cpu")).clone(),
+    ):
+        assert made.dtype == torch.int32
+        made.zero_()
+        assert _plan.offsets_on((0, 3, 7), torch.device("cpu"), traced=False).tolist() == [0, 3, 7]
+        assert _plan._resident_offsets((0, 3, 7), torch.device("cpu")).tolist() == [0, 3, 7]

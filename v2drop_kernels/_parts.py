@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checks, positions
+from ._plan import offsets_on
 from ._types import Compacted, Dropped, Part
 from .layout import TokenLayout, check_offsets, host_cu_seqlens
 
@@ -283,6 +284,6 @@ def kept_offsets(keep: torch.Tensor, cu_seqlens: Any, rows: int, *, traced: bool
         check_offsets(cu_seqlens)
         old = cu_seqlens
     else:
-        old = torch.tensor(host_cu_seqlens(cu_seqlens, rows), dtype=torch.int64)
+        old = offsets_on(host_cu_seqlens(cu_seqlens, rows), keep.device, traced=traced)
     old = old.to(keep.device)[:, None]
     return ((keep >= 0) & (keep < old)).sum(1).to(torch.int32)

@@ -128,6 +128,21 @@ class CuPlan:
         return Plan(1, self.rows, self.out_rows, self.groups, None, tuple(table))
 
 
+def offsets_on(offsets: tuple[int, ...], device: torch.device, *, traced: bool) -> torch.Tensor:
+    """Host offsets as a fresh int32 tensor.
+
+    On a GPU a copy that is already there is cloned: one from the host would synchronise, and a graph cannot capture it.
+    """
+    if traced or device.type == "cpu":
+        return torch.tensor(offsets, dtype=torch.int32, device=device)
+    return _resident_offsets(offsets, device).clone()
+
+
+@functools.lru_cache(maxsize=1024)
+def _resident_offsets(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(offsets, dtype=torch.int32, device=device)
+
+
 def topk_plan(layout: TokenLayout, ks: tuple[int, ...]) -> Plan:
     """Plan of a selection that lists the chosen tokens of every segment."""
     segments = layout.segments()

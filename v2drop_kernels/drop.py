@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from . import _checks, _library, _parts, reference
-from ._plan import resolve
+from ._plan import offsets_on, resolve
 from ._types import Dropped
 from .compact import Launched, differentiable
 from .layout import check_device, is_packed, layout_of
@@ -71,10 +71,11 @@ def drop_tokens(
     Notes
     -----
     Order and ties are those of :func:`segmented_topk`; kept tokens stay in position order. No host synchronisation, and
-    safe in CUDA graphs, except where ``droppable`` is a bare mask. With ``cu_seqlens`` on a GPU the result has capacity
-    ``min(T, sum(k))`` and its own ``cu_seqlens`` says how much of it is used. Gradients flow to ``h_cur`` (through the
-    kept rows), ``kv`` and ``rope``; never through the choice. On a GPU: two launches up to 2048 competing tokens, three
-    beyond.
+    safe in CUDA graphs (after one call outside the capture, which puts the plan's tables on the device), except where
+    ``droppable`` is a bare mask or ``positions`` is "group" (hand on ``positions.group_position_ids`` instead). With
+    ``cu_seqlens`` on a GPU the result has capacity ``min(T, sum(k))`` and its own ``cu_seqlens`` says how much of it is used.
+    Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and ``rope``; never through the choice. On a GPU: two launches
+    up to 2048 competing tokens, three beyond, and three where only the device knows the lengths.
 
     Equivalent plain torch for one item and one span ``[a, b)``: ``s = (h_cur - h_prev)[0, a:b].float().norm(dim=-1)``,
     ``i = a + s.topk(k).indices.sort().values``, ``keep = cat([arange(a), i, arange(b, N)])``, ``h_cur[:, keep]`` and the
@@ -123,7 +124,7 @@ def drop_tokens(
     if packed:
         keep = keep.squeeze(0)
         if cu is None:
-            cu = torch.tensor(found.out_cu, dtype=torch.int32, device=keep.device)
+            cu = offsets_on(cast(tuple[int, ...], found.out_cu), keep.device, traced=traced)
     return _parts.finish(
         Dropped, keep, restore(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=found.after,
         ragged=not packed and found.plan.ragged,
