@@ -79,7 +79,7 @@ def drop_tokens(
 
     Equivalent plain torch for one item and one span ``[a, b)``: ``s = (h_cur - h_prev)[0, a:b].float().norm(dim=-1)``,
     ``i = a + s.topk(k).indices.sort().values``, ``keep = cat([arange(a), i, arange(b, N)])``, ``h_cur[:, keep]`` and the
-    same for every other tensor. Source: V2Drop, Algorithm 1; HiDivDrop section 3.4 for persistent position ids.
+    same for every other tensor. Source: V2Drop, Algorithm 1; HiDivDrop section 3.3 for persistent position ids.
 
     Examples
     --------

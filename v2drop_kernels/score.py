@@ -1,4 +1,4 @@
-"""variation_score: how much one decoder layer changed each token (V2Drop, section 3.2; Algorithm 1)."""
+"""variation_score: how much one decoder layer changed each token (V2Drop, Algorithm 1; metrics: Tables 7, 9)."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ def variation_score(
     Accumulates in float32 in an order that depends on the backend, never on the thread count or the batch. Differentiable
     in both hidden states; the subgradient at score 0 is 0. Equivalent plain torch:
     ``torch.linalg.vector_norm(h_cur.float() - h_prev.float(), dim=-1)``.
+
+    Source: V2Drop, Algorithm 1 (L2); L1 and cosine are its studied alternatives (supplement, section 7).
 
     Not a ranking of what the model looks at: it measures change, not attention.
 

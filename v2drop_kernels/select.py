@@ -128,7 +128,7 @@ def variation_topk(
     Notes
     -----
     Equivalent plain torch: ``segmented_topk(variation_score(h_prev, h_cur), k)``. Scores of tokens that do not compete
-    are never computed. Source: V2Drop, section 3.2 and Algorithm 1.
+    are never computed. Source: V2Drop, Algorithm 1.
 
     Examples
     --------
