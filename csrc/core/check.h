@@ -13,7 +13,7 @@
 
 namespace v2drop {
 
-constexpr int64_t kDtypeBytes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 16};  // by v2drop_dtype
+constexpr int64_t kDtypeBytes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 16, 4};  // by v2drop_dtype
 constexpr int kDtypes = sizeof(kDtypeBytes) / sizeof(kDtypeBytes[0]);
 
 // Sound in itself: known dtype, sane rank and extents, data where there are elements, and all offsets within 64 bits.

@@ -15,12 +15,23 @@
 namespace v2drop {
 
 struct Error {
+  v2drop_status status;
   char message[256];
 };
 
 // Reports a bad argument. The message begins with the argument's name.
 [[noreturn, gnu::format(printf, 1, 2)]] inline void fail(const char* format, ...) {
-  Error error;
+  Error error = {V2DROP_ERROR_ARGUMENT, ""};
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(error.message, sizeof error.message, format, arguments);
+  va_end(arguments);
+  throw error;
+}
+
+// Reports anything else.
+[[noreturn, gnu::format(printf, 2, 3)]] inline void fail_with(v2drop_status status, const char* format, ...) {
+  Error error = {status, ""};
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(error.message, sizeof error.message, format, arguments);
@@ -36,7 +47,7 @@ v2drop_status guard(const Body& body) noexcept {
     body();
     return V2DROP_OK;
   } catch (const Error& error) {
-    return record(V2DROP_ERROR_ARGUMENT, error.message);
+    return record(error.status, error.message);
   } catch (const std::bad_alloc&) {
     return record(V2DROP_ERROR_MEMORY, "out of memory for scratch space");
   } catch (const std::exception& error) {

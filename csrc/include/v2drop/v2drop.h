@@ -17,7 +17,7 @@
  *             argument. v2drop_last_error() gives the message of the calling thread's last failure, which names the argument. After
  *             V2DROP_ERROR_ARGUMENT no output has been written.
  *
- * Entry points without a suffix run on the CPU. Those of other devices carry one (..._cuda) and take a stream.
+ * Entry points without a suffix run on the CPU. Their twins for NVIDIA GPUs end in _cuda: see the end of this file.
  */
 #ifndef V2DROP_H_
 #define V2DROP_H_
@@ -41,9 +41,11 @@ extern "C" {
 
 typedef enum v2drop_status {
   V2DROP_OK = 0,
-  V2DROP_ERROR_ARGUMENT = 1, /* an argument is wrong; the message names it */
-  V2DROP_ERROR_MEMORY = 2,   /* no memory for scratch space */
-  V2DROP_ERROR_INTERNAL = 3  /* a bug in the library */
+  V2DROP_ERROR_ARGUMENT = 1,    /* an argument is wrong; the message names it */
+  V2DROP_ERROR_MEMORY = 2,      /* no memory for scratch space */
+  V2DROP_ERROR_INTERNAL = 3,    /* a bug in the library */
+  V2DROP_ERROR_UNSUPPORTED = 4, /* this build has no CUDA, or there is no such device */
+  V2DROP_ERROR_DEVICE = 5       /* the CUDA runtime reports an error; the message is its own */
 } v2drop_status;
 
 typedef enum v2drop_dtype {
@@ -57,7 +59,8 @@ typedef enum v2drop_dtype {
   V2DROP_BITS16 = 6,
   V2DROP_BITS32 = 7,
   V2DROP_BITS64 = 8,
-  V2DROP_BITS128 = 9
+  V2DROP_BITS128 = 9,
+  V2DROP_INT32 = 10
 } v2drop_dtype;
 
 typedef enum v2drop_metric {
@@ -152,6 +155,75 @@ V2DROP_API v2drop_status v2drop_compact_backward(const v2drop_tensor* keep, int6
 /* The same as v2drop_compact inside `src`: the rows at the non-negative entries of keep, which must ascend strictly within each batch
  * entry, move to the front of row_dim; later rows keep what they held. dst and fill are ignored; src must not overlap itself. */
 V2DROP_API v2drop_status v2drop_compact_inplace(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, int32_t threads);
+
+/* ---------------------------------------------------------------------------------------------------------------------------------
+ * CUDA. The twins take the same arguments, and in place of `threads` a v2drop_cuda. All data lies in memory of the current device,
+ * tables and descriptions on the host. A call checks what the host can see, enqueues on the stream and returns: it allocates nothing,
+ * does not synchronise, and may be captured into a CUDA graph. Tables and descriptions are read before it returns; results are there
+ * when the stream has come so far. Results do not depend on the design, the device, or what else runs: indices and copied bytes are
+ * those of the CPU for equal scores; scores are summed in another fixed order and agree within float32 rounding. What only the device
+ * could see is not checked: an index of `keep` outside the rows gives an empty row, duplicates in backward keep one of the two.
+ * A library that was built without CUDA has these symbols too; they return V2DROP_ERROR_UNSUPPORTED. */
+
+/* How a drop is launched. The results are the same. */
+typedef enum v2drop_design {
+  V2DROP_DESIGN_AUTO = 0,        /* by size and device; see csrc/core/tuning_cuda.h */
+  V2DROP_DESIGN_COOPERATIVE = 1, /* one cooperative launch; V2DROP_ERROR_UNSUPPORTED where the device or the size cannot */
+  V2DROP_DESIGN_TWO = 2,         /* score; then a gather whose blocks repeat the select; up to 2048 competing rows a stretch, else three */
+  V2DROP_DESIGN_THREE = 3        /* score, select, gather */
+} v2drop_design;
+
+typedef struct v2drop_cuda {
+  void* stream;            /* cudaStream_t of the current device; NULL is the legacy default stream */
+  void* workspace;         /* device memory, aligned to 256 bytes; neither what it holds before nor after matters */
+  int64_t workspace_bytes; /* at least v2drop_workspace_bytes_cuda(...) */
+  int32_t design;          /* v2drop_design */
+  /* Optional: a copy of `stretches` in device memory. Without it a table that is not uniform (every batch entry one stretch, alike)
+   * costs one more launch, which carries it over as kernel arguments. */
+  const v2drop_stretch* stretches;
+} v2drop_cuda;
+
+/* Whether this build has CUDA kernels: a list of their architectures such as "80 86 90 100 120+ptx", or "" if there are none. */
+V2DROP_API const char* v2drop_cuda_archs(void);
+
+/* V2DROP_OK if a kernel of this build can run on the current device, else V2DROP_ERROR_UNSUPPORTED or V2DROP_ERROR_DEVICE and the
+ * reason in v2drop_last_error(). */
+V2DROP_API v2drop_status v2drop_cuda_available(void);
+
+/* Device scratch memory that suffices for any call below with so many rows (batch * rows) and stretches; `width` is the K of the results
+ * of v2drop_topk_cuda in V2DROP_ORDER_SCORE, else 0. At most 8 bytes a row + 12 a ranked result + 64 a stretch + 1 KB. */
+V2DROP_API int64_t v2drop_workspace_bytes_cuda(int64_t rows, int64_t n_stretches, int64_t width);
+
+V2DROP_API v2drop_status v2drop_variation_score_cuda(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
+                                                     const v2drop_tensor* scores, const v2drop_cuda* on);
+
+V2DROP_API v2drop_status v2drop_variation_score_backward_cuda(const v2drop_tensor* grad, const v2drop_tensor* prev,
+                                                              const v2drop_tensor* cur, int32_t metric, const v2drop_tensor* grad_prev,
+                                                              const v2drop_tensor* grad_cur, const v2drop_cuda* on);
+
+/* cu_seqlens (optional, INT32, contiguous, [n_stretches + 1], on the device; one batch entry): lengths that only the device knows.
+ * Stretch g is then rows cu_seqlens[g] to cu_seqlens[g + 1], all competing for min(k, their number) places; of `stretches` only k is
+ * used. Offsets outside the rows are clamped. */
+V2DROP_API v2drop_status v2drop_topk_cuda(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur,
+                                          const v2drop_tensor* mask, const v2drop_stretch* stretches, int64_t n_stretches,
+                                          const v2drop_tensor* cu_seqlens, int32_t order, int32_t metric, int32_t round_to,
+                                          const v2drop_tensor* values, const v2drop_tensor* indices, const v2drop_cuda* on);
+
+/* cu_seqlens as above: what is kept lies end to end from the first row of `keep` on, the rest of its rows are empty. new_cu (INT32,
+ * contiguous, [n_stretches + 1]) receives the offsets of the result; NULL where cu_seqlens is. */
+V2DROP_API v2drop_status v2drop_drop_tokens_cuda(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur,
+                                                 const v2drop_tensor* mask, const v2drop_stretch* stretches, int64_t n_stretches,
+                                                 const v2drop_tensor* cu_seqlens, int32_t metric, int32_t round_to,
+                                                 const v2drop_tensor* keep, const v2drop_tensor* new_cu, const v2drop_part* parts,
+                                                 int64_t n_parts, const v2drop_cuda* on);
+
+V2DROP_API v2drop_status v2drop_compact_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on);
+
+V2DROP_API v2drop_status v2drop_compact_backward_cuda(const v2drop_tensor* keep, int64_t rows, const v2drop_part* parts, int64_t n_parts,
+                                                      const v2drop_cuda* on);
+
+V2DROP_API v2drop_status v2drop_compact_inplace_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts,
+                                                     const v2drop_cuda* on);
 
 #ifdef __cplusplus
 } /* extern "C" */
