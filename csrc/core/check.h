@@ -126,6 +126,42 @@ inline Hidden check_hidden(const v2drop_tensor* prev, const v2drop_tensor* cur, 
   return {a, b, kernels().score[metric][a.dtype][round_to]};
 }
 
+// Where scores of `hidden` go.
+inline Rows check_scores_of(const Hidden& hidden, const v2drop_tensor* scores) {
+  const Rows view = check_rows("scores", scores, false);
+  check_dtype("scores", *scores, V2DROP_FLOAT32, "float32");
+  check_writable("scores", *scores);
+  Rows like = hidden.prev;
+  like.dim = 1;
+  check_same_rows("scores", view, "the score of prev", like);
+  return view;
+}
+
+// The gradient of those scores, and where its consequences go; data is null for one that is not wanted.
+struct GradientRows {
+  Rows grad, prev, cur;
+};
+
+inline GradientRows check_gradients(const Hidden& hidden, const v2drop_tensor* grad, const v2drop_tensor* grad_prev,
+                                    const v2drop_tensor* grad_cur) {
+  GradientRows rows = {check_rows("grad", grad, false), {}, {}};
+  check_dtype("grad", *grad, V2DROP_FLOAT32, "float32");
+  Rows like = hidden.prev;
+  like.dim = 1;
+  check_same_rows("grad", rows.grad, "the score of prev", like);
+  const auto check_one = [&](const char* name, const v2drop_tensor* tensor) {
+    if (!tensor) return Rows{};
+    const Rows view = check_rows(name, tensor, true);
+    check_dtype(name, *tensor, hidden.prev.dtype, "of prev");
+    check_writable(name, *tensor);
+    check_same_rows(name, view, "prev", hidden.prev);
+    return view;
+  };
+  rows.prev = check_one("grad_prev", grad_prev);
+  rows.cur = check_one("grad_cur", grad_cur);
+  return rows;
+}
+
 inline void check_threads(int32_t threads) {
   if (threads < 0) fail("threads: must not be negative, got %d", threads);
 }
@@ -144,6 +180,24 @@ inline void check_stretches(const v2drop_stretch* stretches, int64_t n_stretches
            g, s.pre, s.n, s.post, left);
     }
     if (s.k < 0 || s.k > s.n) fail("stretches[%" PRId64 "]: k is %" PRId64 ", not in 0..%" PRId64, g, s.k, s.n);
+  }
+}
+
+// Offsets [n_stretches + 1] that only the device can read, in place of the rows of a table that then says no more than k.
+inline const int32_t* check_cu(const char* name, const v2drop_tensor* cu, int64_t n_stretches) {
+  const Rows view = check_rows(name, cu, false);
+  check_dtype(name, *cu, V2DROP_INT32, "int32");
+  check_contiguous(name, *cu);
+  if (cu->ndim != 1 || view.rows != n_stretches + 1) fail("%s: must be [%" PRId64 "]", name, n_stretches + 1);
+  return reinterpret_cast<const int32_t*>(view.data);
+}
+
+inline void check_budgets(const v2drop_stretch* stretches, int64_t n_stretches, int64_t batch) {
+  if (batch != 1) fail("cu_seqlens: goes with one batch entry, but there are %" PRId64, batch);
+  if (n_stretches < 0) fail("n_stretches: must not be negative, got %" PRId64, n_stretches);
+  if (n_stretches > 0 && !stretches) fail("stretches: is NULL");
+  for (int64_t g = 0; g < n_stretches; ++g) {
+    if (stretches[g].k < 0) fail("stretches[%" PRId64 "]: k is %" PRId64 ", negative", g, stretches[g].k);
   }
 }
 

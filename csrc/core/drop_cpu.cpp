@@ -10,7 +10,18 @@
 namespace v2drop {
 namespace {
 
-// The stretches must write every row of keep exactly once, each within the entry that it reads from.
+void write_keep(const v2drop_stretch& s, int64_t rows, const int32_t* keys, int64_t* out) {
+  int64_t position = s.pre + s.n + s.post > 0 ? s.row0 % rows : 0;
+  out = std::fill_n(out, s.pad_pre, -1);
+  for (int64_t i = 0; i < s.pre; ++i) *out++ = position++;
+  out += select_best(keys, s.n, s.k, position, out);
+  position += s.n;
+  for (int64_t i = 0; i < s.post; ++i) *out++ = position++;
+  std::fill_n(out, s.pad_post, -1);
+}
+
+}  // namespace
+
 void check_tiling(const v2drop_stretch* stretches, int64_t n_stretches, int64_t rows, const Keep& keep) {
   int64_t next = 0;
   const int64_t limit = keep.batch * keep.count;
@@ -28,17 +39,6 @@ void check_tiling(const v2drop_stretch* stretches, int64_t n_stretches, int64_t 
   if (next != limit) fail("stretches: give %" PRId64 " output rows, but keep has %" PRId64, next, limit);
 }
 
-void write_keep(const v2drop_stretch& s, int64_t rows, const int32_t* keys, int64_t* out) {
-  int64_t position = s.pre + s.n + s.post > 0 ? s.row0 % rows : 0;
-  out = std::fill_n(out, s.pad_pre, -1);
-  for (int64_t i = 0; i < s.pre; ++i) *out++ = position++;
-  out += select_best(keys, s.n, s.k, position, out);
-  position += s.n;
-  for (int64_t i = 0; i < s.post; ++i) *out++ = position++;
-  std::fill_n(out, s.pad_post, -1);
-}
-
-}  // namespace
 }  // namespace v2drop
 
 using namespace v2drop;

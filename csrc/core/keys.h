@@ -9,7 +9,10 @@
 
 #if defined(__CUDACC__)
 #define V2DROP_FN static __host__ __device__ inline
+// The functors of a kernel run on the device only, those of a test on the host only.
+#define V2DROP_WITH_FUNCTOR _Pragma("nv_exec_check_disable")
 #else
+#define V2DROP_WITH_FUNCTOR
 // `static`: the same header is compiled for several instruction sets, and the linker must not mix their copies.
 #define V2DROP_FN [[maybe_unused]] static inline
 #endif
@@ -49,6 +52,7 @@ V2DROP_FN int64_t place(Cut cut, int64_t above_before, int64_t equal_before) {
 // The cut that keeps the best k of n keys, all within [lo, hi]. `at_least(t)` counts the keys >= t. Bisection needs no sort, no buffer
 // and at most 32 counts whatever the keys are, ties included, and mostly stops early: as soon as a count is exactly k.
 // Excluded keys stay out even where that leaves fewer than k.
+V2DROP_WITH_FUNCTOR
 template <class AtLeast>
 V2DROP_FN Cut find_cut(int32_t lo, int32_t hi, int64_t n, int64_t k, const AtLeast& at_least) {
   if (k <= 0) return {INT32_MAX, 0};
@@ -65,6 +69,52 @@ V2DROP_FN Cut find_cut(int32_t lo, int32_t hi, int64_t n, int64_t k, const AtLea
   }
   if (lo == kExcluded) return {kExcluded, 0};
   return {lo, lo == INT32_MAX ? k : k - at_least(lo + 1)};
+}
+
+// A range of keys cut into at most kBins bins of equal width, a power of two.
+constexpr int kBins = 256;
+
+struct Bins {
+  int32_t lo;
+  int shift;
+};
+
+V2DROP_FN Bins make_bins(int32_t lo, int32_t hi) {
+  Bins bins = {lo, 0};
+  while ((static_cast<uint32_t>(hi) - static_cast<uint32_t>(lo)) >> bins.shift >= kBins) ++bins.shift;
+  return bins;
+}
+V2DROP_FN int bin_of(Bins bins, int32_t key) {
+  return static_cast<int>((static_cast<uint32_t>(key) - static_cast<uint32_t>(bins.lo)) >> bins.shift);
+}
+V2DROP_FN int32_t first_of_bin(Bins bins, int bin) {
+  return static_cast<int32_t>(static_cast<uint32_t>(bins.lo) + (static_cast<uint32_t>(bin) << bins.shift));
+}
+
+// The bin that holds the `wanted`-th best key of a range: `from` keys lie in it and above, `beyond` of them above.
+struct FoundBin {
+  int bin;
+  int64_t from, beyond;
+};
+
+// The same cut as find_cut, for keys too many to be held: where a count costs a pass over memory, a pass should tell more than one bit.
+// `find_bin(bins, hi, wanted)` counts the keys of [bins.lo, hi] by bin, once; at most four passes whatever the keys are.
+V2DROP_WITH_FUNCTOR
+template <class FindBin>
+V2DROP_FN Cut find_cut_by_bins(int32_t lo, int32_t hi, int64_t n, int64_t k, const FindBin& find_bin) {
+  if (k <= 0) return {INT32_MAX, 0};
+  if (k >= n) return {kExcluded, lo == kExcluded ? 0 : n};
+  int64_t wanted = k;  // places left for the keys of [lo, hi]
+  while (lo < hi) {
+    const Bins bins = make_bins(lo, hi);
+    const FoundBin found = find_bin(bins, hi, wanted);
+    lo = first_of_bin(bins, found.bin);
+    if (found.from == wanted) return {lo - 1, 0};
+    const uint32_t rest = static_cast<uint32_t>(hi) - static_cast<uint32_t>(lo), width = (1u << bins.shift) - 1;
+    hi = static_cast<int32_t>(static_cast<uint32_t>(lo) + (rest < width ? rest : width));
+    wanted -= found.beyond;
+  }
+  return {lo, lo == kExcluded ? 0 : wanted};
 }
 
 }  // namespace v2drop

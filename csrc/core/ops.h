@@ -27,6 +27,17 @@ struct KeySource {
 KeySource check_source(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
                        const v2drop_tensor* mask, int32_t masked_key);
 
+// Where a top-k goes: values [n_stretches, width] of `dtype`, and indices.
+struct TopkRows {
+  char* values;
+  int64_t* indices;
+  int64_t width;
+  int32_t dtype;
+};
+
+TopkRows check_topk(const v2drop_tensor* scores, const v2drop_stretch* stretches, int64_t n_stretches, int32_t order,
+                    const v2drop_tensor* values, const v2drop_tensor* indices);
+
 // The keys of all competing rows, stretch after stretch: those of stretch g start at first[g].
 struct Keys {
   std::unique_ptr<int32_t[]> data;
@@ -47,6 +58,9 @@ struct Keep {
 };
 
 Keep check_keep(const v2drop_tensor* keep);
+
+// drop_cpu.cpp: the stretches must write every row of keep exactly once, each within the entry that it reads from.
+void check_tiling(const v2drop_stretch* stretches, int64_t n_stretches, int64_t rows, const Keep& keep);
 
 // One part, reduced to what moving it takes; strides in bytes. All dimensions but the row's and the innermost contiguous ones are planes.
 struct Copy {

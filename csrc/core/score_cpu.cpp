@@ -37,12 +37,7 @@ v2drop_status v2drop_variation_score(const v2drop_tensor* prev, const v2drop_ten
                                      const v2drop_tensor* scores, int32_t threads) {
   return guard([&] {
     const Hidden hidden = check_hidden(prev, cur, metric, round_to);
-    const Rows out = check_rows("scores", scores, false);
-    check_dtype("scores", *scores, V2DROP_FLOAT32, "float32");
-    check_writable("scores", *scores);
-    Rows like = hidden.prev;
-    like.dim = 1;
-    check_same_rows("scores", out, "the score of prev", like);
+    const Rows out = check_scores_of(hidden, scores);
     check_threads(threads);
 
     for_each_row(hidden.prev, threads, [&](int64_t b, int64_t i) {
@@ -57,28 +52,15 @@ v2drop_status v2drop_variation_score_backward(const v2drop_tensor* grad, const v
   return guard([&] {
     const Hidden hidden = check_hidden(prev, cur, metric, V2DROP_FLOAT32);
     const Rows& a = hidden.prev;
-    const Rows in = check_rows("grad", grad, false);
-    check_dtype("grad", *grad, V2DROP_FLOAT32, "float32");
-    Rows like = a;
-    like.dim = 1;
-    check_same_rows("grad", in, "the score of prev", like);
-    const auto check_gradient = [&](const char* name, const v2drop_tensor* tensor) {
-      if (!tensor) return Rows{};
-      const Rows view = check_rows(name, tensor, true);
-      check_dtype(name, *tensor, a.dtype, "of prev");
-      check_writable(name, *tensor);
-      check_same_rows(name, view, "prev", a);
-      return view;
-    };
-    const Rows to_prev = check_gradient("grad_prev", grad_prev), to_cur = check_gradient("grad_cur", grad_cur);
+    const GradientRows to = check_gradients(hidden, grad, grad_prev, grad_cur);
     check_threads(threads);
     if (a.dim == 0) return;
 
     const BackwardRow backward = kernels().backward[metric][a.dtype];
     for_each_row(a, threads, [&](int64_t b, int64_t i) {
       float g;
-      __builtin_memcpy(&g, in.at(b, i), sizeof g);
-      backward(g, a.at(b, i), hidden.cur.at(b, i), grad_prev ? to_prev.at(b, i) : nullptr, grad_cur ? to_cur.at(b, i) : nullptr, a.dim);
+      __builtin_memcpy(&g, to.grad.at(b, i), sizeof g);
+      backward(g, a.at(b, i), hidden.cur.at(b, i), grad_prev ? to.prev.at(b, i) : nullptr, grad_cur ? to.cur.at(b, i) : nullptr, a.dim);
     });
   });
 }

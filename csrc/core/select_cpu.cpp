@@ -69,6 +69,24 @@ KeySource check_source(const v2drop_tensor* scores, const v2drop_tensor* prev, c
   return source;
 }
 
+TopkRows check_topk(const v2drop_tensor* scores, const v2drop_stretch* stretches, int64_t n_stretches, int32_t order,
+                    const v2drop_tensor* values, const v2drop_tensor* indices) {
+  if (order != V2DROP_ORDER_POSITION && order != V2DROP_ORDER_SCORE) fail("order: unknown code %d", order);
+  const int32_t dtype = scores ? scores->dtype : static_cast<int32_t>(V2DROP_FLOAT32);
+  const Rows out_values = check_rows("values", values, false), out_indices = check_rows("indices", indices, false);
+  check_dtype("values", *values, dtype, scores ? "of scores" : "float32");
+  check_dtype("indices", *indices, V2DROP_INT64, "int64");
+  check_contiguous("values", *values);
+  check_contiguous("indices", *indices);
+  if (indices->ndim != 2 || out_indices.batch != n_stretches) fail("indices: must be [%" PRId64 ", K]", n_stretches);
+  check_same_rows("values", out_values, "indices", out_indices);
+  const int64_t width = out_indices.rows;
+  for (int64_t g = 0; g < n_stretches; ++g) {
+    if (stretches[g].k > width) fail("indices: width %" PRId64 " is less than k %" PRId64 " of stretch %" PRId64, width, stretches[g].k, g);
+  }
+  return {out_values.data, reinterpret_cast<int64_t*>(out_indices.data), width, dtype};
+}
+
 Keys make_keys(const KeySource& source, const v2drop_stretch* stretches, int64_t n_stretches, int32_t threads) {
   Keys keys;
   keys.first.resize(static_cast<size_t>(n_stretches) + 1);
@@ -121,20 +139,7 @@ v2drop_status v2drop_topk(const v2drop_tensor* scores, const v2drop_tensor* prev
   return guard([&] {
     const KeySource source = check_source(scores, prev, cur, metric, round_to, mask, kExcluded);
     check_stretches(stretches, n_stretches, source.batch, source.rows);
-    if (order != V2DROP_ORDER_POSITION && order != V2DROP_ORDER_SCORE) fail("order: unknown code %d", order);
-    const int32_t dtype = scores ? scores->dtype : static_cast<int32_t>(V2DROP_FLOAT32);
-    const Rows out_values = check_rows("values", values, false), out_indices = check_rows("indices", indices, false);
-    check_dtype("values", *values, dtype, scores ? "of scores" : "float32");
-    check_dtype("indices", *indices, V2DROP_INT64, "int64");
-    check_contiguous("values", *values);
-    check_contiguous("indices", *indices);
-    if (indices->ndim != 2 || out_indices.batch != n_stretches) fail("indices: must be [%" PRId64 ", K]", n_stretches);
-    check_same_rows("values", out_values, "indices", out_indices);
-    const int64_t width = out_indices.rows;
-    for (int64_t g = 0; g < n_stretches; ++g) {
-      if (stretches[g].k > width)
-        fail("indices: width %" PRId64 " is less than k %" PRId64 " of stretch %" PRId64, width, stretches[g].k, g);
-    }
+    const TopkRows out = check_topk(scores, stretches, n_stretches, order, values, indices);
     check_threads(threads);
 
     const Keys keys = make_keys(source, stretches, n_stretches, threads);
@@ -143,8 +148,9 @@ v2drop_status v2drop_topk(const v2drop_tensor* scores, const v2drop_tensor* prev
       const v2drop_stretch& s = stretches[g];
       const int64_t row = s.row0 + s.pre, entry = s.n ? row / source.rows : 0, offset = s.n ? row % source.rows : 0;
       const int32_t* key = keys.data.get() + keys.first[g];
-      int64_t* index = reinterpret_cast<int64_t*>(out_indices.data) + g * width;
-      char* value = out_values.data + g * width * kDtypeBytes[dtype];
+      const int64_t item = kDtypeBytes[out.dtype];
+      int64_t* index = out.indices + g * out.width;
+      char* value = out.values + g * out.width * item;
       const int64_t found = select_best(key, s.n, s.k, offset, index);
       if (order == V2DROP_ORDER_SCORE) {
         std::sort(index, index + found, [&](int64_t a, int64_t b) {
@@ -152,14 +158,14 @@ v2drop_status v2drop_topk(const v2drop_tensor* scores, const v2drop_tensor* prev
           return x != y ? x > y : a < b;
         });
       }
-      for (int64_t i = 0; i < width; ++i, value += kDtypeBytes[dtype]) {
+      for (int64_t i = 0; i < out.width; ++i, value += item) {
         if (i >= found) {
           index[i] = -1;
-          write_value(value, key_of_bits(0xff800000u), dtype);
+          write_value(value, key_of_bits(0xff800000u), out.dtype);
         } else if (scores) {
-          std::memcpy(value, source.scores.at(entry, index[i]), static_cast<size_t>(kDtypeBytes[dtype]));
+          std::memcpy(value, source.scores.at(entry, index[i]), static_cast<size_t>(item));
         } else {
-          write_value(value, key[index[i] - offset], dtype);
+          write_value(value, key[index[i] - offset], out.dtype);
         }
       }
     });

@@ -41,6 +41,44 @@ std::vector<int64_t> best_by_sort(const std::vector<float>& scores, size_t k) {
   return order;
 }
 
+Cut cut_by_bins(const std::vector<int32_t>& keys, int64_t k) {
+  const auto ends = std::minmax_element(keys.begin(), keys.end());
+  int passes = 0;
+  const Cut cut =
+      find_cut_by_bins(*ends.first, *ends.second, static_cast<int64_t>(keys.size()), k, [&](Bins bins, int32_t hi, int64_t wanted) {
+        ++passes;
+        CHECK(bins.lo < hi && bin_of(bins, bins.lo) == 0 && bin_of(bins, hi) < kBins && first_of_bin(bins, 0) == bins.lo);
+        std::vector<int64_t> count(kBins, 0);
+        for (int32_t key : keys) {
+          if (key < bins.lo || key > hi) continue;
+          const int bin = bin_of(bins, key);
+          CHECK(key >= first_of_bin(bins, bin) && (bin == kBins - 1 || bin_of(bins, hi) == bin || key < first_of_bin(bins, bin + 1)));
+          ++count[static_cast<size_t>(bin)];
+        }
+        int64_t from = 0;
+        for (int bin = kBins - 1; bin >= 0; --bin) {
+          const int64_t beyond = from;
+          from += count[static_cast<size_t>(bin)];
+          if (from >= wanted) return FoundBin{bin, from, beyond};
+        }
+        CHECK(!"the range holds fewer keys than are wanted");
+        return FoundBin{0, from, 0};
+      });
+  CHECK(passes <= 4);
+  return cut;
+}
+
+// Thresholds may differ where no key lies between them.
+bool same_kept(Cut a, Cut b, const std::vector<int32_t>& keys) {
+  int64_t equal_a = 0, equal_b = 0;
+  for (int32_t key : keys) {
+    if (kept(a, key, equal_a) != kept(b, key, equal_b)) return false;
+    equal_a += key == a.threshold;
+    equal_b += key == b.threshold;
+  }
+  return true;
+}
+
 std::vector<int64_t> best_by_cut(const std::vector<int32_t>& keys, int64_t k) {
   const int64_t n = static_cast<int64_t>(keys.size());
   if (n == 0) return {};
@@ -51,6 +89,7 @@ std::vector<int64_t> best_by_cut(const std::vector<int32_t>& keys, int64_t k) {
     return static_cast<int64_t>(std::count_if(keys.begin(), keys.end(), [&](int32_t key) { return key >= t; }));
   });
   CHECK(counts <= 33);
+  CHECK(same_kept(cut, cut_by_bins(keys, k), keys));
   std::vector<int64_t> out(keys.size(), -1);
   int64_t above = 0, equal = 0, total = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -98,6 +137,25 @@ void every_mask() {
   }
 }
 
+// Long arrays: spread over all integers, clustered in a few, and far apart with clusters in between.
+void many_keys() {
+  uint64_t state = 1;
+  const auto random = [&] { return static_cast<uint32_t>((state = state * 6364136223846793005u + 1442695040888963407u) >> 32); };
+  for (int kind = 0; kind < 4; ++kind) {
+    std::vector<int32_t> keys(3000);
+    for (int32_t& key : keys) {
+      const uint32_t r = random();
+      key = kind == 0   ? static_cast<int32_t>(r)
+            : kind == 1 ? static_cast<int32_t>(r % 5) - 2
+            : kind == 2 ? 1000000000 + static_cast<int32_t>(r % 2000)
+                        : (r % 3 == 0   ? kExcluded
+                           : r % 3 == 1 ? kForced
+                                        : static_cast<int32_t>(r % 700));
+    }
+    for (int64_t k : {1, 2, 999, 1000, 1001, 1500, 2000, 2998, 2999, 3000}) best_by_cut(keys, k);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -121,6 +179,7 @@ int main() {
   every_array({-0.0f, 0.0f, negative_nan}, 7);
   every_array({-inf, -tiny, -0.0f, tiny, nan}, 5);
   every_mask();
+  many_keys();
   if (!failures) std::printf("keys: ok\n");
   return failures != 0;
 }

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Moving rows on the GPU: one launch gathers every tensor of a call as bytes. Backward is the same gather through the inverse of `keep`:
+// no atomics, no zero-fill before.
+#include <algorithm>
+
+#include "gather_cuda.cuh"
+
+namespace v2drop {
+namespace {
+
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm) gather_kernel(const __grid_constant__ Moves moves) {
+  BlockCounts<kThreads> counts;
+  wait_for_previous();
+  gather_tile<false, false>(moves, nullptr, counts, blockIdx.x);
+}
+
+// inverse[entry][keep[entry][j]] = j, -1 elsewhere. A block owns kInvertRows rows of the inverse and reads all of keep.
+__global__ void __launch_bounds__(kThreads)
+    invert_kernel(int64_t* inverse, const int64_t* keep, int64_t rows, int64_t count, int64_t chunks) {
+  trigger_next();
+  const int64_t entry = blockIdx.x / chunks, begin = blockIdx.x % chunks * kInvertRows, end = min(begin + kInvertRows, rows);
+  inverse += entry * rows;
+  keep += entry * count;
+  for (int64_t row = begin + thread_id(); row < end; row += kThreads) inverse[row] = -1;
+  __syncthreads();
+  for (int64_t j = thread_id(); j < count; j += kThreads) {
+    const int64_t row = keep[j];
+    if (row >= begin && row < end) inverse[row] = j;
+  }
+}
+
+struct Step {
+  int64_t from[kTileRows], to[kTileRows];
+};
+
+// The kept rows of one piece of one plane move to the front, some at a time in ascending order: keep ascends, so keep[j] >= j, and no
+// step overwrites a row that a later one still reads.
+template <class Vec>
+__device__ void move_to_front(const MoveClass& c, char* data, const int64_t* keep, int64_t count, int64_t first, int vecs,
+                              BlockCounts<kThreads>& counts) {
+  constexpr int kLoads = 4;
+  Step& step = block_shared<Step>();
+  const int lane = thread_id() & ((1 << c.log_lanes) - 1), row0 = thread_id() >> c.log_lanes, together = kThreads >> c.log_lanes;
+  const int rows = min(kTileRows, together * kLoads);
+  int64_t front = 0;
+  for (int64_t begin = 0; begin < count; begin += rows) {
+    const int64_t j = begin + thread_id();
+    const int64_t from = thread_id() < rows && j < count ? keep[j] : -1;
+    const bool moves = from >= 0 && from < c.src_rows;
+    const unsigned kept_lanes = __ballot_sync(kAllLanes, moves);
+    int all;
+    const int before = counts.sum_before(__popc(kept_lanes), &all) + __popc(kept_lanes & ((1u << lane_id()) - 1));
+    if (moves) {
+      step.from[before] = from;
+      step.to[before] = front + before;
+    }
+    __syncthreads();
+    Vec moved[kLoads];
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const int row = row0 + l * together;
+      if (row < all && lane < vecs) moved[l] = reinterpret_cast<const Vec*>(data + step.from[row] * c.src_row)[first + lane];
+    }
+    __syncthreads();  // all rows of the step are in registers before the first is overwritten
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const int row = row0 + l * together;
+      if (row < all && lane < vecs && step.to[row] < c.src_rows)
+        reinterpret_cast<Vec*>(data + step.to[row] * c.src_row)[first + lane] = moved[l];
+    }
+    __syncthreads();
+    front += all;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) move_to_front_kernel(const __grid_constant__ Moves moves) {
+  BlockCounts<kThreads> counts;
+  const int64_t entry = blockIdx.x / moves.shares;
+  int item = static_cast<int>(blockIdx.x % moves.shares);
+  int n = 0;
+  while (item >= moves.classes[n].items) item -= moves.classes[n++].items;
+  const MoveClass& c = moves.classes[n];
+  const int64_t piece = item % c.pieces;
+  item /= c.pieces;
+  int plane = item % c.planes;
+  char* data = moves.tensors[c.first_tensor + item / c.planes].src + entry * c.src_batch;
+  for (int d = 0; d < c.n_dims; ++d) {
+    data += plane % c.dims[d].size * c.dims[d].src;
+    plane /= c.dims[d].size;
+  }
+  const int64_t first = piece * c.piece_vecs;
+  const int vecs = static_cast<int>(min(static_cast<int64_t>(c.piece_vecs), c.row_vecs - first));
+  const int64_t* keep = moves.keep + entry * moves.out_rows;
+  switch (c.vec_bytes) {
+    case 16:
+      return move_to_front<uint4>(c, data, keep, moves.out_rows, first, vecs, counts);
+    case 8:
+      return move_to_front<uint2>(c, data, keep, moves.out_rows, first, vecs, counts);
+    case 4:
+      return move_to_front<unsigned>(c, data, keep, moves.out_rows, first, vecs, counts);
+    case 2:
+      return move_to_front<unsigned short>(c, data, keep, moves.out_rows, first, vecs, counts);
+    default:
+      return move_to_front<unsigned char>(c, data, keep, moves.out_rows, first, vecs, counts);
+  }
+}
+
+// The class of a copy, without what depends on its neighbours. Each thread makes at most one access to a row of a piece.
+MoveClass class_of(const Copy& copy) {
+  MoveClass c;
+  std::memset(&c, 0, sizeof c);  // compared as bytes
+  int64_t bits =
+      16 | copy.inner | copy.src_row | copy.dst_row | reinterpret_cast<intptr_t>(copy.src) | reinterpret_cast<intptr_t>(copy.dst);
+  int64_t planes = 1;
+  for (int d = 0; d < copy.n_dims; ++d) {
+    const Copy::Dim& dim = copy.dims[d];
+    bits |= dim.src | dim.dst;
+    if (dim.is_batch) {
+      c.src_batch = dim.src;
+      c.dst_batch = dim.dst;
+      continue;
+    }
+    planes *= dim.size;
+    if (planes > INT32_MAX) fail("parts: one has more than 2^31 planes of rows");
+    c.dims[c.n_dims++] = {dim.src, dim.dst, static_cast<int32_t>(dim.size)};
+  }
+  c.planes = static_cast<int32_t>(planes);
+  c.src_row = copy.src_row;
+  c.dst_row = copy.dst_row;
+  if (copy.src_rows > kMaxRows || copy.dst_rows > kMaxRows) fail("parts: one has more than 2^30 rows");
+  c.src_rows = static_cast<int32_t>(copy.src_rows);
+  c.vec_bytes = static_cast<int32_t>(bits & -bits);
+  c.row_vecs = copy.inner / c.vec_bytes;
+  const int64_t pieces = (c.row_vecs + kThreads - 1) / kThreads;
+  if (pieces * planes > INT32_MAX) fail("parts: one has more than 2^31 pieces");
+  c.pieces = static_cast<int32_t>(pieces);
+  c.piece_vecs = static_cast<int32_t>((c.row_vecs + pieces - 1) / pieces);
+  while (1 << c.log_lanes < std::min(c.piece_vecs, kThreads)) ++c.log_lanes;
+  c.weight = std::max<int64_t>(64, static_cast<int64_t>(c.piece_vecs) * c.vec_bytes);  // an item is not free, however narrow
+  std::memcpy(c.fill, copy.fill, sizeof c.fill);
+  return c;
+}
+
+// How the launch is cut into blocks: large ones share an index load (and a select) among many bytes, many ones fill the GPU.
+void cut_into_blocks(Moves& moves) {
+  int64_t row_bytes = 0;
+  for (int n = 0; n < moves.n_classes; ++n) {
+    MoveClass& c = moves.classes[n];
+    c.begin = row_bytes;
+    row_bytes += c.items * c.weight;
+  }
+  const int64_t total = moves.batch * moves.out_rows * row_bytes;
+  const int64_t bytes = std::clamp(total / (kBlocksPerSm * current_device().sms), kGatherBytesMin, kGatherBytes);
+  const int64_t narrow = std::min<int64_t>(row_bytes, 16 * kThreads);  // rows rather than columns: a thread has them in flight together
+  int rows = 1;
+  while (2 * rows <= kTileRows && 2 * rows * narrow <= bytes && rows < moves.out_rows) rows *= 2;
+  moves.share = std::max(narrow, bytes / rows);
+  moves.shares = (row_bytes + moves.share - 1) / moves.share;
+  set_tile_rows(moves, rows);
+}
+
+std::vector<Moves> group_by_class(const std::vector<Copy>& copies, const Keep& keep) {
+  struct Group {
+    MoveClass c;
+    std::vector<const Copy*> copies;
+  };
+  std::vector<Group> groups;
+  for (const Copy& copy : copies) {
+    if (copy.planes == 0) continue;
+    const MoveClass c = class_of(copy);
+    auto found = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return !std::memcmp(&g.c, &c, sizeof c); });
+    if (found == groups.end()) found = groups.insert(groups.end(), {c, {}});
+    found->copies.push_back(&copy);
+  }
+  std::vector<Moves> launches;
+  int used = kTensorsPerLaunch;
+  for (const Group& group : groups) {
+    for (size_t done = 0; done < group.copies.size();) {
+      if (used == kTensorsPerLaunch || launches.back().n_classes == kClassesPerLaunch) {
+        launches.emplace_back();
+        launches.back().keep = keep.data;
+        launches.back().batch = keep.batch;
+        launches.back().out_rows = keep.count;
+        used = 0;
+      }
+      Moves& moves = launches.back();
+      MoveClass& c = moves.classes[moves.n_classes++] = group.c;
+      c.first_tensor = used;
+      for (; done < group.copies.size() && used < kTensorsPerLaunch; ++done) {
+        moves.tensors[used++] = {group.copies[done]->src, group.copies[done]->dst};
+      }
+      const int64_t items = static_cast<int64_t>(used - c.first_tensor) * c.planes * c.pieces;
+      if (items > INT32_MAX) fail("parts: need more than 2^31 pieces in one launch");
+      c.items = static_cast<int32_t>(items);
+    }
+  }
+  return launches;
+}
+
+}  // namespace
+
+std::vector<Moves> plan_moves(const std::vector<Copy>& copies, const Keep& keep) {
+  if (keep.batch * keep.count == 0) return {};
+  std::vector<Moves> launches = group_by_class(copies, keep);
+  for (Moves& moves : launches) cut_into_blocks(moves);
+  return launches;
+}
+
+void set_tile_rows(Moves& moves, int rows) {
+  moves.tile_rows = rows;
+  moves.tiles = (moves.out_rows + rows - 1) / rows;
+}
+
+int64_t blocks_of(const Moves& moves) { return moves.batch * moves.tiles * moves.shares; }
+
+void launch_gather(const std::vector<Moves>& launches, size_t first, Edge edge, void* stream) {
+  for (size_t i = first; i < launches.size(); ++i) {
+    // Later launches wait for the first one to end, which itself waited.
+    launch(gather_kernel, blocks_of(launches[i]), kThreads, i == first ? edge : Edge::kNone, stream, launches[i]);
+  }
+}
+
+}  // namespace v2drop
+
+using namespace v2drop;
+
+v2drop_status v2drop_compact_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const Keep rows = check_keep(keep);
+    const std::vector<Copy> copies = check_parts(parts, n_parts, rows.batch, -1, rows.count, false);
+    launch_gather(plan_moves(copies, rows), 0, Edge::kNone, cuda.stream);
+  });
+}
+
+v2drop_status v2drop_compact_backward_cuda(const v2drop_tensor* keep, int64_t rows, const v2drop_part* parts, int64_t n_parts,
+                                           const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const Keep kept = check_keep(keep);
+    int64_t total;
+    if (rows < 0 || __builtin_mul_overflow(kept.batch, rows, &total)) fail("rows: is %" PRId64, rows);
+    const std::vector<Copy> copies = check_parts(parts, n_parts, kept.batch, kept.count, rows, false);
+    Workspace workspace(cuda);
+    const Keep inverse = {workspace.take<int64_t>(total), kept.batch, rows};
+    const std::vector<Moves> launches = plan_moves(copies, inverse);
+    if (launches.empty()) return;
+    const int64_t chunks = (rows + kInvertRows - 1) / kInvertRows;
+    launch(invert_kernel, kept.batch * chunks, kThreads, Edge::kNone, cuda.stream, inverse.data, kept.data, rows, kept.count, chunks);
+    launch_gather(launches, 0, Edge::kDependent, cuda.stream);
+  });
+}
+
+v2drop_status v2drop_compact_inplace_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const Keep rows = check_keep(keep);
+    const std::vector<Copy> copies = check_parts(parts, n_parts, rows.batch, -1, -1, true);
+    if (rows.count == 0) return;
+    for (Moves& moves : group_by_class(copies, rows)) {
+      for (int n = 0; n < moves.n_classes; ++n) moves.shares += moves.classes[n].items;
+      if (moves.shares > INT32_MAX) fail("parts: need more than 2^31 pieces in one launch");
+      launch(move_to_front_kernel, moves.batch * moves.shares, kThreads, Edge::kNone, cuda.stream, moves);
+    }
+  });
+}

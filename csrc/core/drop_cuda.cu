@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The whole step on the GPU, in one to three launches: score, select, gather. Where competitions are small the gather's blocks repeat the
+// select, and where all rows fit the GPU at once a grid barrier takes the place of the launch in between.
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "gather_cuda.cuh"
+#include "score_cuda.cuh"
+
+#if !defined(V2DROP_CUDA_ARCHS_STRING)
+#error "V2DROP_CUDA_ARCHS_STRING must name the architectures of this build"
+#endif
+
+namespace v2drop {
+namespace {
+
+constexpr int kDevices = 64;
+
+template <bool COMPUTED>
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm)
+    select_and_gather_kernel(const __grid_constant__ Moves moves, const __grid_constant__ Selection selection) {
+  BlockCounts<kThreads> counts;
+  wait_for_previous();
+  gather_tile<true, COMPUTED>(moves, &selection, counts, blockIdx.x);
+}
+
+template <class T, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
+    drop_kernel(const __grid_constant__ Scored scored, const __grid_constant__ Moves moves, const __grid_constant__ Selection selection,
+                int groups, int tiles) {
+  {
+    BlockCounts<kThreads> counts;
+    RowSums sums;
+    const int rows = groups * (kThreads / 32 / scored.warps), first = static_cast<int>(blockIdx.x) * rows;
+    if (first < scored.slots) score_rows<T, ALIGNED>(scored, counts, sums, first, groups);
+  }
+  cooperative_groups::this_grid().sync();
+  BlockCounts<kThreads> counts;
+  if (static_cast<int>(blockIdx.x) < tiles) gather_tile<true, true>(moves, &selection, counts, blockIdx.x);
+}
+
+// How many blocks of a kernel the current device holds at once; asked once for each.
+template <auto kernel>
+int64_t resident_blocks() {
+  static std::array<std::atomic<int>, kDevices> per_sm{};
+  int device = 0, found = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  std::atomic<int>* cached = device < kDevices ? &per_sm[static_cast<size_t>(device)] : nullptr;
+  if (cached) found = cached->load(std::memory_order_relaxed);
+  if (found == 0) {
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0), "occupancy");
+    if (cached) cached->store(found, std::memory_order_relaxed);
+  }
+  return static_cast<int64_t>(found) * current_device().sms;
+}
+
+// The drop in one launch. False if the device cannot hold it.
+template <class T, bool ALIGNED>
+bool launch_cooperative(const Scored& scored, Moves moves, const Selection& selection, void* stream) {
+  const int64_t resident = resident_blocks<drop_kernel<T, ALIGNED>>();
+  // A second tile would cost a block a second select: rather one of more rows.
+  while (blocks_of(moves) > resident && moves.tile_rows < kTileRows) set_tile_rows(moves, 2 * moves.tile_rows);
+  const int64_t tiles = blocks_of(moves);
+  if (tiles > resident) return false;
+  int groups = 1;
+  while (score_blocks(scored, groups) > resident) ++groups;
+  launch(drop_kernel<T, ALIGNED>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative, stream, scored, moves,
+         selection, groups, static_cast<int>(tiles));
+  return true;
+}
+
+bool launch_cooperative(int32_t dtype, const Scored& scored, const Moves& moves, const Selection& selection, void* stream) {
+  if (dtype == V2DROP_FLOAT32) return launch_cooperative<Float32, true>(scored, moves, selection, stream);
+  if (dtype == V2DROP_FLOAT16) return launch_cooperative<Float16, true>(scored, moves, selection, stream);
+  return launch_cooperative<BFloat16, true>(scored, moves, selection, stream);
+}
+
+Device ask_device(int device) {
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrComputeCapabilityMajor) >= 9, ask(cudaDevAttrCooperativeLaunch) != 0};
+}
+
+}  // namespace
+
+void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorNoKernelImageForDevice;
+  fail_with(no_device ? V2DROP_ERROR_UNSUPPORTED : V2DROP_ERROR_DEVICE, "%s: %s (%s)%s%s", what, cudaGetErrorString(error),
+            cudaGetErrorName(error), error == cudaErrorNoKernelImageForDevice ? "; built for " : "",
+            error == cudaErrorNoKernelImageForDevice ? V2DROP_CUDA_ARCHS_STRING : "");
+}
+
+const Device& current_device() {
+  static std::array<Device, kDevices> devices;
+  static std::array<std::atomic<bool>, kDevices> known{};
+  static std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= kDevices) fail_with(V2DROP_ERROR_UNSUPPORTED, "device %d is beyond the %d that libv2drop numbers", device, kDevices);
+  const size_t i = static_cast<size_t>(device);
+  if (!known[i].load(std::memory_order_acquire)) {
+    const Device found = ask_device(device);
+    while (busy.test_and_set(std::memory_order_acquire)) {
+    }
+    devices[i] = found;
+    known[i].store(true, std::memory_order_release);
+    busy.clear(std::memory_order_release);
+  }
+  return devices[i];
+}
+
+}  // namespace v2drop
+
+using namespace v2drop;
+
+const char* v2drop_cuda_archs(void) { return V2DROP_CUDA_ARCHS_STRING; }
+
+v2drop_status v2drop_cuda_available(void) {
+  return guard([] {
+    int count = 0;
+    check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    if (count == 0) fail_with(V2DROP_ERROR_UNSUPPORTED, "there is no CUDA device");
+    resident_blocks<select_and_gather_kernel<true>>();
+  });
+}
+
+int64_t v2drop_workspace_bytes_cuda(int64_t rows, int64_t n_stretches, int64_t width) {
+  // The keys and a table, and indices to rank; or the inverse of keep. Each piece is rounded up to 256 bytes.
+  return 8 * rows + 64 * n_stretches + 8 * n_stretches * width + 1024;
+}
+
+v2drop_status v2drop_drop_tokens_cuda(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur,
+                                      const v2drop_tensor* mask, const v2drop_stretch* stretches, int64_t n_stretches,
+                                      const v2drop_tensor* cu_seqlens, int32_t metric, int32_t round_to, const v2drop_tensor* keep,
+                                      const v2drop_tensor* new_cu, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const KeySource source = check_source(scores, prev, cur, metric, round_to, mask, kForced);
+    const Keep out = check_keep(keep);
+    const bool budgets = cu_seqlens != nullptr;
+    KeptRows to = {out.data, nullptr, nullptr};
+    if (budgets) {
+      check_budgets(stretches, n_stretches, source.batch);
+      if (mask) fail("mask: does not go with cu_seqlens");
+      to.cu = check_cu("cu_seqlens", cu_seqlens, n_stretches);
+      to.new_cu = const_cast<int32_t*>(check_cu("new_cu", new_cu, n_stretches));
+    } else {
+      if (new_cu) fail("new_cu: is given without cu_seqlens");
+      check_stretches(stretches, n_stretches, source.batch, source.rows);
+    }
+    if (out.batch != source.batch) fail("keep: has %" PRId64 " entries, but there are %" PRId64, out.batch, source.batch);
+    if (!budgets) check_tiling(stretches, n_stretches, source.rows, out);
+    const std::vector<Copy> copies = check_parts(parts, n_parts, source.batch, source.rows, out.count, false);
+
+    const std::vector<Moves> moves = plan_moves(copies, out);
+    const int64_t max_n = budgets ? source.rows : largest(stretches, n_stretches);
+    const bool fused = !budgets && max_n <= kFusedSelect && !moves.empty() && cuda.design != V2DROP_DESIGN_THREE;
+    if (out.batch * out.count == 0 && !budgets) return;
+    Workspace workspace(cuda);
+    const Table table = make_table(stretches, n_stretches, source, out.count, true, budgets, cuda, workspace);
+    Selection selection = {table, {}};
+    if (source.has_scores) {
+      selection.keys = device_keys(source, nullptr);
+    } else {
+      const Scored scored = describe_keys(source, metric, round_to, stretches, n_stretches, table, budgets, workspace);
+      selection.keys = device_keys(source, scored.keys);
+      const bool aligned = is_aligned(source.hidden.prev) && is_aligned(source.hidden.cur);
+      const bool can = fused && aligned && current_device().cooperative_launch;
+      const bool small = source.hidden.prev.bytes() <= kCooperativeBytes;
+      if (cuda.design == V2DROP_DESIGN_COOPERATIVE || (cuda.design == V2DROP_DESIGN_AUTO && small && can)) {
+        if (can && launch_cooperative(prev->dtype, scored, moves[0], selection, cuda.stream)) {
+          return launch_gather(moves, 1, Edge::kNone, cuda.stream);
+        }
+        if (cuda.design == V2DROP_DESIGN_COOPERATIVE) {
+          fail_with(V2DROP_ERROR_UNSUPPORTED,
+                    "on: a cooperative drop takes at most %d competing rows a stretch, known to the host, "
+                    "rows aligned to 16 bytes, something to move, and a device that can",
+                    kFusedSelect);
+        }
+      }
+      launch_score(scored, prev->dtype, aligned, cuda.stream);
+    }
+    const Edge edge = source.has_scores ? Edge::kNone : Edge::kDependent;
+    if (fused) {
+      const auto kernel = source.has_scores ? select_and_gather_kernel<false> : select_and_gather_kernel<true>;
+      launch(kernel, blocks_of(moves[0]), kThreads, edge, cuda.stream, moves[0], selection);
+      return launch_gather(moves, 1, Edge::kNone, cuda.stream);
+    }
+    launch_select(table, selection.keys, to, max_n, edge, cuda.stream);
+    launch_gather(moves, 0, Edge::kDependent, cuda.stream);
+  });
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The host's side of a launch: the device, its errors, scratch memory, and the tables that kernels read.
+#ifndef V2DROP_CORE_LAUNCH_CUH_
+#define V2DROP_CORE_LAUNCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "check.h"
+
+namespace v2drop {
+
+struct Device {
+  int sms;
+  bool dependent_launch;  // programmatic dependent launch
+  bool cooperative_launch;
+};
+
+// The current device; asked once.
+const Device& current_device();
+
+// Turns an error of the runtime into one of ours, and takes it back from the runtime, where it would surprise the caller's next check.
+void check_cuda(cudaError_t error, const char* what);
+
+enum class Edge { kNone, kDependent, kCooperative };
+
+// Starts `blocks` blocks; kDependent: as soon as the previous kernel of this call has triggered, if the device can.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) fail("parts: need more than 2^31 blocks in one launch");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  config.attrs = &attribute;
+  if (edge == Edge::kDependent && current_device().dependent_launch) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  } else if (edge == Edge::kCooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
+}
+
+// Hands out the caller's scratch memory in pieces aligned to 256 bytes.
+class Workspace {
+ public:
+  explicit Workspace(const v2drop_cuda& on) : next_(static_cast<char*>(on.workspace)), left_(on.workspace_bytes) {
+    if (reinterpret_cast<uintptr_t>(on.workspace) % 256 != 0) fail("workspace: is not aligned to 256 bytes");
+  }
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    if (bytes == 0) return nullptr;
+    if (!next_) fail("workspace: is NULL");
+    if (bytes > left_) fail("workspace: too small by %" PRId64 " bytes, see v2drop_workspace_bytes_cuda", bytes - left_);
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    left_ -= bytes;
+    return piece;
+  }
+
+ private:
+  char* next_;
+  int64_t left_;
+};
+
+inline const v2drop_cuda& check_on(const v2drop_cuda* on) {
+  if (!on) fail("on: is NULL");
+  if (on->design < V2DROP_DESIGN_AUTO || on->design > V2DROP_DESIGN_THREE) fail("on: unknown design %d", on->design);
+  return *on;
+}
+
+}  // namespace v2drop
+
+#endif  // V2DROP_CORE_LAUNCH_CUH_

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Selection on the GPU: one block for each stretch.
+#include <algorithm>
+
+#include "score_cuda.cuh"
+#include "select_cuda.cuh"
+
+namespace v2drop {
+namespace {
+
+constexpr int kTableChunk = 128;  // 8 KB of kernel arguments
+
+struct TableChunk {
+  v2drop_stretch rows[kTableChunk];
+};
+
+// A table travels as kernel arguments: a copy from host memory would keep the caller's table in use after the call, or synchronise.
+__global__ void __launch_bounds__(kTableChunk) upload_kernel(v2drop_stretch* to, const __grid_constant__ TableChunk chunk, int count) {
+  if (thread_id() < count) to[thread_id()] = chunk.rows[thread_id()];
+}
+
+// Where the stretches select to.
+struct Selected {
+  KeptRows kept;     // of a drop, or
+  int64_t* indices;  // of a top-k [groups, width]
+  char* values;      // NULL: the rank kernel writes them
+  int64_t width;
+  int32_t dtype;
+};
+
+__device__ int item_bytes(int dtype) { return dtype == V2DROP_FLOAT32 ? 4 : 2; }
+
+__device__ void store_bits(char* to, uint32_t bits, int dtype) {
+  if (dtype == V2DROP_FLOAT32) {
+    *reinterpret_cast<uint32_t*>(to) = bits;
+  } else {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(bits);
+  }
+}
+
+__device__ void store_value(char* to, const DeviceKeys& keys, int64_t entry, int64_t position, int dtype) {
+  if (keys.keys) return store_bits(to, bits_of_key(keys.at(entry, position)), V2DROP_FLOAT32);
+  const char* from = keys.scores + entry * keys.scores_batch + position * keys.scores_row;
+  store_bits(to, dtype == V2DROP_FLOAT32 ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from), dtype);
+}
+
+__device__ void store_nothing(int64_t* index, char* value, int dtype) {
+  *index = -1;
+  if (value) store_bits(value, dtype == V2DROP_FLOAT32 ? 0xff800000u : dtype == V2DROP_FLOAT16 ? 0xfc00u : 0xff80u, dtype);
+}
+
+// First row and length of packed segment g: in bounds whatever the offsets hold.
+__device__ int64_t clamped(const int32_t* cu, int64_t g, int64_t rows, int64_t* first) {
+  *first = min(max(static_cast<int64_t>(cu[g]), static_cast<int64_t>(0)), rows);
+  return max(min(static_cast<int64_t>(cu[g + 1]), rows) - *first, static_cast<int64_t>(0));
+}
+
+// Stretch g once the offsets are known, and of a drop the new offsets.
+template <int THREADS>
+__device__ v2drop_stretch resolve(const Table& table, int64_t g, int64_t rows, const KeptRows& to, BlockCounts<THREADS>& counts) {
+  v2drop_stretch s = table.at(g);
+  s.pre = s.post = s.pad_pre = s.pad_post = 0;
+  s.n = clamped(to.cu, g, rows, &s.row0);
+  s.k = min(s.k, s.n);
+  if (!to.new_cu) return s;
+  int before = 0;
+  for (int64_t j = thread_id(); j < g; j += THREADS) {
+    int64_t first;
+    const int64_t n = clamped(to.cu, j, rows, &first);
+    before += static_cast<int>(min(table.at(j).k, n));
+  }
+  s.out0 = min(static_cast<int64_t>(counts.sum(before)), table.out_rows);
+  s.k = min(s.k, table.out_rows - s.out0);
+  const bool last = g == table.groups - 1;
+  s.pad_post = last ? table.out_rows - s.out0 - s.k : 0;
+  if (thread_id() == 0) {
+    to.new_cu[g] = static_cast<int32_t>(s.out0);
+    if (last) to.new_cu[g + 1] = static_cast<int32_t>(s.out0 + s.k);
+  }
+  return s;
+}
+
+template <int THREADS, bool BINS>
+__global__ void __launch_bounds__(THREADS)
+    select_kernel(const __grid_constant__ Table table, const __grid_constant__ DeviceKeys keys, const __grid_constant__ Selected to) {
+  trigger_next();
+  BlockCounts<THREADS> counts;
+  const int64_t g = blockIdx.x;
+  wait_for_previous();
+  const v2drop_stretch s = to.kept.cu ? resolve(table, g, keys.rows, to.kept, counts) : table.at(g);
+  const bool any = s.pre + s.n + s.post > 0;
+  const int64_t entry = any ? s.row0 / keys.rows : 0, position = any ? s.row0 % keys.rows : 0, competing = position + s.pre;
+  const auto key = [&](int i) { return keys.at(entry, competing + i); };
+  const int n = static_cast<int>(s.n), k = static_cast<int>(s.k);
+  if (to.kept.keep) {
+    int64_t* out = to.kept.keep + s.out0;
+    for (int64_t i = thread_id(); i < s.pad_pre; i += THREADS) out[i] = -1;
+    out += s.pad_pre;
+    for (int64_t i = thread_id(); i < s.pre; i += THREADS) out[i] = position + i;
+    out += s.pre;
+    select_best<THREADS, BINS>(counts, n, k, key, [&](int place, int i) { out[place] = competing + i; });
+    out += s.k;
+    for (int64_t i = thread_id(); i < s.post; i += THREADS) out[i] = competing + s.n + i;
+    out += s.post;
+    for (int64_t i = thread_id(); i < s.pad_post; i += THREADS) out[i] = -1;
+    return;
+  }
+  int64_t* index = to.indices + g * to.width;
+  char* value = to.values ? to.values + g * to.width * item_bytes(to.dtype) : nullptr;
+  const int found = select_best<THREADS, BINS>(counts, n, k, key, [&](int place, int i) {
+    index[place] = competing + i;
+    if (value) store_value(value + static_cast<int64_t>(place) * item_bytes(to.dtype), keys, entry, competing + i, to.dtype);
+  });
+  for (int64_t i = found + thread_id(); i < to.width; i += THREADS) {
+    store_nothing(index + i, value ? value + i * item_bytes(to.dtype) : nullptr, to.dtype);
+  }
+}
+
+// Sorts survivors by score: the place of each is the number of those before it, counted against all others.
+__global__ void __launch_bounds__(kThreads)
+    rank_kernel(const __grid_constant__ Table table, const __grid_constant__ DeviceKeys keys, const __grid_constant__ Selected to,
+                const int64_t* by_position, const int32_t* cu, int64_t tiles) {
+  struct Others {
+    int32_t key[kThreads];
+    int64_t index[kThreads];
+  };
+  Others& others = block_shared<Others>();
+  wait_for_previous();
+  const int64_t g = blockIdx.x / tiles, mine = blockIdx.x % tiles * kThreads + thread_id();
+  const int64_t entry = cu ? 0 : min(table.at(g).row0 / keys.rows, table.batch - 1);
+  by_position += g * to.width;
+  const int64_t index = mine < to.width ? by_position[mine] : -1;
+  const int32_t key = index < 0 ? kExcluded : keys.at(entry, index);
+  int64_t rank = 0;
+  for (int64_t begin = 0; begin < to.width; begin += kThreads) {
+    const int64_t other = begin + thread_id();
+    others.index[thread_id()] = other < to.width ? by_position[other] : -1;
+    others.key[thread_id()] = others.index[thread_id()] < 0 ? kExcluded : keys.at(entry, others.index[thread_id()]);
+    __syncthreads();
+    for (int j = 0; j < kThreads; ++j) {
+      rank += others.index[j] >= 0 && (others.key[j] > key || (others.key[j] == key && others.index[j] < index));
+    }
+    __syncthreads();
+  }
+  if (mine >= to.width) return;
+  const int64_t place = g * to.width + (index < 0 ? mine : rank);
+  char* value = to.values + place * item_bytes(to.dtype);
+  if (index < 0) return store_nothing(to.indices + place, value, to.dtype);
+  to.indices[place] = index;
+  store_value(value, keys, entry, index, to.dtype);
+}
+
+void launch_select(const Table& table, const DeviceKeys& keys, const Selected& to, int64_t max_n, Edge edge, void* stream) {
+  if (max_n <= kFusedSelect) {
+    launch(select_kernel<kThreads, false>, table.groups, kThreads, edge, stream, table, keys, to);
+  } else {
+    launch(select_kernel<kSelectThreads, true>, table.groups, kSelectThreads, edge, stream, table, keys, to);
+  }
+}
+
+bool all_alike(const v2drop_stretch* stretches, int64_t n_stretches, int64_t batch, int64_t rows, int64_t out_rows, bool tiled,
+               bool budgets) {
+  if (!budgets && n_stretches != batch) return false;
+  for (int64_t g = 0; g < n_stretches; ++g) {
+    const v2drop_stretch &s = stretches[g], &first = stretches[0];
+    if (s.k != first.k) return false;
+    if (budgets) continue;
+    if (s.row0 != g * rows || s.pre != first.pre || s.n != first.n || s.post != first.post) return false;
+    if (tiled && (s.out0 != g * out_rows || s.pad_pre != first.pad_pre || s.pad_post != first.pad_post)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t largest(const v2drop_stretch* stretches, int64_t n_stretches) {
+  int64_t n = 0;
+  for (int64_t g = 0; g < n_stretches; ++g) n = std::max(n, stretches[g].n);
+  return n;
+}
+
+Table make_table(const v2drop_stretch* stretches, int64_t n_stretches, const KeySource& source, int64_t out_rows, bool tiled, bool budgets,
+                 const v2drop_cuda& on, Workspace& workspace) {
+  if (source.batch * source.rows > kMaxRows) fail("%s: more than 2^30 rows", source.has_scores ? "scores" : "prev");
+  Table table = {};
+  table.groups = n_stretches;
+  table.batch = source.batch;
+  table.in_rows = std::max<int64_t>(1, source.rows);
+  table.out_rows = out_rows;
+  if (n_stretches == 0) return table;
+  if (all_alike(stretches, n_stretches, source.batch, source.rows, out_rows, tiled, budgets)) {
+    table.alike = stretches[0];
+    return table;
+  }
+  table.rows = on.stretches;
+  if (table.rows) return table;
+  v2drop_stretch* rows = workspace.take<v2drop_stretch>(n_stretches);
+  table.rows = rows;
+  for (int64_t g = 0; g < n_stretches; g += kTableChunk) {
+    TableChunk chunk;
+    const int count = static_cast<int>(std::min<int64_t>(kTableChunk, n_stretches - g));
+    std::copy_n(stretches + g, count, chunk.rows);
+    launch(upload_kernel, 1, kTableChunk, Edge::kNone, on.stream, rows + g, chunk, count);
+  }
+  return table;
+}
+
+DeviceKeys device_keys(const KeySource& source, const int32_t* keys) {
+  DeviceKeys device = {};
+  device.rows = std::max<int64_t>(1, source.rows);
+  device.keys = keys;
+  device.masked_key = source.masked_key;
+  if (keys) return device;
+  device.scores = source.scores.data;
+  device.scores_batch = source.scores.batch_stride;
+  device.scores_row = source.scores.row_stride;
+  device.scores_dtype = source.scores.dtype;
+  if (source.has_mask) {
+    device.mask = source.mask.data;
+    device.mask_batch = source.mask.batch_stride;
+    device.mask_row = source.mask.row_stride;
+  }
+  return device;
+}
+
+Scored describe_keys(const KeySource& source, int32_t metric, int32_t round_to, const v2drop_stretch* stretches, int64_t n_stretches,
+                     const Table& table, bool budgets, Workspace& workspace) {
+  Scored scored = describe_scores(source.hidden, metric, round_to);
+  scored.keys = workspace.take<int32_t>(source.batch * source.rows);
+  if (source.has_mask) {
+    scored.mask = source.mask.data;
+    scored.mask_batch = source.mask.batch_stride;
+    scored.mask_row = source.mask.row_stride;
+  }
+  scored.masked_key = source.masked_key;
+  if (budgets) return scored;  // all rows
+  scored.stretches = table;
+  int64_t slots = 0;
+  for (int64_t g = 0; g < n_stretches; ++g) slots += stretches[g].n;
+  if (slots > kMaxRows) fail("stretches: more than 2^30 competing rows");
+  scored.slots = static_cast<int32_t>(slots);
+  return scored;
+}
+
+void launch_select(const Table& table, const DeviceKeys& keys, const KeptRows& to, int64_t max_n, Edge edge, void* stream) {
+  launch_select(table, keys, Selected{to, nullptr, nullptr, 0, V2DROP_FLOAT32}, max_n, edge, stream);
+}
+
+}  // namespace v2drop
+
+using namespace v2drop;
+
+v2drop_status v2drop_topk_cuda(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
+                               const v2drop_stretch* stretches, int64_t n_stretches, const v2drop_tensor* cu_seqlens, int32_t order,
+                               int32_t metric, int32_t round_to, const v2drop_tensor* values, const v2drop_tensor* indices,
+                               const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const KeySource source = check_source(scores, prev, cur, metric, round_to, mask, kExcluded);
+    const bool budgets = cu_seqlens != nullptr;
+    budgets ? check_budgets(stretches, n_stretches, source.batch) : check_stretches(stretches, n_stretches, source.batch, source.rows);
+    const KeptRows lengths = {nullptr, budgets ? check_cu("cu_seqlens", cu_seqlens, n_stretches) : nullptr, nullptr};
+    const TopkRows out = check_topk(scores, stretches, n_stretches, order, values, indices);
+    if (n_stretches == 0 || out.width == 0) return;
+
+    Workspace workspace(cuda);
+    const Table table = make_table(stretches, n_stretches, source, out.width, false, budgets, cuda, workspace);
+    Edge edge = Edge::kNone;
+    DeviceKeys keys;
+    if (source.has_scores) {
+      keys = device_keys(source, nullptr);
+    } else {
+      const Scored scored = describe_keys(source, metric, round_to, stretches, n_stretches, table, budgets, workspace);
+      keys = device_keys(source, scored.keys);
+      launch_score(scored, prev->dtype, is_aligned(source.hidden.prev) && is_aligned(source.hidden.cur), cuda.stream);
+      edge = Edge::kDependent;
+    }
+    const int64_t max_n = budgets ? source.rows : largest(stretches, n_stretches);
+    if (order == V2DROP_ORDER_POSITION) {
+      launch_select(table, keys, Selected{lengths, out.indices, out.values, out.width, out.dtype}, max_n, edge, cuda.stream);
+      return;
+    }
+    int64_t* by_position = workspace.take<int64_t>(n_stretches * out.width);
+    launch_select(table, keys, Selected{lengths, by_position, nullptr, out.width, out.dtype}, max_n, edge, cuda.stream);
+    const int64_t tiles = (out.width + kThreads - 1) / kThreads;
+    launch(rank_kernel, n_stretches * tiles, kThreads, Edge::kDependent, cuda.stream, table, keys,
+           Selected{{}, out.indices, out.values, out.width, out.dtype}, by_position, lengths.cu, tiles);
+  });
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sizes of the CUDA kernels, and what decides between their designs. Not one of these numbers has been measured on a GPU yet: each says
+// where it comes from. Nothing here changes a result.
+#ifndef V2DROP_CORE_TUNING_CUDA_H_
+#define V2DROP_CORE_TUNING_CUDA_H_
+
+#include <cstdint>
+
+namespace v2drop {
+
+// Threads of the kernels that move memory. A row is shared by as many warps as leave each thread kScoreLoads 16-byte loads of either
+// tensor, all in flight at once: 128 threads for 4096 bfloat16, which is what published row reductions on an H100 use as well.
+constexpr int kThreads = 256;
+constexpr int kScoreLoads = 4;
+
+// Blocks that an SM must be able to hold: half of its threads, so at most 64 registers for each. 32 warps with four 16-byte loads each
+// are 64 KB in flight; an H200 needs some 26 KB for each SM to be at full bandwidth.
+constexpr int kBlocksOfSm = 4;
+
+// The same for the cooperative kernel, which needs registers for all of its phases: three blocks of two rows of 4096 bfloat16 hold 792
+// rows on an H200 at once, the 576 of an image among them.
+constexpr int kCooperativeBlocksOfSm = 3;
+
+// Rows in a call: row numbers, also a grid's worth beyond the last one, fit 32 bits in the kernels. Offsets are 64-bit everywhere.
+constexpr int64_t kMaxRows = 1 << 30;
+
+// Groups of rows that a block scores one after the other where a table of stretches has to be searched first.
+constexpr int kTableRowGroups = 4;
+
+// Keys of a stretch up to which the blocks of the gather repeat the select, 8 in the registers of each thread; beyond, select is a kernel
+// of its own, with 8 keys in each of 1024 threads, and beyond those it counts by bins from L2.
+constexpr int kKeysPerThread = 8;
+constexpr int kFusedSelect = kThreads * kKeysPerThread;
+constexpr int kSelectThreads = 1024;
+
+// Bytes of hidden states (one tensor) up to which a drop is one cooperative launch: by the model, a grid barrier then costs less than a
+// second launch, because the rows of all blocks fit the GPU at once (NVIDIA H200, bfloat16).
+constexpr int64_t kCooperativeBytes = 16 << 20;
+
+// Output bytes of one block of the gather: less where that leaves fewer than kBlocksPerSm blocks for each SM.
+constexpr int64_t kGatherBytes = 64 << 10, kGatherBytesMin = 8 << 10;
+constexpr int kBlocksPerSm = 4;
+constexpr int kTileRows = 128;  // output rows of a tile at most; their source rows lie in shared memory
+
+// Rows of the inverse map that one block fills; each reads the whole of keep, so not too few.
+constexpr int kInvertRows = 8192;
+
+}  // namespace v2drop
+
+#endif  // V2DROP_CORE_TUNING_CUDA_H_
