@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// CUDA threads as fibers on the CPU, so that the kernels of csrc/core/*_cuda.cu can be tested where there is no GPU: the C++ compiler takes
+// them as C++ against the headers in include/. A fiber runs until it waits for others or ends; a launch runs at once, on the calling
+// thread. V2DROP_EMULATE_ORDER, read at every launch, is the order in which blocks and threads run: `forward` (default), `reverse`, or a
+// number, the seed of a shuffle before every round. A correct kernel gives the same results in all of them. What would hang or be undefined
+// on a GPU (threads that wait for ones that never come, a misaligned vector access) aborts with a message.
+#ifndef V2DROP_TESTS_EMULATE_H_
+#define V2DROP_TESTS_EMULATE_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace emulate {
+
+// The device that the host sees.
+constexpr int kMultiprocessors = 4, kBlocksPerMultiprocessor = 2, kL2Bytes = 1 << 20, kSharedBytes = 48 << 10, kMaxThreads = 1024;
+
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Memory of the current block: one piece per key, the same for all its threads, filled with 0xCD when the block starts to use it.
+void* shared(size_t bytes, size_t align, const void* key);
+
+// Waits for the block; returns how many of its threads gave true.
+int block_barrier(const char* name, bool predicate = false);
+
+// Waits for all blocks of a cooperative launch.
+void grid_barrier();
+
+// Waits for the warp; returns what its lanes gave, good until the next call. `count` is smaller than 32 in the last warp of an odd block.
+struct Lanes {
+  const uint64_t* values;
+  unsigned count, self;
+};
+Lanes warp_barrier(const char* name, unsigned mask, uint64_t value = 0);
+
+// A thread of a programmatic launch must call the first before the second, and before it ends; `name` is what it is about to do.
+void wait_for_previous_launch();
+void require_previous_launch(const char* name);
+
+// Kernels launched so far in this process, by all threads.
+int64_t launches();
+
+}  // namespace emulate
+
+// The same for a test that loads the library.
+extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_launches(void);
+
+#endif  // V2DROP_TESTS_EMULATE_H_
