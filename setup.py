@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drives CMake, which builds libv2drop and the module v2drop_kernels._C. Everything else is in pyproject.toml.
 
-V2DROP_NO_NATIVE=1 installs without them. CMAKE_ARGS is passed on to CMake.
+V2DROP_NO_NATIVE=1 installs without them. V2DROP_CUDA=AUTO|ON|OFF, V2DROP_CUDA_ARCHS="80 90 120" and V2DROP_JAX=AUTO|ON|OFF are the
+options of CMakeLists.txt by the same names; CMAKE_ARGS is passed on to CMake.
 """
 
 import os
@@ -15,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OPTIONS = ("V2DROP_CUDA", "V2DROP_CUDA_ARCHS", "V2DROP_JAX")
 
 
 def require(tool, *names):
@@ -42,6 +44,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
+        configure += [f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         build.mkdir(parents=True, exist_ok=True)
         (build / "CMakeCache.txt").unlink(missing_ok=True)  # it may name a build environment that is gone

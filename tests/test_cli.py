@@ -29,7 +29,9 @@ def test_info_names_versions_backends_and_reasons(capsys, monkeypatch):
     assert cpu.splitlines()[0] == "cpu tensors"
     assert cpu.splitlines()[1].split() == ["cpu", "runs"]
     assert "triton      serves GPU tensors; cpu tensors only under TRITON_INTERPRET=1" in cpu
+    assert "cuda        serves CUDA tensors, not cpu" in cpu
     assert "cpu         serves cpu tensors, not cuda" in cuda
+    assert f"CUDA kernels    {_native.cuda_archs() or 'none'}\n" in out
 
 
 def test_info_says_why_a_forced_backend_cannot_serve(capsys, monkeypatch):
@@ -41,7 +43,7 @@ def test_info_says_why_a_forced_backend_cannot_serve(capsys, monkeypatch):
 def test_info_with_an_unknown_forced_backend(capsys, monkeypatch):
     monkeypatch.setenv("V2DROP_BACKEND", "fpga")
     assert cli.main(["info"]) == 0
-    assert "V2DROP_BACKEND must be one of 'triton', 'cpu', 'reference', got 'fpga'" in capsys.readouterr().out
+    assert "V2DROP_BACKEND must be one of 'triton', 'cuda', 'cpu', 'reference', got 'fpga'" in capsys.readouterr().out
 
 
 def test_as_a_process():

@@ -7,7 +7,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_readme_example(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    block = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
     names = {}
     exec(compile(block, str(README), "exec"), names)

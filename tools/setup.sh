@@ -5,6 +5,7 @@
 #
 #   PYTHON=...   the Python to use (default: the first of python3, python3.13 ... python3.10 that is 3.10 to 3.13)
 #   VENV=...     where the environment goes (default: .venv)
+#   V2DROP_CUDA=AUTO|ON|OFF, V2DROP_CUDA_ARCHS="80 90"   what `build` builds for GPUs (default: for the one that is here, else for 90)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -105,11 +106,17 @@ PY
 
 install() {
   say "installing the package and its extras"
-  V2DROP_NO_NATIVE=1 pip_install --no-build-isolation -c $constraints -c "$venv/pins.txt" -e '.[test,plot,bench,dev]'
+  V2DROP_NO_NATIVE=1 pip_install --no-build-isolation -c $constraints -c "$venv/pins.txt" -e '.[test,plot,bench,dev,jax]'
 }
 
 build() {
   local log=$venv/build.log began=$SECONDS
+  # One architecture is quick to build and, since it comes as PTX too, serves all later ones. `pip install .` builds for all.
+  if [[ -z ${V2DROP_CUDA_ARCHS:-} ]]; then
+    V2DROP_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true
+    [[ $V2DROP_CUDA_ARCHS =~ ^[0-9]+$ ]] || V2DROP_CUDA_ARCHS=90
+    export V2DROP_CUDA_ARCHS
+  fi
   say "building the native library"
   if ! PATH="$(cd "$venv/bin" && pwd):$PATH" "$venv/bin/python" setup.py -q build_ext --inplace >"$log" 2>&1; then
     cat "$log" >&2

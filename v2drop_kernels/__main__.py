@@ -1,4 +1,4 @@
-"""The command line: ``python -m v2drop_kernels info | demo | bench``.
+"""The command line: ``python -m v2drop_kernels info | demo | bench | config``.
 
 Exit codes: 0 well, 1 a result is wrong, 2 a wrong argument or something missing (one line on stderr); ``bench`` passes its own on.
 """
@@ -13,14 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from . import __version__, _native, demo
-from ._backend import explain
+from . import __version__, config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     program = "v2drop-kernels" if Path(sys.argv[0]).name == "v2drop-kernels" else "python -m v2drop_kernels"
     parser = argparse.ArgumentParser(prog=program, description="Drop vision tokens: what runs here, a demo, benchmarks.")
     parser.add_argument("--version", action="version", version=f"v2drop-kernels {__version__}")
@@ -33,18 +31,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check every stage against the PyTorch reference, time it, and write a picture of what was kept. "
         "Exit code 1 if a stage differs from the reference.",
     )
-    demo.add_arguments(demo_parser)
     commands.add_parser("bench", help="run the benchmarks of a source checkout; arguments are passed on", add_help=False)
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "bench":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    config_parser = commands.add_parser(
+        "config",
+        help="paths and flags for programs that link libv2drop",
+        description="Print where the C library of this installation lies, or the flags that compile and link with it.",
+    )
+    config.add_arguments(config_parser)
+    expected: tuple[type[Exception], ...] = (ImportError, RuntimeError, ValueError)
     try:
+        if argv[:1] == ["demo"]:  # imports torch, which `config` does without
+            from . import demo
+
+            demo.add_arguments(demo_parser)
+            expected = (*expected, demo.DemoError)
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.command != "bench":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if args.command == "info":
             return info()
+        if args.command == "config":
+            return config.run(args)
         return demo.run(args) if args.command == "demo" else bench(rest)
-    except (demo.DemoError, RuntimeError, ValueError) as error:
+    except expected as error:
         line = " ".join(str(error).split())
-        print(f"{program} {args.command}: error: {line}", file=sys.stderr)
+        print(f"{program} {argv[0]}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -52,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def info() -> int:
     """Print what runs here."""
+    import torch
+
+    from . import _native
+    from ._backend import explain
+
     built, reason = _native.available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     toolkits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
@@ -63,6 +79,7 @@ def info() -> int:
         "triton": _version_of("triton"),
         "native library": _native.version() if built else reason,
         "instruction set": f"{_native.isa()} (native library)" if built else "-",
+        "CUDA kernels": (_native.cuda_archs() if built else "") or "none",
         "threads": str(torch.get_num_threads()),
         "GPU": ", ".join(gpus) or "none",
     }
@@ -87,7 +104,7 @@ def bench(arguments: Sequence[str]) -> int:
         script = root / "bench" / "run.py"
         if (root / "csrc").is_dir() and script.is_file():
             return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
-    raise demo.DemoError("the benchmarks are not in the installed package: run `make bench` in a checkout of the sources")
+    raise RuntimeError("the benchmarks are not in the installed package: run `make bench` in a checkout of the sources")
 
 
 def _version_of(distribution: str) -> str:

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A C99 user of the header: small right answers, and every kind of bad argument, which must come back as a status whose message begins
- * with the name of the argument. */
+ * with the name of the argument. All of it runs on the CPU entry points and, where the kernels are emulated (so that host memory serves
+ * as device memory), on their CUDA twins. In other builds the twins must say that they cannot serve. */
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -27,8 +29,49 @@ static void check(int ok, int line, const char* what) {
 static float prev_data[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 static float cur_data[8] = {3, 0, 0, 1, 3, 4, 4, -3};
 static float out_data[6], score_data[4];
-static int64_t keep_data[3], ids_data[4] = {10, 11, 12, 13}, out_ids[3];
+static int64_t keep_data[3], ids_data[4], out_ids[3];
 static unsigned char mask_data[4] = {1, 0, 1, 1};
+
+/* What the tests call: the CPU entry point, or its CUDA twin with `on`. */
+static int on_cuda = 0;
+static union {
+  char bytes[1 << 14];
+  long double align;
+} memory;
+static v2drop_cuda on;
+
+static v2drop_status score(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
+                           const v2drop_tensor* scores) {
+  return on_cuda ? v2drop_variation_score_cuda(prev, cur, metric, round_to, scores, &on)
+                 : v2drop_variation_score(prev, cur, metric, round_to, scores, 1);
+}
+static v2drop_status score_backward(const v2drop_tensor* grad, const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric,
+                                    const v2drop_tensor* grad_prev, const v2drop_tensor* grad_cur) {
+  return on_cuda ? v2drop_variation_score_backward_cuda(grad, prev, cur, metric, grad_prev, grad_cur, &on)
+                 : v2drop_variation_score_backward(grad, prev, cur, metric, grad_prev, grad_cur, 1);
+}
+static v2drop_status topk(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
+                          const v2drop_stretch* stretches, int64_t n_stretches, int32_t order, int32_t metric, int32_t round_to,
+                          const v2drop_tensor* values, const v2drop_tensor* indices) {
+  return on_cuda ? v2drop_topk_cuda(scores, prev, cur, mask, stretches, n_stretches, NULL, order, metric, round_to, values, indices, &on)
+                 : v2drop_topk(scores, prev, cur, mask, stretches, n_stretches, order, metric, round_to, values, indices, 1);
+}
+static v2drop_status drop(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
+                          const v2drop_stretch* stretches, int64_t n_stretches, int32_t metric, int32_t round_to, const v2drop_tensor* keep,
+                          const v2drop_part* parts, int64_t n_parts) {
+  return on_cuda ? v2drop_drop_tokens_cuda(scores, prev, cur, mask, stretches, n_stretches, NULL, metric, round_to, keep, NULL, parts,
+                                           n_parts, &on)
+                 : v2drop_drop_tokens(scores, prev, cur, mask, stretches, n_stretches, metric, round_to, keep, parts, n_parts, 1);
+}
+static v2drop_status compact(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts) {
+  return on_cuda ? v2drop_compact_cuda(keep, parts, n_parts, &on) : v2drop_compact(keep, parts, n_parts, 1);
+}
+static v2drop_status compact_backward(const v2drop_tensor* keep, int64_t rows, const v2drop_part* parts, int64_t n_parts) {
+  return on_cuda ? v2drop_compact_backward_cuda(keep, rows, parts, n_parts, &on) : v2drop_compact_backward(keep, rows, parts, n_parts, 1);
+}
+static v2drop_status compact_inplace(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts) {
+  return on_cuda ? v2drop_compact_inplace_cuda(keep, parts, n_parts, &on) : v2drop_compact_inplace(keep, parts, n_parts, 1);
+}
 
 static v2drop_tensor tensor(void* data, int32_t dtype, int64_t rows, int64_t dim) {
   v2drop_tensor t;
@@ -50,10 +93,11 @@ static void test_answers(void) {
   v2drop_stretch one = {0, 0, 4, 0, 2, 0, 0, 1}, forced = {0, 0, 4, 0, 3, 0, 0, 0}, top = {0, 0, 4, 0, 3, 0, 0, 0};
   v2drop_part parts[2];
   float values[3];
-  int64_t indices[3], again[1] = {2};
+  int64_t indices[3], again[1] = {2}, row;
   v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 3), i = tensor(indices, V2DROP_INT64, 1, 3), k1 = tensor(again, V2DROP_INT64, 1, 0);
 
-  OK(v2drop_variation_score(&prev, &cur, V2DROP_L2, V2DROP_FLOAT32, &scores, 1));
+  for (row = 0; row < 4; ++row) ids_data[row] = 10 + row;
+  OK(score(&prev, &cur, V2DROP_L2, V2DROP_FLOAT32, &scores));
   CHECK(score_data[0] == 3 && score_data[1] == 1 && score_data[2] == 5 && score_data[3] == 5);
 
   parts[0].src = cur;
@@ -64,28 +108,28 @@ static void test_answers(void) {
   parts[0].row_dim = parts[1].row_dim = 0;
   parts[0].fill = 0;
   parts[1].fill = -100;
-  OK(v2drop_drop_tokens(NULL, &prev, &cur, NULL, &one, 1, V2DROP_L2, V2DROP_FLOAT32, &keep, parts, 2, 1));
+  OK(drop(NULL, &prev, &cur, NULL, &one, 1, V2DROP_L2, V2DROP_FLOAT32, &keep, parts, 2));
   CHECK(keep_data[0] == 2 && keep_data[1] == 3 && keep_data[2] == -1);
   CHECK(out_ids[0] == 12 && out_ids[1] == 13 && out_ids[2] == -100);
   CHECK(out_data[0] == 3 && out_data[1] == 4 && out_data[2] == 4 && out_data[3] == -3 && out_data[4] == 0 && out_data[5] == 0);
 
-  OK(v2drop_drop_tokens(NULL, &prev, &cur, &mask, &forced, 1, V2DROP_L1, V2DROP_FLOAT32, &keep, parts, 2, 0));
+  OK(drop(NULL, &prev, &cur, &mask, &forced, 1, V2DROP_L1, V2DROP_FLOAT32, &keep, parts, 2));
   CHECK(keep_data[0] == 1 && keep_data[1] == 2 && keep_data[2] == 3);
 
-  OK(v2drop_drop_tokens(&scores, NULL, NULL, NULL, &one, 1, 0, 0, &keep, parts, 2, 1));
+  OK(drop(&scores, NULL, NULL, NULL, &one, 1, 0, 0, &keep, parts, 2));
   CHECK(keep_data[0] == 2 && keep_data[1] == 3 && keep_data[2] == -1);
-  OK(v2drop_drop_tokens(&scores, NULL, NULL, &mask, &forced, 1, 0, 0, &keep, parts, 2, 1));
+  OK(drop(&scores, NULL, NULL, &mask, &forced, 1, 0, 0, &keep, parts, 2));
   CHECK(keep_data[0] == 1 && keep_data[1] == 2 && keep_data[2] == 3);
 
-  OK(v2drop_topk(&scores, NULL, NULL, &mask, &top, 1, V2DROP_ORDER_SCORE, 0, 0, &v, &i, 1));
+  OK(topk(&scores, NULL, NULL, &mask, &top, 1, V2DROP_ORDER_SCORE, 0, 0, &v, &i));
   CHECK(indices[0] == 2 && indices[1] == 3 && indices[2] == 0 && values[2] == 3);
   top.k = 1;
-  OK(v2drop_topk(NULL, &prev, &cur, NULL, &top, 1, V2DROP_ORDER_POSITION, V2DROP_L2, V2DROP_FLOAT32, &v, &i, 1));
+  OK(topk(NULL, &prev, &cur, NULL, &top, 1, V2DROP_ORDER_POSITION, V2DROP_L2, V2DROP_FLOAT32, &v, &i));
   CHECK(indices[0] == 2 && indices[1] == -1 && values[0] == 5 && values[1] == -INFINITY);
 
-  OK(v2drop_compact_backward(&keep, 4, &(v2drop_part){parts[1].dst, parts[1].src, -1, 0, -1}, 1, 1));
+  OK(compact_backward(&keep, 4, &(v2drop_part){parts[1].dst, parts[1].src, -1, 0, -1}, 1));
   CHECK(ids_data[0] == -1 && ids_data[1] == 11 && ids_data[2] == 12 && ids_data[3] == 13);
-  OK(v2drop_compact_inplace(&k1, &parts[1], 1, 1));
+  OK(compact_inplace(&k1, &parts[1], 1));
   CHECK(ids_data[0] == 12 && ids_data[1] == 11);
 }
 
@@ -93,45 +137,43 @@ static void test_bad_scores(void) {
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0);
   v2drop_tensor t;
-#define SCORE(p, c, metric, round_to, s, threads) v2drop_variation_score(p, c, metric, round_to, s, threads)
-  BAD("prev", SCORE(NULL, &cur, 0, 0, &scores, 1));
-  BAD("cur", SCORE(&prev, NULL, 0, 0, &scores, 1));
-  BAD("scores", SCORE(&prev, &cur, 0, 0, NULL, 1));
-  BAD("metric", SCORE(&prev, &cur, 3, 0, &scores, 1));
-  BAD("metric", SCORE(&prev, &cur, -1, 0, &scores, 1));
-  BAD("round_to", SCORE(&prev, &cur, 0, V2DROP_INT64, &scores, 1));
-  BAD("threads", SCORE(&prev, &cur, 0, 0, &scores, -1));
+  BAD("prev", score(NULL, &cur, 0, 0, &scores));
+  BAD("cur", score(&prev, NULL, 0, 0, &scores));
+  BAD("scores", score(&prev, &cur, 0, 0, NULL));
+  BAD("metric", score(&prev, &cur, 3, 0, &scores));
+  BAD("metric", score(&prev, &cur, -1, 0, &scores));
+  BAD("round_to", score(&prev, &cur, 0, V2DROP_INT64, &scores));
   t = cur, t.dtype = V2DROP_BFLOAT16;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = prev, t.dtype = 99;
-  BAD("prev", SCORE(&t, &cur, 0, 0, &scores, 1));
+  BAD("prev", score(&t, &cur, 0, 0, &scores));
   t = prev, t.dtype = V2DROP_INT64, t.data = keep_data;
-  BAD("prev", SCORE(&t, &t, 0, 0, &scores, 1));
+  BAD("prev", score(&t, &t, 0, 0, &scores));
   t = cur, t.shape[1] = 1;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.shape[0] = -1;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.stride[1] = 2;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.stride[0] = INT64_MAX / 2;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.ndim = 9;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.ndim = 1;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.data = NULL;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = cur, t.data = (char*)cur_data + 1;
-  BAD("cur", SCORE(&prev, &t, 0, 0, &scores, 1));
+  BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = scores, t.stride[0] = 0;
-  BAD("scores", SCORE(&prev, &cur, 0, 0, &t, 1));
+  BAD("scores", score(&prev, &cur, 0, 0, &t));
   t = scores, t.shape[0] = 3;
-  BAD("scores", SCORE(&prev, &cur, 0, 0, &t, 1));
+  BAD("scores", score(&prev, &cur, 0, 0, &t));
   t = scores, t.dtype = V2DROP_FLOAT16;
-  BAD("scores", SCORE(&prev, &cur, 0, 0, &t, 1));
-  BAD("grad", v2drop_variation_score_backward(NULL, &prev, &cur, 0, NULL, NULL, 1));
-  BAD("grad_cur", v2drop_variation_score_backward(&scores, &prev, &cur, 0, NULL, &scores, 1));
-  OK(v2drop_variation_score_backward(&scores, &prev, &cur, 0, NULL, NULL, 1));
+  BAD("scores", score(&prev, &cur, 0, 0, &t));
+  BAD("grad", score_backward(NULL, &prev, &cur, 0, NULL, NULL));
+  BAD("grad_cur", score_backward(&scores, &prev, &cur, 0, NULL, &scores));
+  OK(score_backward(&scores, &prev, &cur, 0, NULL, NULL));
 }
 
 static void test_bad_selection(void) {
@@ -143,7 +185,7 @@ static void test_bad_selection(void) {
   const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
   v2drop_stretch s;
   v2drop_tensor t;
-#define TOPK(scores, prev, cur, mask, s, n, order, v, i) v2drop_topk(scores, prev, cur, mask, s, n, order, 0, 0, v, i, 1)
+#define TOPK(scores, prev, cur, mask, s, n, order, v, i) topk(scores, prev, cur, mask, s, n, order, 0, 0, v, i)
   BAD("prev", TOPK(NULL, NULL, NULL, NULL, &good, 1, 0, &v, &i));
   BAD("prev", TOPK(&scores, &prev, &cur, NULL, &good, 1, 0, &v, &i));
   BAD("mask", TOPK(&scores, NULL, NULL, &scores, &good, 1, 0, &v, &i));
@@ -157,10 +199,10 @@ static void test_bad_selection(void) {
   t = i, t.shape[1] = 2, t.stride[1] = 2;
   BAD("indices", TOPK(&scores, NULL, NULL, NULL, &good, 1, 0, &v, &t));
 
-#define DROP(s, n, keep) v2drop_drop_tokens(NULL, &prev, &cur, NULL, s, n, 0, 0, keep, NULL, 0, 1)
+#define DROP(s, n, keep) drop(NULL, &prev, &cur, NULL, s, n, 0, 0, keep, NULL, 0)
   OK(DROP(&good, 1, &keep));
-  BAD("cur", v2drop_drop_tokens(&scores, NULL, &cur, NULL, &good, 1, 0, 0, &keep, NULL, 0, 1));
-  BAD("prev", v2drop_drop_tokens(NULL, NULL, &cur, NULL, &good, 1, 0, 0, &keep, NULL, 0, 1));
+  BAD("cur", drop(&scores, NULL, &cur, NULL, &good, 1, 0, 0, &keep, NULL, 0));
+  BAD("prev", drop(NULL, NULL, &cur, NULL, &good, 1, 0, 0, &keep, NULL, 0));
   s = good, s.row0 = -1;
   BAD("stretches[0]", DROP(&s, 1, &keep));
   s = good, s.row0 = 5;
@@ -199,12 +241,11 @@ static void test_bad_parts(void) {
   good.batch_dim = -1;
   good.row_dim = 0;
   good.fill = 0;
-#define COMPACT(p, n) v2drop_compact(&keep, p, n, 1)
+#define COMPACT(p, n) compact(&keep, p, n)
   OK(COMPACT(&good, 1));
-  BAD("keep", v2drop_compact(NULL, &good, 1, 1));
+  BAD("keep", compact(NULL, &good, 1));
   BAD("parts", COMPACT(NULL, 1));
   BAD("n_parts", COMPACT(&good, -1));
-  BAD("threads", v2drop_compact(&keep, &good, 1, -2));
   p = good, p.row_dim = 1;
   BAD("parts[0].row_dim", COMPACT(&p, 1));
   p = good, p.batch_dim = 0;
@@ -220,25 +261,168 @@ static void test_bad_parts(void) {
   p = good, p.src.data = NULL;
   BAD("parts[0].src", COMPACT(&p, 1));
 
+  p.src = good.dst, p.dst = good.src, p.batch_dim = -1, p.row_dim = 0, p.fill = 0;
+  BAD("rows", compact_backward(&keep, -1, &p, 1));
+  if (on_cuda) return; /* the values of keep lie on the device: nobody checks them */
   rows[1] = 4;
   BAD("keep", COMPACT(&good, 1));
-  BAD("keep", v2drop_compact_inplace(&keep, &good, 1, 1));
+  BAD("keep", compact_inplace(&keep, &good, 1));
+  BAD("keep", compact_backward(&keep, 4, &p, 1));
   rows[1] = 0;
-  BAD("keep", v2drop_compact_inplace(&keep, &good, 1, 1));
-  p.src = good.dst, p.dst = good.src, p.batch_dim = -1, p.row_dim = 0, p.fill = 0;
-  BAD("keep", v2drop_compact_backward(&keep, 4, &p, 1, 1));
-  rows[1] = 4;
-  BAD("keep", v2drop_compact_backward(&keep, 4, &p, 1, 1));
-  BAD("rows", v2drop_compact_backward(&keep, -1, &p, 1, 1));
+  BAD("keep", compact_inplace(&keep, &good, 1));
+  BAD("keep", compact_backward(&keep, 4, &p, 1));
 }
 
-int main(void) {
-  CHECK(v2drop_version() == V2DROP_VERSION);
-  CHECK(v2drop_last_error()[0] == '\0');
+static void test_bad_threads(void) {
+  const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
+  const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
+  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
+  BAD("threads", v2drop_variation_score(&prev, &cur, 0, 0, &scores, -1));
+  BAD("threads", v2drop_variation_score_backward(&scores, &prev, &cur, 0, NULL, NULL, -1));
+  BAD("threads", v2drop_drop_tokens(&scores, NULL, NULL, NULL, &good, 1, 0, 0, &keep, NULL, 0, -1));
+  BAD("threads", v2drop_compact(&keep, NULL, 0, -2));
+  BAD("threads", v2drop_compact_backward(&keep, 4, NULL, 0, -2));
+  BAD("threads", v2drop_compact_inplace(&keep, NULL, 0, -2));
+}
+
+/* What only the twins take: where they run, and lengths on the device. */
+static void test_cuda_only(void) {
+  const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
+  const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
+  float values[2];
+  int64_t indices[2], places[4];
+  const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
+  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
+  const v2drop_cuda usual = on;
+  const v2drop_part part = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0};
+  static union {
+    struct {
+      float before[16], after[16], out[12];
+    } rows;
+    long double align;
+  } aligned;
+  int design;
+#define ON_DROP(with) v2drop_drop_tokens_cuda(NULL, &prev, &cur, NULL, &good, 1, NULL, 0, 0, &keep, NULL, &part, 1, with)
+  BAD("on", v2drop_variation_score_cuda(&prev, &cur, 0, 0, &scores, NULL));
+  BAD("on", v2drop_variation_score_backward_cuda(&scores, &prev, &cur, 0, NULL, NULL, NULL));
+  BAD("on", v2drop_topk_cuda(&scores, NULL, NULL, NULL, &good, 1, NULL, 0, 0, 0, &v, &i, NULL));
+  BAD("on", ON_DROP(NULL));
+  BAD("on", v2drop_compact_cuda(&keep, &part, 1, NULL));
+  BAD("on", v2drop_compact_backward_cuda(&keep, 4, NULL, 0, NULL));
+  BAD("on", v2drop_compact_inplace_cuda(&keep, &part, 1, NULL));
+  on.design = 4;
+  BAD("on", ON_DROP(&on));
+  on.design = -1;
+  BAD("on", ON_DROP(&on));
+  on = usual, on.workspace = NULL;
+  BAD("workspace", ON_DROP(&on));
+  BAD("workspace", topk(NULL, &prev, &cur, NULL, &good, 1, 0, 0, 0, &v, &i));
+  on = usual, on.workspace = (char*)usual.workspace + 8;
+  BAD("workspace", ON_DROP(&on));
+  on = usual, on.workspace_bytes = 8;
+  BAD("workspace", ON_DROP(&on));
+  on = usual, on.workspace_bytes = -1;
+  BAD("workspace", ON_DROP(&on));
+  /* As much as the header asks for is enough for every design; these rows are too narrow for one of them. */
+  on = usual, on.workspace_bytes = v2drop_workspace_bytes_cuda(4, 1, 0);
+  CHECK(on.workspace_bytes <= 4 * 8 + 64 + 1024);
+  on.design = V2DROP_DESIGN_COOPERATIVE;
+  CHECK(ON_DROP(&on) == V2DROP_ERROR_UNSUPPORTED);
+  for (design = V2DROP_DESIGN_AUTO; design <= V2DROP_DESIGN_THREE; ++design) {
+    const v2drop_tensor still = tensor(aligned.rows.before, V2DROP_FLOAT32, 4, 4), moved = tensor(aligned.rows.after, V2DROP_FLOAT32, 4, 4);
+    const v2drop_part rows = {moved, tensor(aligned.rows.out, V2DROP_FLOAT32, 3, 4), -1, 0, 0};
+    aligned.rows.after[5] = 2, aligned.rows.after[14] = -3;
+    aligned.rows.out[1] = aligned.rows.out[11] = 9;
+    on.design = design;
+    OK(v2drop_drop_tokens_cuda(NULL, &still, &moved, NULL, &good, 1, NULL, 0, 0, &keep, NULL, &rows, 1, &on));
+    CHECK(keep_data[0] == 1 && keep_data[1] == 3 && keep_data[2] == -1);
+    CHECK(aligned.rows.out[0] == 0 && aligned.rows.out[1] == 2 && aligned.rows.out[6] == -3 && aligned.rows.out[11] == 0);
+  }
+  on = usual;
+
+  { /* One stretch of rows 0 to 3, one that is empty, and one whose end is outside and is clamped. */
+    int32_t offsets[4] = {0, 3, 3, 9}, new_offsets[4], wrong[5] = {0, 3, 3, 4, 4};
+    v2drop_stretch table[3];
+    v2drop_tensor cu = tensor(offsets, V2DROP_INT32, 4, 0), new_cu = tensor(new_offsets, V2DROP_INT32, 4, 0), t;
+    const v2drop_tensor four = tensor(places, V2DROP_INT64, 4, 0);
+    memset(table, 0, sizeof table);
+    table[0].k = table[1].k = table[2].k = 1;
+#define LENGTHS(cu, keep, new_cu) v2drop_drop_tokens_cuda(NULL, &prev, &cur, NULL, table, 3, cu, 0, 0, keep, new_cu, NULL, 0, &on)
+    OK(LENGTHS(&cu, &four, &new_cu));
+    CHECK(places[0] == 2 && places[1] == 3 && places[2] == -1 && places[3] == -1);
+    CHECK(new_offsets[0] == 0 && new_offsets[1] == 1 && new_offsets[2] == 1 && new_offsets[3] == 2);
+    BAD("new_cu", LENGTHS(&cu, &four, NULL));
+    BAD("new_cu", LENGTHS(NULL, &four, &new_cu));
+    t = new_cu, t.dtype = V2DROP_INT64, t.data = places;
+    BAD("new_cu", LENGTHS(&cu, &four, &t));
+    t = new_cu, t.shape[0] = 3;
+    BAD("new_cu", LENGTHS(&cu, &four, &t));
+    t = cu, t.dtype = V2DROP_BITS32;
+    BAD("cu_seqlens", LENGTHS(&t, &four, &new_cu));
+    t = tensor(wrong, V2DROP_INT32, 5, 0);
+    BAD("cu_seqlens", LENGTHS(&t, &four, &new_cu));
+    t = cu, t.shape[0] = 2, t.stride[0] = 2;
+    BAD("cu_seqlens", LENGTHS(&t, &four, &new_cu));
+    t = cu, t.data = NULL;
+    BAD("cu_seqlens", LENGTHS(&t, &four, &new_cu));
+    table[1].k = -1;
+    BAD("stretches[1]", LENGTHS(&cu, &four, &new_cu));
+  }
+}
+
+/* No kernel can run: every twin says so, whatever it is given. */
+static void test_no_cuda(void) {
+  const v2drop_status why = v2drop_cuda_available();
+  const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
+  const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
+  float values[2];
+  int64_t indices[2];
+  const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
+  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
+  const v2drop_part part = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0}, back = {part.dst, part.src, -1, 0, 0};
+#define REFUSES(call)                                                           \
+  do {                                                                          \
+    const v2drop_status status = (call);                                        \
+    CHECK(status == V2DROP_ERROR_UNSUPPORTED || status == V2DROP_ERROR_DEVICE); \
+    CHECK(v2drop_last_error()[0] != '\0');                                      \
+  } while (0)
+  CHECK(why == V2DROP_ERROR_UNSUPPORTED || why == V2DROP_ERROR_DEVICE);
+  CHECK(v2drop_last_error()[0] != '\0');
+  REFUSES(score(&prev, &cur, 0, 0, &scores));
+  REFUSES(score_backward(&scores, &prev, &cur, 0, &prev, &cur));
+  REFUSES(topk(&scores, NULL, NULL, NULL, &good, 1, 0, 0, 0, &v, &i));
+  REFUSES(drop(NULL, &prev, &cur, NULL, &good, 1, 0, 0, &keep, &part, 1));
+  REFUSES(compact(&keep, &part, 1));
+  REFUSES(compact_backward(&keep, 4, &back, 1));
+  REFUSES(compact_inplace(&keep, &part, 1));
+}
+
+static void test_all(void) {
   test_answers();
   test_bad_scores();
   test_bad_selection();
   test_bad_parts();
-  if (!failures) printf("c api: ok\n");
+}
+
+int main(void) {
+  const char* archs = v2drop_cuda_archs();
+  CHECK(v2drop_version() == V2DROP_VERSION);
+  CHECK(v2drop_last_error()[0] == '\0');
+  test_all();
+  test_bad_threads();
+
+  on_cuda = 1;
+  on.workspace = memory.bytes + (256 - (size_t)memory.bytes % 256);
+  on.workspace_bytes = (int64_t)sizeof memory.bytes - 256;
+  if (!strcmp(archs, "emulated")) {
+    OK(v2drop_cuda_available());
+    test_all();
+    test_cuda_only();
+  } else if (v2drop_cuda_available() != V2DROP_OK) {
+    test_no_cuda();
+  } else {
+    archs = "a GPU, tested from Python";
+  }
+  if (!failures) printf("c api: ok (CUDA: %s)\n", archs[0] ? archs : "none");
   return failures != 0;
 }

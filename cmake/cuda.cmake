@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# From V2DROP_CUDA to V2DROP_CUDA_MODE: OFF (no kernels), NVCC (real ones) or EMULATE (the same sources, for the tests); also to
+# V2DROP_CUDA_ARCHITECTURES for CMake and V2DROP_CUDA_ARCHS_STRING for v2drop_cuda_archs(). CUDA is a language only where it is wanted.
+
+set(V2DROP_CUDA_MODE OFF)
+if(V2DROP_CUDA STREQUAL "EMULATE")
+  set(V2DROP_CUDA_MODE EMULATE)
+  set(V2DROP_CUDA_ARCHS_STRING emulated)
+elseif(V2DROP_CUDA MATCHES "^(AUTO|ON)$")
+  # The launches carry tables of more than 4 KB as kernel arguments, which older compilers refuse.
+  set(oldest_nvcc 12.1)
+  set(no_cuda "nvcc was not found, or cannot compile with this C++ compiler")
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES OFF) # each target has its own list
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS oldest_nvcc)
+      set(no_cuda "nvcc is ${CMAKE_CUDA_COMPILER_VERSION}, older than ${oldest_nvcc}")
+    else()
+      set(V2DROP_CUDA_MODE NVCC)
+    endif()
+  endif()
+  if(V2DROP_CUDA_MODE STREQUAL "OFF")
+    if(V2DROP_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "V2DROP_CUDA=ON needs CUDA ${oldest_nvcc} or newer: ${no_cuda}.")
+    endif()
+    message(STATUS "v2drop: without CUDA kernels (${no_cuda})")
+  endif()
+elseif(NOT V2DROP_CUDA STREQUAL "OFF")
+  message(FATAL_ERROR "V2DROP_CUDA must be AUTO, ON, OFF or EMULATE, got '${V2DROP_CUDA}'.")
+endif()
+
+if(V2DROP_CUDA_MODE STREQUAL "NVCC")
+  string(REGEX MATCHALL "[^ ;,]+" archs "${V2DROP_CUDA_ARCHS}")
+  if(NOT archs)
+    set(archs 80 86 89 90)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+      list(APPEND archs 100 120)
+    endif()
+  endif()
+  # The last one goes in as PTX too, from which the driver compiles for whatever comes later.
+  list(JOIN archs " " V2DROP_CUDA_ARCHS_STRING)
+  string(APPEND V2DROP_CUDA_ARCHS_STRING "+ptx")
+  list(POP_BACK archs last)
+  list(TRANSFORM archs APPEND "-real")
+  set(V2DROP_CUDA_ARCHITECTURES ${archs} ${last})
+  message(STATUS "v2drop: CUDA kernels for ${V2DROP_CUDA_ARCHS_STRING} (nvcc ${CMAKE_CUDA_COMPILER_VERSION})")
+endif()

@@ -1,0 +1,131 @@
+"""The CUDA C++ kernels, compiled by nvcc without a GPU: one real architecture and PTX, no spills, and the accesses asked for.
+
+The flags are those of CMakeLists.txt. What the kernels compute is tested on the CPU by tests/emulated.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc/core").glob("*.cu"))
+NVCC = shutil.which("nvcc")
+
+pytestmark = [
+    pytest.mark.compile_only,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: no CUDA C++ kernel is compiled for a GPU here"),
+]
+
+
+class Kernel(NamedTuple):
+    """One instance of a kernel template, as the assembler left it."""
+
+    registers: int
+    stack: int
+    sass: str
+
+    def accesses(self, kind: str) -> list[str]:
+        """Widths of the loads or stores, e.g. ``accesses("LDG")`` -> ``["128", "32"]``."""
+        found = re.findall(rf"\b{kind}\.(\S+)", self.sass)
+        return [(re.findall(r"\b(?:U8|S8|U16|S16|64|128)\b", x) or ["32"])[-1].lstrip("US") for x in found]
+
+
+def nvcc(source: Path, out: Path, *flags: str) -> Path:
+    options = ["-std=c++17", "-O3", "--fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
+    options += ['-DV2DROP_CUDA_ARCHS_STRING="test"', f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/core'}"]
+    done = subprocess.run([NVCC, *options, *flags, source, "-o", out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def cuobjdump(option: str, cubin: Path) -> str:
+    tool = shutil.which("cuobjdump")
+    if tool is None:  # Triton brings one
+        tool = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """A function from the name of a source to its kernels for sm_90, by mangled name."""
+
+    @functools.cache
+    def of(name: str) -> dict[str, Kernel]:
+        cubin = nvcc(ROOT / "csrc/core" / name, tmp_path_factory.mktemp("cubin") / f"{name}.cubin", "-arch=sm_90", "-cubin")
+        usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin))
+        bodies = re.split(r"\bFunction : (\S+)", cuobjdump("-sass", cubin))
+        sass = dict(zip(bodies[1::2], bodies[2::2], strict=True))
+        assert sass.keys() == {function for function, _, _ in usage} != set()
+        return {function: Kernel(int(registers), int(stack), sass[function]) for function, registers, stack in usage}
+
+    return of
+
+
+def named(kernels: dict[str, Kernel], name: str) -> dict[str, Kernel]:
+    """The instances of one kernel: its name stands in the mangled one after its length."""
+    found = {function: kernel for function, kernel in kernels.items() if f"{len(name)}{name}" in function}
+    assert found, f"no kernel {name} among {', '.join(kernels)}"
+    return found
+
+
+every_source = pytest.mark.parametrize("name", [x.name for x in SOURCES])
+
+
+def test_sources_are_those_of_the_build():
+    listed = re.search(r"set\(cuda_sources (.*?)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
+    assert sorted(listed) == [str(x.relative_to(ROOT)) for x in SOURCES] != []
+
+
+@every_source
+def test_no_spills(name, kernels):
+    for function, kernel in kernels(name).items():
+        local = len(re.findall(r"\b(?:LDL|STL)\b", kernel.sass))
+        assert (kernel.stack, local) == (0, 0), f"{function}: {kernel.registers} registers, {kernel.stack} bytes of stack"
+
+
+@every_source
+def test_ptx(name, tmp_path):
+    """The oldest architecture: nothing in the sources needs a newer one where it is not asked for."""
+    ptx = nvcc(ROOT / "csrc/core" / name, tmp_path / "kernels.ptx", "-arch=compute_80", "-ptx").read_text()
+    assert ".target sm_80" in ptx
+    assert "griddepcontrol" not in ptx
+
+
+@pytest.mark.parametrize(("source", "name"), [("score_cuda.cu", "score_kernel"), ("compact_cuda.cu", "gather_kernel")])
+def test_registers(source, name, kernels):
+    """64 registers let four blocks of 256 threads live on an SM."""
+    for function, kernel in named(kernels(source), name).items():
+        assert kernel.registers <= 64, f"{function} has {kernel.registers}"
+
+
+def test_score_loads_16_bytes(kernels):
+    """Of both tensors, several at once; one instance per dtype for rows that are aligned."""
+    wide = [kernel for kernel in named(kernels("score_cuda.cu"), "score_kernel").values() if "128" in kernel.accesses("LDG")]
+    assert len(wide) == 3
+    for kernel in wide:
+        before_use = re.split(r"\b(?:FADD|FFMA|FMUL|HADD2\.F32)\b", kernel.sass[kernel.sass.index("LDG.E.128") :])[0]
+        assert kernel.accesses("LDG").count("128") % 2 == 0
+        assert len(re.findall(r"LDG\S*\.128", before_use)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("compact_cuda.cu", "gather_kernel"), ("drop_cuda.cu", "select_and_gather_kernel"), ("drop_cuda.cu", "drop_kernel")],
+)
+def test_gather_moves_16_bytes(source, name, kernels):
+    for kernel in named(kernels(source), name).values():
+        assert kernel.accesses("STG").count("128") >= 2  # several in flight
+        assert kernel.accesses("LDG").count("128") >= kernel.accesses("STG").count("128")
+
+
+def test_dependent_launch(kernels):
+    """On sm_90 the gather waits for the kernel before it by programmatic dependent launch."""
+    for kernel in named(kernels("drop_cuda.cu"), "select_and_gather_kernel").values():
+        assert "ACQBULK" in kernel.sass
