@@ -66,8 +66,13 @@ bool launch_cooperative(const Scored& scored, Moves moves, const Selection& sele
   if (tiles > resident) return false;
   int groups = 1;
   while (score_blocks(scored, groups) > resident) ++groups;
-  launch(drop_kernel<T, ALIGNED>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative, stream, scored, moves,
-         selection, groups, static_cast<int>(tiles));
+  const cudaError_t error = try_launch(drop_kernel<T, ALIGNED>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative,
+                                       stream, scored, moves, selection, groups, static_cast<int>(tiles));
+  if (error == cudaErrorCooperativeLaunchTooLarge) {  // the process has a share of the device only (MPS)
+    cudaGetLastError();
+    return false;
+  }
+  check_cuda(error, "launch");
   return true;
 }
 

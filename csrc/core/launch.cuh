@@ -29,8 +29,8 @@ enum class Edge { kNone, kDependent, kCooperative };
 
 // Starts `blocks` blocks; kDependent: as soon as the previous kernel of this call has triggered, if the device can.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
-  if (blocks == 0) return;
+cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
+  if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) fail("parts: need more than 2^31 blocks in one launch");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
@@ -47,7 +47,12 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edg
     attribute.val.cooperative = 1;
     config.numAttrs = 1;
   }
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch");
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
+  check_cuda(try_launch(kernel, blocks, threads, edge, stream, std::forward<Arguments>(arguments)...), "launch");
 }
 
 // Hands out the caller's scratch memory in pieces aligned to 256 bytes.
