@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the native build, the package itself.
 #   make demo [ARGS="photo.jpg --preset 128"]     make test     make bench [ARGS=...]
 #   make lint     make format     make setup     make clean     make test-main [ARGS="-k compact"]
-#   make sanitize     make bench-c
+#   make sanitize gpu-check     make bench-c
 # PYTHON=/path/to/python3 chooses the Python of a new environment.
 
 .DEFAULT_GOAL := help
@@ -16,7 +16,7 @@ COMMA := ,
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
 CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error
 
-.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize bench bench-c lint format clean
+.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check bench bench-c lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -75,6 +75,10 @@ test-emulated: setup
 	V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/emulated $(ARGS)
 
 # die_after_fork: a test forks with threads running, which the library allows.
+# On a machine with a GPU: build for it with its own torch, test, measure, report. Needs no network and none of the setup above.
+gpu-check:
+	bench/gpu_check.sh $(ARGS)
+
 sanitize: setup
 	$(call build,build/asan,-DV2DROP_CUDA=EMULATE -DV2DROP_SANITIZE=address$(COMMA)undefined)
 	$(CTEST) --test-dir build/asan

@@ -91,7 +91,7 @@ def check_score_gradients(got, prev, cur, metric, incoming):
         assert (g.double() - e).abs().max() <= 2 * (w.double() - e).abs().max() + rounding * largest
 
 
-@pytest.mark.backends("cpu", "triton")
+@pytest.mark.backends("cpu", "triton", "cuda")
 @cross(metric=METRICS, dtype=FLOATS, D=[1, 7, 64, 1000], strides=STRIDES)
 def test_variation_score_gradients(on, metric, dtype, D, strides):
     prev, cur = normal((2, 9, D), dtype, "a"), normal((2, 9, D), dtype, "b")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import v2drop_kernels as vk
-from v2drop_kernels import _backend
+from v2drop_kernels import _backend, _native
 
 H = torch.zeros(1, 3, 4)
 CALLS = {
@@ -48,11 +48,12 @@ def calls(monkeypatch):
 def test_explain_of_cpu_tensors():
     found = vk.explain(torch.zeros(1, 3, 4))
     assert found.chosen == "cpu"
-    assert set(found.rejected) == {"triton", "reference"}
+    assert set(found.rejected) == {"triton", "cuda", "reference"}
+    assert found.rejected["cuda"] == "serves CUDA tensors, not cpu"
     assert "TRITON_INTERPRET" in found.rejected["triton"] or "not installed" in found.rejected["triton"]
     assert "'cpu' comes first" in found.rejected["reference"]
     assert str(found).splitlines()[0] == "cpu: runs"
-    assert len(str(found).splitlines()) == 3
+    assert len(str(found).splitlines()) == 4
 
 
 def test_explain_falls_through_to_the_reference():
@@ -60,16 +61,64 @@ def test_explain_falls_through_to_the_reference():
     assert found.chosen == "reference"
     assert "float64" in found.rejected["cpu"]
     assert "float64" in found.rejected["triton"]
+    assert "float64" in found.rejected["cuda"]
     assert vk.explain(dtype=torch.float64) == found
     other = vk.explain(device="meta")
     assert other.chosen == "reference"
     assert "meta" in other.rejected["cpu"]
+    assert "meta" in other.rejected["cuda"]
 
 
 def test_explain_of_gpu_tensors():
     found = vk.explain(device="cuda", dtype=torch.bfloat16)
     assert "serves cpu tensors, not cuda" in found.rejected["cpu"]
     assert found.chosen == "triton" or any(why in found.rejected["triton"] for why in ("not installed", "sees no GPU"))
+    assert found.chosen == "cuda" or any(
+        why in found.rejected["cuda"] for why in ("'triton' comes first", "sees no GPU", "without CUDA", "no kernel")
+    )
+
+
+class Library:
+    """Stands for the native module of a build."""
+
+    def __init__(self, archs, reason=""):
+        self.cuda_archs = lambda: archs
+        self.cuda_available = lambda: reason
+
+
+NONE_FOR_IT = "no kernel for this GPU (sm_75; built for 80 90)"
+WHY_NOT_CUDA = [
+    ("cuda", Library("80 90"), True, None, None),
+    ("cuda", None, True, None, "not built: of a test"),
+    ("cuda", Library("", "built without CUDA"), True, None, "built without CUDA"),
+    ("cuda", Library("", "built without CUDA"), False, None, "built without CUDA"),
+    ("cuda", Library("80 90"), False, None, "torch sees no GPU"),
+    ("cuda", Library("80 90"), True, "6.4", "serves NVIDIA GPUs, and this torch is built for ROCm"),
+    ("cuda", Library("80 90", NONE_FOR_IT), True, None, NONE_FOR_IT),
+    ("cpu", Library("80 90"), True, None, "serves CUDA tensors, not cpu"),
+    ("xpu", Library("80 90"), True, None, "serves CUDA tensors, not xpu"),
+    ("cpu", Library("emulated"), False, None, None),
+    ("cuda", Library("emulated"), True, None, "emulated in this build of the library, which serves cpu tensors, not cuda"),
+]
+
+
+@pytest.mark.parametrize(("kind", "library", "gpu", "rocm", "want"), WHY_NOT_CUDA, ids=range(len(WHY_NOT_CUDA)))
+def test_cuda_tells_its_reasons_apart(kind, library, gpu, rocm, want, monkeypatch):
+    monkeypatch.setattr(_native, "load_library", lambda: (library, "not built: of a test"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.version, "hip", rocm)
+    assert _backend.why_not.__wrapped__("cuda", kind, torch.bfloat16) == want
+
+
+@pytest.mark.parametrize(
+    ("refused", "want"),
+    [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "reference")],
+    ids=["all", "no-triton", "none"],
+)
+def test_cuda_is_the_fallback_of_triton(refused, want, monkeypatch):
+    monkeypatch.setattr(_backend, "why_not", lambda name, kind, dtype: "refused" if name in refused else None)
+    assert _backend.choose_name.__wrapped__("cuda", torch.bfloat16, None) == want
+    assert _backend.choose_name.__wrapped__("cpu", torch.bfloat16, None) == "cpu", "also where the emulated library would serve"
 
 
 @EVERY
@@ -144,7 +193,7 @@ def test_backend_is_local_to_a_thread():
     assert seen == ["cpu"]
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "CPU", "native"])
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", "native"])
 def test_backend_of_unknown_names(name, monkeypatch):
     with pytest.raises(ValueError, match="name must be one of"), vk.backend(name):
         pass
@@ -154,6 +203,21 @@ def test_backend_of_unknown_names(name, monkeypatch):
         monkeypatch.setenv("V2DROP_BACKEND", name)
         with pytest.raises(ValueError, match="V2DROP_BACKEND must be one of"):
             vk.variation_score(H, H)
+
+
+@EVERY
+def test_backend_cuda_refuses_cpu_tensors(call):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot serve cpu.*serves CUDA tensors, not cpu"):
+        call(backend="cuda")
+
+
+def test_another_build_of_the_module_is_loaded_from_its_path(tmp_path):
+    """V2DROP_NATIVE_MODULE: what it names is loaded, or nothing is; never the installed module in its place."""
+    script = "from v2drop_kernels import _native; print(_native.available()[1] or _native.lib().__file__)"
+    for path, want in ((_native.lib().__file__, _native.lib().__file__), (str(tmp_path / "_C.so"), "it cannot be loaded")):
+        environment = {**os.environ, "V2DROP_NATIVE_MODULE": path}
+        out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+        assert want in out
 
 
 def test_backend_environment_holds_for_a_process():

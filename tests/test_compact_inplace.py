@@ -114,7 +114,7 @@ def test_compact_inplace_checks_before_it_moves(on, bad):
     same([first, second], [cache, cache])
 
 
-@pytest.mark.backends("triton")
+@pytest.mark.backends("triton", "cuda")
 @pytest.mark.parametrize("bad", [[3, 1, -1], [1, 1, 1], [0, 5, -1], [0, 2**40, 4], [2**62, 2**62 + 1, -1]])
 def test_compact_inplace_stays_in_bounds(on, bad):
     """Looking would synchronise, so a GPU cannot raise; memory around the cache must stay as it was."""

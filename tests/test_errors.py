@@ -342,7 +342,7 @@ def test_errors(on, op, args, kwargs, error, message):
         getattr(vk, op)(*args, backend=on.backend, **kwargs)
 
 
-@pytest.mark.backends("triton")
+@pytest.mark.backends("triton", "cuda")
 @pytest.mark.parametrize(("op", "args", "kwargs", "error", "message"), [c for c in CASES if "keep-" not in c.id])
 def test_errors_on_a_gpu(on, op, args, kwargs, error, message):
     """The checks of rows in ``keep`` would synchronise; everything else is refused as on the CPU."""
@@ -351,7 +351,7 @@ def test_errors_on_a_gpu(on, op, args, kwargs, error, message):
     moved = [x if isinstance(x, torch.Tensor) and x.device == META else to(x, on.device) for x in args]
     host = ("k", "cu_seqlens")
     with pytest.raises(error):
-        getattr(vk, op)(*moved, **{k: x if k in host else _moved(x, on.device) for k, x in kwargs.items()})
+        getattr(vk, op)(*moved, backend=on.backend, **{k: x if k in host else _moved(x, on.device) for k, x in kwargs.items()})
 
 
 def _moved(x, device):
@@ -360,7 +360,7 @@ def _moved(x, device):
     return x if not isinstance(x, torch.Tensor) or x.device == META else x.to(device)
 
 
-@pytest.mark.backends("triton")
+@pytest.mark.backends("triton", "cuda")
 def test_compact_reads_rows_out_of_range_as_empty(on):
     """On a GPU looking would synchronise: such a row is padding, and nothing outside the tensor is read."""
     hidden = torch.ones(1, 4, 3, device=on.device)

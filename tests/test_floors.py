@@ -16,17 +16,18 @@ import v2drop_kernels
 PACKAGE = Path(v2drop_kernels.__file__).resolve().parent
 # From the ground up; a module may import from its own floor and from those below.
 FLOORS = [
-    {"reference", "layout", "schedule", "_plan", "_checks", "_types", "_parts", "positions"},
-    {"_triton", "_native", "_C"},
-    {"_library", "_backend"},
-    {"score", "select", "compact", "attention_score", "soft_topk", "merge"},
+    {"reference", "layout", "schedule", "_plan", "_checks", "_types", "_parts", "positions", "config"},
+    {"_triton", "_cuda", "_native", "_arrays", "_load", "_C", "_xla"},
+    {"_library", "_backend", "_ops"},
+    {"score", "select", "compact", "attention_score", "soft_topk", "merge", "array", "jax"},
     {"drop"},
     {"__init__"},
     {"models", "__main__", "plot", "demo", "_demo_model"},
     {"bench", "tests", "examples"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-OPTIONAL = ("triton", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn")
+OPTIONAL = ("triton", "jax", "cupy", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn")
+ALLOWED = {"triton": "_triton", "jax": "jax"}  # what a part of the package is made of, it imports at the top
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -79,15 +80,15 @@ def test_imports_go_down_only(path):
 def test_optional_packages_are_imported_inside_functions(path):
     for name, foreign, eager in imports(path):
         if foreign and eager and name in OPTIONAL:
-            assert name == "triton", f"{path.name} imports {name} at the top"
-            assert top(path) == "_triton", f"{path.name} imports triton at the top"
+            assert ALLOWED.get(name) == top(path), f"{path.name} imports {name} at the top"
 
 
 def test_backends_are_loaded_by_name_only():
-    """Nothing above imports _triton or _native but the one place that chooses, and that when it chooses."""
+    """Nothing above imports a backend but the one place that chooses, and that when it chooses."""
+    backends = ("_triton", "_cuda", "_native")
     for path in SOURCES:
-        if top(path) not in ("_triton", "_native", "__main__"):
-            assert not [name for name, foreign, eager in imports(path) if name in ("_triton", "_native") and eager], path
+        if top(path) not in (*backends, "__main__"):
+            assert not [name for name, foreign, eager in imports(path) if name in backends and eager], path
 
 
 def test_the_floors_test_sees_what_it_forbids(tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ BARE = """
 import sys
 
 # These are not installed: every finder answers that it knows no such module.
-ABSENT = ("triton", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn", "v2drop_kernels._C")
+ABSENT = ("triton", "jax", "cupy", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn", "v2drop_kernels._C")
 class Without:
     def __init__(self, finder): self.finder = finder
     def find_spec(self, name, path=None, target=None):
@@ -147,10 +148,11 @@ assert not [m for m in sys.modules if m.startswith(ABSENT)]
 found = vk.explain(torch.zeros(1, 3, 4))
 assert found.chosen == "reference", found
 assert "not built" in found.rejected["cpu"], found
+assert "not built" in found.rejected["cuda"], found
 assert "not installed" in found.rejected["triton"], found
 h = torch.arange(12.0).view(1, 3, 4)
 assert vk.drop_tokens(torch.zeros(1, 3, 4), h, 2).keep.tolist() == [[1, 2]]
-for name in ("cpu", "triton"):
+for name in ("cpu", "cuda", "triton"):
     try:
         vk.variation_score(h, h, backend=name)
     except RuntimeError as error:
@@ -159,8 +161,12 @@ for name in ("cpu", "triton"):
         raise SystemExit(f"{name} served")
 """
     )
-    assert "not built" in out.splitlines()[0]
-    assert "not installed" in out.splitlines()[1]
+    cpu, cuda, triton = out.splitlines()
+    assert "'cpu' cannot serve" in cpu
+    assert "not built" in cpu
+    assert "'cuda' cannot serve" in cuda
+    assert "not built" in cuda
+    assert "not installed" in triton
 
 
 def test_import_is_light():
@@ -171,8 +177,9 @@ def test_import_is_light():
         before = set(sys.modules)
         import v2drop_kernels
         new = {m.split(".")[0] for m in set(sys.modules) - before}
-        assert not new & {"triton", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn"}, new
+        assert not new & {"triton", "jax", "cupy", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn"}, new
         assert not torch.cuda.is_initialized()
         assert "v2drop_kernels._triton" not in sys.modules
+        assert "v2drop_kernels._cuda" not in sys.modules
         assert "v2drop_kernels.models" not in sys.modules
     """)

@@ -107,7 +107,7 @@ def test_drop_tokens_of_far_items(on):
     same([got.keep.cpu(), got.hidden.cpu(), got.kv[0].cpu()], [want.keep, want.hidden, want.kv[0]])
 
 
-@pytest.mark.backends("cpu", "triton")
+@pytest.mark.backends("cpu", "triton", "cuda")
 @pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", reason="2^31 elements take the interpreter minutes")
 def test_compact_writes_beyond_2_to_the_31(on):
     """A contiguous cache, and a result, of more than 2^31 elements: marked rows at both ends, zeros between."""

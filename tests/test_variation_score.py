@@ -186,7 +186,7 @@ def test_variation_score_of_float64(on, metric, N):
     torch.testing.assert_close(got, exact(prev, cur, metric), rtol=40 * 2.0**-52, atol=40 * 2.0**-52)
 
 
-@pytest.mark.backends("cpu", "triton")
+@pytest.mark.backends("cpu", "triton", "cuda")
 def test_variation_score_of_float32_agrees_with_the_reference(on):
     """One row of every length up to two vectors of 16, where remainders begin and end."""
     for D in range(34):

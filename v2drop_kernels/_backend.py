@@ -1,8 +1,9 @@
 """Which backend serves a call, and why the others do not.
 
-Order per device: ``cpu`` tensors go to the C++ library, GPU tensors to Triton; plain PyTorch (``reference``) serves what is
-left. ``with backend(...)``, ``backend=`` and ``V2DROP_BACKEND`` force one; a forced backend that cannot serve raises with
-its reason, the automatic choice falls through.
+Order per device: ``cpu`` tensors go to the C++ library, GPU tensors to Triton, then to CUDA C++; plain PyTorch (``reference``)
+serves what is left. ``cuda`` is the fallback for as long as no committed measurement shows a size where it is the faster of the
+two. ``with backend(...)``, ``backend=`` and ``V2DROP_BACKEND`` force one; a forced backend that cannot serve raises with its
+reason, the automatic choice falls through.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("triton", "cpu", "reference")
-_MODULES = {"triton": "v2drop_kernels._triton", "cpu": "v2drop_kernels._native"}
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+_MODULES = {"triton": "._triton", "cuda": "._cuda", "cpu": "._native"}
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("v2drop_backend", default=None)
@@ -52,7 +53,7 @@ def backend(name: str) -> Iterator[None]:
 
     Parameters
     ----------
-    name : {"triton", "cpu", "reference"}
+    name : {"triton", "cuda", "cpu", "reference"}
 
     Returns
     -------
@@ -143,7 +144,7 @@ def choose_name(kind: str, dtype: torch.dtype, forced: str | None) -> str:
         if why:
             raise RuntimeError(f"backend {forced!r} cannot serve {kind} tensors of {dtype}: {why}")
         return forced
-    for name in ("cpu", "reference") if kind == "cpu" else ("triton", "reference"):
+    for name in ("cpu", "reference") if kind == "cpu" else ("triton", "cuda", "reference"):
         if why_not(name, kind, dtype) is None:
             return name
     raise AssertionError("the reference serves everything")
@@ -161,6 +162,8 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
             return f"serves cpu tensors, not {kind}"
         served, reason = load("cpu").available()
         return None if served else reason
+    if name == "cuda":
+        return load("cuda").why_not(kind)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if kind == "cpu":
@@ -180,7 +183,7 @@ def interpreting() -> bool:
 @functools.lru_cache(maxsize=8)
 def load(name: str) -> ModuleType:
     """The module that implements a compiled backend."""
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(_MODULES[name], __package__)
 
 
 def _known(name: str, argument: str) -> str:

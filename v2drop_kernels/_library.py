@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from . import _backend
+from ._ops import add_op_namespace_prefix, ops
 from ._plan import CuPlan, Plan
 from ._types import Part
 from .layout import host_cu_seqlens
 
-_lib = torch.library.Library("v2drop", "DEF")
+_lib = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _PLAN = "SymInt[] plan, SymInt batch, SymInt rows, SymInt out_rows"
 
 
@@ -28,7 +29,7 @@ def _define(schema: str, fake: Any, tags: tuple[torch.Tag, ...] = (torch.Tag.pt2
     def register(fn: Any) -> Any:
         _lib.define(schema, tags=tags)
         _lib.impl(name, fn, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"v2drop::{name}", fake, lib=_lib)
+        torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_lib)
         return fn
 
     return register
@@ -116,11 +117,11 @@ def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _score_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     h_prev, h_cur = ctx.saved_tensors
-    d_prev, d_cur = torch.ops.v2drop.variation_score_backward(grad, h_prev, h_cur, ctx.metric, ctx.backend)
+    d_prev, d_cur = ops.variation_score_backward(grad, h_prev, h_cur, ctx.metric, ctx.backend)
     return d_prev, d_cur, None, None, None
 
 
-torch.library.register_autograd("v2drop::variation_score", _score_backward, setup_context=_score_setup, lib=_lib)
+torch.library.register_autograd(add_op_namespace_prefix("variation_score"), _score_backward, setup_context=_score_setup, lib=_lib)
 
 
 # --- topk
@@ -251,7 +252,7 @@ def _gradients(ctx: Any, grads: Sequence[torch.Tensor | None]) -> list[torch.Ten
     if wanted:
         dims = [d for i in wanted for d in ctx.dims[2 * i : 2 * i + 2]]
         rows = ctx.rows[wanted[0]]
-        made = torch.ops.v2drop.compact_backward(keep, [grads[i] for i in wanted], dims, rows, ctx.backend)
+        made = ops.compact_backward(keep, [grads[i] for i in wanted], dims, rows, ctx.backend)
         for i, g in zip(wanted, made, strict=True):
             found[i] = g
     return found
@@ -266,8 +267,8 @@ def _compact_grad(ctx: Any, grads: Any) -> tuple[Any, ...]:
     return (None, _gradients(ctx, grads), *ctx.answer[2:])
 
 
-torch.library.register_autograd("v2drop::drop", _drop_backward, setup_context=_drop_setup, lib=_lib)
-torch.library.register_autograd("v2drop::compact", _compact_grad, setup_context=_compact_setup, lib=_lib)
+torch.library.register_autograd(add_op_namespace_prefix("drop"), _drop_backward, setup_context=_drop_setup, lib=_lib)
+torch.library.register_autograd(add_op_namespace_prefix("compact"), _compact_grad, setup_context=_compact_setup, lib=_lib)
 
 
 class Dispatched:
@@ -277,32 +278,32 @@ class Dispatched:
         self._backend = backend
 
     def variation_score(self, prev: torch.Tensor, cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None) -> torch.Tensor:
-        return torch.ops.v2drop.variation_score(prev, cur, metric, score_dtype, self._backend)
+        return ops.variation_score(prev, cur, metric, score_dtype, self._backend)
 
     def topk(
         self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, order: str, metric: str, score_dtype: Any,
         cu_seqlens: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         packed = _pack_plan(plan)
-        return torch.ops.v2drop.topk(scores, prev, cur, mask, cu_seqlens, *packed, order, metric, score_dtype, self._backend)
+        return ops.topk(scores, prev, cur, mask, cu_seqlens, *packed, order, metric, score_dtype, self._backend)
 
     def drop(
         self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, parts: list[Part], metric: str,
         score_dtype: Any, cu_seqlens: Any = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:  # fmt: skip
         tensors, dims, fills = _split(parts)
-        outs, keep, cu = torch.ops.v2drop.drop(
+        outs, keep, cu = ops.drop(
             scores, prev, cur, mask, cu_seqlens, tensors, dims, fills, *_pack_plan(plan), metric, score_dtype,
             self._backend,
         )  # fmt: skip
         return keep, outs, cu if cu_seqlens is not None else None
 
     def compact(self, keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
-        return torch.ops.v2drop.compact(keep, *_split(parts), self._backend)
+        return ops.compact(keep, *_split(parts), self._backend)
 
     def compact_(self, keep: torch.Tensor, parts: list[Part]) -> None:
         tensors, dims, _ = _split(parts)
-        torch.ops.v2drop.compact_(keep, tensors, dims, self._backend)
+        ops.compact_(keep, tensors, dims, self._backend)
 
 
 def runner(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> tuple[Any, str]:

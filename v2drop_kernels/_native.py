@@ -3,17 +3,18 @@
 
 Arguments were checked by the public functions; the library checks once more that no address is out of bounds. Every function
 allocates its results, describes the tensors as tuples (see csrc/python/module.cpp) and makes one call without the interpreter lock.
+What loads the library and describes tensors serves the ``cuda`` backend as well.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ._load import load_library
 
 if TYPE_CHECKING:
     from ._plan import Plan
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 # Fresh memory of this size is mapped anew by every call, and faulting it in 4 KB at a time costs more than all the rest of a drop.
 _HUGE = 4 << 20
-_METRICS = {"l2": 0, "l1": 1, "cosine": 2}
-_ORDERS = {"position": 0, "score": 1}
-_ROUND_TO = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+METRICS = {"l2": 0, "l1": 1, "cosine": 2}
+ORDERS = {"position": 0, "score": 1}
+ROUND_TO = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _DtypeCodes(dict[torch.dtype, int]):
@@ -34,48 +35,47 @@ class _DtypeCodes(dict[torch.dtype, int]):
         return code
 
 
-_DTYPES = _DtypeCodes({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int64: 3, torch.bool: 4})
-
-
-@functools.cache
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        from . import _C  # type: ignore[attr-defined]
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
-            return None, "not built: the package was installed without its C++ library (reinstall with a C++17 compiler)"
-        return None, f"built, but it cannot be loaded: {error}"
-    return _C, ""
+_DTYPES = _DtypeCodes({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int64: 3, torch.bool: 4, torch.int32: 10})
 
 
 def available() -> tuple[bool, str]:
     """Whether the library serves, and if not, why."""
-    module, reason = _load()
+    module, reason = load_library()
     return module is not None, reason
 
 
 def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``; ``V2DROP_ISA`` caps it."""
-    return str(_lib().isa())
+    return str(lib().isa())
 
 
 def version() -> str:
     """The version of libv2drop."""
-    return str(_lib().version())
+    return str(lib().version())
 
 
-def _lib() -> Any:
-    module, reason = _load()
+def cuda_archs() -> str:
+    """The GPU architectures that this build has kernels for, ``"emulated"``, or ``""`` for none."""
+    return str(lib().cuda_archs())
+
+
+def lib() -> Any:
+    """The module, or an error that says why there is none."""
+    module, reason = load_library()
     if module is None:
-        raise RuntimeError(f"backend 'cpu' is {reason}")
+        raise RuntimeError(f"the native library is {reason}")
     return module
 
 
-def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
-def _stretches(plan: Plan) -> tuple[int, int]:
+def maybe_view(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    return None if tensor is None else view(tensor)
+
+
+def stretches(plan: Plan) -> tuple[int, int]:
     return plan.host_table().data_ptr(), plan.groups
 
 
@@ -86,25 +86,25 @@ def _fill_bits(dtype: torch.dtype, fill: int) -> int:
     return int(torch.tensor(fill, dtype=dtype).view(bits).item())
 
 
-def _outputs(parts: Sequence[Part], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+def outputs(parts: Sequence[Part], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
     """The results with `rows` rows, fresh unless given, and the descriptions of the parts that fill them."""
     results, described = [], []
     for tensor, batch_dim, row_dim, fill, result in parts:
         if result is None:
             shape = list(tensor.shape)
             shape[row_dim] = rows
-            result = torch.empty(shape, dtype=tensor.dtype)
-            if result.nbytes >= _HUGE:
-                _lib().prefer_huge_pages(result.data_ptr(), result.nbytes)
+            result = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            if result.is_cpu and result.nbytes >= _HUGE:
+                lib().prefer_huge_pages(result.data_ptr(), result.nbytes)
         results.append(result)
-        described.append((_view(tensor), _view(result), batch_dim, row_dim, _fill_bits(tensor.dtype, fill)))
+        described.append((view(tensor), view(result), batch_dim, row_dim, _fill_bits(tensor.dtype, fill)))
     return results, described
 
 
 def variation_score(prev: Tensor, cur: Tensor, metric: str, score_dtype: torch.dtype | None) -> Tensor:
     scores = torch.empty(prev.shape[:-1], dtype=torch.float32)
-    rounding, threads = _ROUND_TO[score_dtype], torch.get_num_threads()
-    _lib().variation_score(_view(prev), _view(cur), _METRICS[metric], rounding, _view(scores), threads)
+    rounding, threads = ROUND_TO[score_dtype], torch.get_num_threads()
+    lib().variation_score(view(prev), view(cur), METRICS[metric], rounding, view(scores), threads)
     return scores
 
 
@@ -113,13 +113,13 @@ def variation_score_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_prev = torch.empty(prev.shape, dtype=prev.dtype) if need_prev else None
     grad_cur = torch.empty(cur.shape, dtype=cur.dtype) if need_cur else None
-    _lib().variation_score_backward(
-        _view(grad),
-        _view(prev),
-        _view(cur),
-        _METRICS[metric],
-        None if grad_prev is None else _view(grad_prev),
-        None if grad_cur is None else _view(grad_cur),
+    lib().variation_score_backward(
+        view(grad),
+        view(prev),
+        view(cur),
+        METRICS[metric],
+        maybe_view(grad_prev),
+        maybe_view(grad_cur),
         torch.get_num_threads(),
     )
     return grad_prev, grad_cur
@@ -138,17 +138,17 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     values = torch.empty((plan.groups, plan.out_rows), dtype=torch.float32 if scores is None else scores.dtype)
     indices = torch.empty((plan.groups, plan.out_rows), dtype=torch.int64)
-    _lib().topk(
-        None if scores is None else _view(scores),
-        None if prev is None else _view(prev),
-        None if cur is None else _view(cur),
-        None if mask is None else _view(mask),
-        _stretches(plan),
-        _ORDERS[order],
-        _METRICS[metric],
-        _ROUND_TO[score_dtype],
-        _view(values),
-        _view(indices),
+    lib().topk(
+        maybe_view(scores),
+        maybe_view(prev),
+        maybe_view(cur),
+        maybe_view(mask),
+        stretches(plan),
+        ORDERS[order],
+        METRICS[metric],
+        ROUND_TO[score_dtype],
+        view(values),
+        view(indices),
         torch.get_num_threads(),
     )
     return values, indices
@@ -166,16 +166,16 @@ def drop(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     keep = torch.empty((plan.batch, plan.out_rows), dtype=torch.int64)
-    results, described = _outputs(parts, plan.out_rows)
-    _lib().drop_tokens(
-        None if scores is None else _view(scores),
-        None if prev is None else _view(prev),
-        None if cur is None else _view(cur),
-        None if mask is None else _view(mask),
-        _stretches(plan),
-        _METRICS[metric],
-        _ROUND_TO[score_dtype],
-        _view(keep),
+    results, described = outputs(parts, plan.out_rows)
+    lib().drop_tokens(
+        maybe_view(scores),
+        maybe_view(prev),
+        maybe_view(cur),
+        maybe_view(mask),
+        stretches(plan),
+        METRICS[metric],
+        ROUND_TO[score_dtype],
+        view(keep),
         described,
         torch.get_num_threads(),
     )
@@ -183,17 +183,17 @@ def drop(
 
 
 def compact(keep: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    results, described = _outputs(parts, keep.shape[-1])
-    _lib().compact(_view(keep), described, torch.get_num_threads())
+    results, described = outputs(parts, keep.shape[-1])
+    lib().compact(view(keep), described, torch.get_num_threads())
     return results
 
 
 def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Tensor]:
-    results, described = _outputs(grads, rows)
-    _lib().compact_backward(_view(keep), rows, described, torch.get_num_threads())
+    results, described = outputs(grads, rows)
+    lib().compact_backward(view(keep), rows, described, torch.get_num_threads())
     return results
 
 
 def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
-    described = [(_view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
-    _lib().compact_inplace(_view(keep), described, torch.get_num_threads())
+    described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
+    lib().compact_inplace(view(keep), described, torch.get_num_threads())

@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .layout import (
     Segment,
@@ -21,11 +19,16 @@ from .layout import (
     check_offsets,
     check_spans,
     host_cu_seqlens,
+    is_int,
     is_packed,
     is_pair,
+    is_tensor,
     per_segment_k,
     require_int,
 )
+
+if TYPE_CHECKING:  # plans are made for NumPy and JAX too: torch is imported where a tensor is made
+    import torch
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,19 @@ class Plan:
             return pre + k + post < self.out_rows
         return any(self.table[6::8]) or any(self.table[7::8])
 
+    def flat_table(self) -> Sequence[int]:
+        """``table``, spelt out where the plan is uniform."""
+        if self.uniform is None:
+            return self.table
+        pre, n, post, k = self.uniform
+        pad = self.out_rows - pre - k - post
+        return [x for g in range(self.groups) for x in (g * self.rows, pre, n, post, k, g * self.out_rows, 0, pad)]
+
     @functools.cached_property
     def _host_table(self) -> torch.Tensor:
-        table: Sequence[int] = self.table
-        if self.uniform is not None:
-            pre, n, post, k = self.uniform
-            pad = self.out_rows - pre - k - post
-            table = [x for g in range(self.groups)
-                     for x in (g * self.rows, pre, n, post, k, g * self.out_rows, 0, pad)]  # fmt: skip
-        return torch.tensor(table, dtype=torch.int64).view(self.groups, 8)
+        import torch
+
+        return torch.tensor(self.flat_table(), dtype=torch.int64).view(self.groups, 8)
 
     @functools.cached_property
     def _device_tables(self) -> dict[torch.device, torch.Tensor]:
@@ -133,6 +140,8 @@ def offsets_on(offsets: tuple[int, ...], device: torch.device, *, traced: bool) 
 
     On a GPU a copy that is already there is cloned: one from the host would synchronise, and a graph cannot capture it.
     """
+    import torch
+
     if traced or device.type == "cpu":
         return torch.tensor(offsets, dtype=torch.int32, device=device)
     return _resident_offsets(offsets, device).clone()
@@ -140,6 +149,8 @@ def offsets_on(offsets: tuple[int, ...], device: torch.device, *, traced: bool) 
 
 @functools.lru_cache(maxsize=1024)
 def _resident_offsets(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    import torch
+
     return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
@@ -245,14 +256,14 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
     """
     packed = is_packed(droppable, cu_seqlens)
     everywhere_alike = not packed and h.shape[0] > 0 and (droppable is None or (op == "drop" and is_pair(droppable)))
-    if everywhere_alike and not isinstance(k, list | tuple | torch.Tensor):
+    if everywhere_alike and is_int(k):
         require_int("k", k)
         batch, rows = h.shape[0], h.shape[1]
         start, stop = (0, rows) if droppable is None else droppable
         if droppable is not None:
             check_spans(0, ((start, stop),), 0, rows)
         return (_uniform if traced else _cached_uniform)(op, batch, rows, start, stop, k)
-    if packed and isinstance(cu_seqlens, torch.Tensor) and not isinstance(droppable, TokenLayout):
+    if packed and is_tensor(cu_seqlens) and not isinstance(droppable, TokenLayout):
         check_offsets(cu_seqlens)
         if traced or cu_seqlens.device.type != "cpu":
             return _resolve_on_device(op, h, k, droppable, cu_seqlens)
@@ -260,7 +271,7 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
         cu = droppable.cu_seqlens
     else:
         cu = host_cu_seqlens(cu_seqlens, h.shape[0]) if packed else None
-    if traced and isinstance(droppable, torch.Tensor):
+    if traced and is_tensor(droppable):
         raise ValueError("droppable as a mask needs its counts here: pass TokenLayout.from_mask(mask, counts)")
     layout = as_layout(droppable, h.shape[0], h.shape[0] if packed else h.shape[1], cu)
     ks = per_segment_k(k, layout.groups)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:  # the results of NumPy and JAX calls are these too, so that torch need not be there
+    import torch
 
-if TYPE_CHECKING:
     from .layout import TokenLayout
 
 

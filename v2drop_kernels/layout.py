@@ -1,7 +1,7 @@
 """Host-side facts: where the droppable tokens of a batch lie, and how many of them are kept.
 
 A *segment* is a contiguous run of tokens that shares one budget: a batch item, or one image of an item. Everything here is
-integers on the host, so that the shapes of results need no synchronisation.
+integers on the host, so that the shapes of results need no synchronisation. torch is imported only where a tensor is at hand.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -189,6 +190,8 @@ class TokenLayout:
         lengths, padding_side, cu_seqlens
             As in :meth:`padded` and :meth:`packed`.
         """
+        import torch
+
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, got {kind(mask)}")
         check_padding_side(padding_side)
@@ -238,7 +241,7 @@ class TokenLayout:
             ``[B, N]``, 0 on padding, which must all lie on ``padding_side``.
         """
         check_padding_side(padding_side)
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        if not is_tensor(input_ids) or input_ids.dim() != 2:
             raise ValueError(f"input_ids must be a tensor [B, N], got {kind(input_ids)}")
         lengths = None
         if attention_mask is not None:
@@ -248,7 +251,7 @@ class TokenLayout:
                 )
             real = attention_mask.ne(0)
             ordered = real.sort(dim=1, descending=padding_side == "right", stable=True).values
-            if not torch.equal(real, ordered):
+            if not bool(real.eq(ordered).all()):
                 raise ValueError(f"attention_mask must be 0 on the {padding_side} of each row and 1 elsewhere")
             lengths = real.sum(1).tolist()
         spans = []
@@ -278,6 +281,8 @@ class TokenLayout:
 
     def droppable_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """bool ``[B, N]`` (``[T]`` packed): which rows compete."""
+        import torch
+
         if self.mask is not None:
             return self.mask.to(device)
         rows = torch.zeros(self.rows if self.is_packed else self.batch * self.rows, dtype=torch.bool)
@@ -287,6 +292,8 @@ class TokenLayout:
 
     def real_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """bool ``[B, N]`` (``[T]`` packed): which rows are not padding."""
+        import torch
+
         if self.is_packed:
             return torch.ones(self.rows, dtype=torch.bool, device=device)
         rows = torch.zeros(self.batch, self.rows, dtype=torch.bool)
@@ -322,7 +329,9 @@ def as_layout(droppable: Any, batch: int, rows: int, cu_seqlens: Sequence[int] |
         if cu_seqlens is not None and droppable.bounds != tuple(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
             raise ValueError("droppable is a layout of other cu_seqlens than the ones given")
         return droppable
-    if isinstance(droppable, torch.Tensor):
+    if is_tensor(droppable):
+        import torch
+
         want_shape = (rows,) if cu_seqlens is not None else (batch, rows)
         if droppable.dtype != torch.bool or tuple(droppable.shape) != want_shape:
             raise ValueError(
@@ -349,7 +358,9 @@ def layout_of(droppable: Any, batch: int | None, rows: int, cu_seqlens: Any) -> 
 
 def per_segment_k(k: Any, groups: int) -> tuple[int, ...]:
     """Normalise ``k=`` to one int per segment."""
-    if isinstance(k, torch.Tensor):
+    if is_tensor(k):
+        import torch
+
         if k.device.type != "cpu":
             raise ValueError("k must be known on the host (an int, a list or a CPU tensor): shapes depend on it")
         if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.dim() > 1:
@@ -375,7 +386,7 @@ def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
 
 def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...]:
     """Check cumulative lengths and return them as ints."""
-    if isinstance(cu_seqlens, torch.Tensor):
+    if is_tensor(cu_seqlens):
         check_offsets(cu_seqlens)
         cu_seqlens = cu_seqlens.tolist()
     if not isinstance(cu_seqlens, list | tuple):
@@ -395,6 +406,8 @@ def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...
 
 def check_offsets(cu_seqlens: torch.Tensor) -> None:
     """Raise unless a tensor of offsets has the right shape and dtype; its values are not read."""
+    import torch
+
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
 
@@ -402,7 +415,7 @@ def check_offsets(cu_seqlens: torch.Tensor) -> None:
 def check_device(droppable: Any, device: torch.device, of: str) -> None:
     """Raise unless a mask lies on the device of the argument ``of``."""
     mask = droppable.mask if isinstance(droppable, TokenLayout) else droppable
-    if isinstance(mask, torch.Tensor) and mask.device != device:
+    if is_tensor(mask) and mask.device != device:
         raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")
 
 
@@ -421,6 +434,22 @@ def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= rows:
             raise ValueError(f"lengths[{i}] must be an int in [0, {rows}], got {n!r}")
     return tuple((rows - n, rows) if padding_side == "left" else (0, n) for n in lengths)
+
+
+def is_tensor(x: Any) -> TypeGuard[torch.Tensor]:
+    """Whether ``x`` is a tensor. Nothing else that an argument may be asks for torch."""
+    if x is None or isinstance(x, int | list | tuple | TokenLayout):
+        return False
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return isinstance(x, torch.Tensor)
+
+
+def is_int(x: Any) -> bool:
+    """Whether ``x`` is an int, or the symbolic one of a traced call."""
+    return isinstance(x, int) or type(x).__name__ == "SymInt"
 
 
 def is_pair(x: Any) -> bool:
@@ -464,7 +493,7 @@ def check_spans(item: int, spans: Spans, lo: int, hi: int) -> None:
 
 def require_int(name: str, x: Any) -> None:
     """Raise unless ``x`` is an int >= 0 (symbolic ones included)."""
-    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+    if isinstance(x, bool) or not is_int(x):
         raise TypeError(f"{name} must be an int, got {kind(x)}")
     if x < 0:
         raise ValueError(f"{name} must be >= 0, got {x}")
@@ -472,6 +501,6 @@ def require_int(name: str, x: Any) -> None:
 
 def kind(x: Any) -> str:
     """How an error message names a value."""
-    if isinstance(x, torch.Tensor):
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} tensor of shape {tuple(x.shape)}"
     return f"{type(x).__name__} {x!r}"

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // v2drop_kernels._C: the C interface for Python, free of torch. A tensor comes as a tuple (address, dtype code, shape, strides in
-// elements), a part as (src, dst, batch_dim, row_dim, fill), a table of stretches as (address, rows); whoever calls keeps them alive.
+// elements), a part as (src, dst, batch_dim, row_dim, fill), a table of stretches as (address, rows), a v2drop_cuda as (stream, workspace
+// address, workspace bytes, design, address of the stretches on the device or 0); whoever calls keeps them alive.
 // Tuples are read directly: calls on small tensors are common, and their conversion would cost more than their work.
 #include <pybind11/pybind11.h>
 
 #include <sys/mman.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "v2drop/v2drop.h"
@@ -29,14 +31,19 @@ PyObject** items(PyObject* object, Py_ssize_t size) {
   return &PyTuple_GET_ITEM(object, 0);
 }
 
+void* address(PyObject* object) {
+  void* value = PyLong_AsVoidPtr(object);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
 class Tensor {
  public:
   explicit Tensor(py::handle object) : given_(!object.is_none()) {
     if (!given_) return;
     PyObject** fields = items(object.ptr(), 4);
     PyObject **shape = items(fields[2], -1), **stride = items(fields[3], PyTuple_GET_SIZE(fields[2]));
-    tensor_.data = PyLong_AsVoidPtr(fields[0]);
-    if (!tensor_.data && PyErr_Occurred()) throw py::error_already_set();
+    tensor_.data = address(fields[0]);
     tensor_.dtype = static_cast<int32_t>(integer(fields[1]));
     const Py_ssize_t ndim = PyTuple_GET_SIZE(fields[2]);
     if (ndim > V2DROP_MAX_DIMS) throw py::value_error("a tensor has more than 8 dimensions");
@@ -71,9 +78,22 @@ struct Stretches {
   int64_t count;
   explicit Stretches(py::handle object) {
     PyObject** fields = items(object.ptr(), 2);
-    data = static_cast<const v2drop_stretch*>(PyLong_AsVoidPtr(fields[0]));
+    data = static_cast<const v2drop_stretch*>(address(fields[0]));
     count = integer(fields[1]);
   }
+};
+
+class Cuda {
+ public:
+  explicit Cuda(py::handle object) {
+    PyObject** fields = items(object.ptr(), 5);
+    on_ = {address(fields[0]), address(fields[1]), integer(fields[2]), static_cast<int32_t>(integer(fields[3])),
+           static_cast<const v2drop_stretch*>(address(fields[4]))};
+  }
+  operator const v2drop_cuda*() const { return &on_; }
+
+ private:
+  v2drop_cuda on_;
 };
 
 // Runs the work without the interpreter lock, and raises its error.
@@ -148,6 +168,69 @@ void compact_inplace(Handle keep, const py::list& parts, int threads) {
   call([&] { return v2drop_compact_inplace(k, p.data(), static_cast<int64_t>(p.size()), threads); });
 }
 
+void cuda_variation_score(Handle prev, Handle cur, int metric, int round_to, Handle scores, Handle on) {
+  const Tensor a(prev), b(cur), out(scores);
+  const Cuda o(on);
+  call([&] { return v2drop_variation_score_cuda(a, b, metric, round_to, out, o); });
+}
+
+void cuda_variation_score_backward(Handle grad, Handle prev, Handle cur, int metric, Handle grad_prev, Handle grad_cur, Handle on) {
+  const Tensor g(grad), a(prev), b(cur), to_a(grad_prev), to_b(grad_cur);
+  const Cuda o(on);
+  call([&] { return v2drop_variation_score_backward_cuda(g, a, b, metric, to_a, to_b, o); });
+}
+
+void cuda_topk(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, Handle cu_seqlens, int order, int metric,
+               int round_to, Handle values, Handle indices, Handle on) {
+  const Tensor s(scores), a(prev), b(cur), m(mask), cu(cu_seqlens), v(values), i(indices);
+  const Stretches table(stretches);
+  const Cuda o(on);
+  call([&] { return v2drop_topk_cuda(s, a, b, m, table.data, table.count, cu, order, metric, round_to, v, i, o); });
+}
+
+void cuda_drop_tokens(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, Handle cu_seqlens, int metric, int round_to,
+                      Handle keep, Handle new_cu, const py::list& parts, Handle on) {
+  const Tensor s(scores), a(prev), b(cur), m(mask), cu(cu_seqlens), k(keep), n(new_cu);
+  const Stretches table(stretches);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  const Cuda o(on);
+  call([&] {
+    return v2drop_drop_tokens_cuda(s, a, b, m, table.data, table.count, cu, metric, round_to, k, n, p.data(),
+                                   static_cast<int64_t>(p.size()), o);
+  });
+}
+
+void cuda_compact(Handle keep, const py::list& parts, Handle on) {
+  const Tensor k(keep);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  const Cuda o(on);
+  call([&] { return v2drop_compact_cuda(k, p.data(), static_cast<int64_t>(p.size()), o); });
+}
+
+void cuda_compact_backward(Handle keep, int64_t rows, const py::list& parts, Handle on) {
+  const Tensor k(keep);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  const Cuda o(on);
+  call([&] { return v2drop_compact_backward_cuda(k, rows, p.data(), static_cast<int64_t>(p.size()), o); });
+}
+
+void cuda_compact_inplace(Handle keep, const py::list& parts, Handle on) {
+  const Tensor k(keep);
+  const std::vector<v2drop_part> p = parts_of(parts);
+  const Cuda o(on);
+  call([&] { return v2drop_compact_inplace_cuda(k, p.data(), static_cast<int64_t>(p.size()), o); });
+}
+
+// "" if kernels of this build run on the current device, else why not.
+std::string cuda_available() {
+  v2drop_status status;
+  {
+    const py::gil_scoped_release unlocked;  // the first call may start the driver
+    status = v2drop_cuda_available();
+  }
+  return status == V2DROP_OK ? "" : v2drop_last_error();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -165,4 +248,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("compact", &compact);
   module.def("compact_backward", &compact_backward);
   module.def("compact_inplace", &compact_inplace);
+  module.def("cuda_archs", &v2drop_cuda_archs);
+  module.def("cuda_available", &cuda_available);
+  module.def("workspace_bytes_cuda", &v2drop_workspace_bytes_cuda);
+  module.def("cuda_variation_score", &cuda_variation_score);
+  module.def("cuda_variation_score_backward", &cuda_variation_score_backward);
+  module.def("cuda_topk", &cuda_topk);
+  module.def("cuda_drop_tokens", &cuda_drop_tokens);
+  module.def("cuda_compact", &cuda_compact);
+  module.def("cuda_compact_backward", &cuda_compact_backward);
+  module.def("cuda_compact_inplace", &cuda_compact_inplace);
 }

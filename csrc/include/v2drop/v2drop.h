@@ -175,7 +175,8 @@ typedef enum v2drop_design {
 
 typedef struct v2drop_cuda {
   void* stream;            /* cudaStream_t of the current device; NULL is the legacy default stream */
-  void* workspace;         /* device memory, aligned to 256 bytes; neither what it holds before nor after matters */
+  void* workspace;         /* device memory, aligned to 256 bytes; neither what it holds before nor after matters. NULL will do for
+                            * v2drop_variation_score_cuda, its backward, v2drop_compact_cuda and v2drop_compact_inplace_cuda */
   int64_t workspace_bytes; /* at least v2drop_workspace_bytes_cuda(...) */
   int32_t design;          /* v2drop_design */
   /* Optional: a copy of `stretches` in device memory. Without it a table that is not uniform (every batch entry one stretch, alike)

@@ -1,0 +1,5 @@
+{
+  description = "v2drop-kernels, the Triton part";
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+  outputs = { self, kernel-builder }: kernel-builder.lib.genKernelFlakeOutputs { inherit self; path = ./.; };
+}

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA C++ backend: torch tensors in and out, the ``_cuda`` entry points of libv2drop in between.
+
+A call allocates its results and one piece of scratch memory, and enqueues on the current stream of the tensors' device. An emulated
+library (see ``csrc/tests/emulate``) takes CPU tensors instead and has no stream: so tests run these very kernels without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._native import METRICS, ORDERS, ROUND_TO, lib, maybe_view, outputs, stretches, view
+from ._plan import CuPlan, Plan
+from ._types import Part
+
+DESIGNS = {"auto": 0, "cooperative": 1, "two": 2, "three": 3}
+_WORKSPACE_ALIGNMENT = 256
+
+_forced_design: contextvars.ContextVar[int] = contextvars.ContextVar("v2drop_cuda_design", default=0)
+
+
+@contextlib.contextmanager
+def design(name: str) -> Iterator[None]:
+    """Launch drops in this way inside a ``with`` block, for tests and benchmarks: results are the same."""
+    token = _forced_design.set(DESIGNS[name])
+    try:
+        yield
+    finally:
+        _forced_design.reset(token)
+
+
+def why_not(kind: str) -> str | None:
+    """Why this backend cannot serve tensors of a device kind, or None when it can."""
+    built, reason = _native.available()
+    if not built:
+        return reason
+    archs = _native.cuda_archs()
+    if archs == "emulated":
+        return None if kind == "cpu" else f"emulated in this build of the library, which serves cpu tensors, not {kind}"
+    if kind != "cuda":
+        return f"serves CUDA tensors, not {kind}"
+    if torch.version.hip:
+        return "serves NVIDIA GPUs, and this torch is built for ROCm"
+    if archs and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return lib().cuda_available() or None
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_bytes(rows: int, groups: int, width: int) -> int:
+    return int(lib().workspace_bytes_cuda(rows, groups, width))
+
+
+def _enqueue(
+    function: Callable[..., None], device: torch.device, *arguments: Any,
+    rows: int = 0, groups: int = 0, width: int = 0, table: int = 0,
+) -> None:  # fmt: skip
+    """Call ``function`` with its arguments and a v2drop_cuda.
+
+    Scratch memory is what so many rows, groups and ranked results need; ``table`` is the address of the stretches on the device.
+    """
+    workspace = size = 0
+    if rows or groups:
+        size = _workspace_bytes(rows, groups, width)
+        # Memory of the CPU is aligned to 64 bytes only. The allocator gives this piece to nobody before the kernels are done.
+        memory = torch.empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
+        workspace = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    if device.type != "cuda":
+        function(*arguments, (0, workspace, size, _forced_design.get(), table))
+        return
+    on = (torch._C._cuda_getCurrentRawStream(device.index), workspace, size, _forced_design.get(), table)
+    # The library launches on the current device, whatever the tensors say.
+    if device.index == torch.cuda.current_device():
+        function(*arguments, on)
+    else:
+        with torch.cuda.device(device):
+            function(*arguments, on)
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
+    """Stretches of which only ``k`` counts; no segment has more than all rows."""
+    table = torch.zeros(len(ks), 8, dtype=torch.int64)
+    table[:, 4] = torch.tensor(ks).clamp(max=rows)
+    return table
+
+
+def _table(plan: Plan | CuPlan, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
+    """The stretches of a plan, and what else ``_enqueue`` must know of it."""
+    if isinstance(plan, CuPlan):
+        return (_counts(plan.ks, plan.rows).data_ptr(), plan.groups), {"rows": plan.rows, "groups": plan.groups}
+    known = {"rows": plan.batch * plan.rows, "groups": plan.groups}
+    # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
+    if plan.uniform is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        known["table"] = plan.device_table(device).data_ptr()
+    return stretches(plan), known
+
+
+def _offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Any:
+    """The offsets as the library wants them, where only the device knows them."""
+    if cu_seqlens is None or isinstance(plan, Plan):
+        return None
+    return cu_seqlens.to(torch.int32).contiguous()
+
+
+def variation_score(prev: Tensor, cur: Tensor, metric: str, score_dtype: torch.dtype | None) -> Tensor:
+    scores = torch.empty(prev.shape[:-1], dtype=torch.float32, device=cur.device)
+    rounding = ROUND_TO[score_dtype]
+    _enqueue(lib().cuda_variation_score, cur.device, view(prev), view(cur), METRICS[metric], rounding, view(scores))
+    return scores
+
+
+def variation_score_backward(
+    grad: Tensor, prev: Tensor, cur: Tensor, metric: str, need_prev: bool, need_cur: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_prev = torch.empty(prev.shape, dtype=prev.dtype, device=cur.device) if need_prev else None
+    grad_cur = torch.empty(cur.shape, dtype=cur.dtype, device=cur.device) if need_cur else None
+    _enqueue(
+        lib().cuda_variation_score_backward,
+        cur.device,
+        view(grad),
+        view(prev),
+        view(cur),
+        METRICS[metric],
+        maybe_view(grad_prev),
+        maybe_view(grad_cur),
+    )
+    return grad_prev, grad_cur
+
+
+def topk(
+    scores: Tensor | None,
+    prev: Tensor | None,
+    cur: Tensor | None,
+    plan: Plan | CuPlan,
+    mask: Tensor | None,
+    order: str,
+    metric: str,
+    score_dtype: torch.dtype | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    device = (cur if scores is None else scores).device  # type: ignore[union-attr]
+    values = torch.empty((plan.groups, plan.out_rows), dtype=torch.float32 if scores is None else scores.dtype, device=device)
+    indices = torch.empty((plan.groups, plan.out_rows), dtype=torch.int64, device=device)
+    table, known = _table(plan, device)
+    offsets = _offsets(cu_seqlens, plan)
+    _enqueue(
+        lib().cuda_topk,
+        device,
+        maybe_view(scores),
+        maybe_view(prev),
+        maybe_view(cur),
+        maybe_view(mask),
+        table,
+        maybe_view(offsets),
+        ORDERS[order],
+        METRICS[metric],
+        ROUND_TO[score_dtype],
+        view(values),
+        view(indices),
+        width=plan.out_rows if order == "score" else 0,
+        **known,
+    )
+    return values, indices
+
+
+def drop(
+    scores: Tensor | None,
+    prev: Tensor | None,
+    cur: Tensor | None,
+    plan: Plan | CuPlan,
+    mask: Tensor | None,
+    parts: Sequence[Part],
+    metric: str,
+    score_dtype: torch.dtype | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    device = (cur if scores is None else scores).device  # type: ignore[union-attr]
+    batch = plan.batch if isinstance(plan, Plan) else 1
+    keep = torch.empty((batch, plan.out_rows), dtype=torch.int64, device=device)
+    offsets = _offsets(cu_seqlens, plan)
+    new_cu = None if offsets is None else torch.empty(plan.groups + 1, dtype=torch.int32, device=device)
+    results, described = outputs(parts, plan.out_rows)
+    table, known = _table(plan, device)
+    _enqueue(
+        lib().cuda_drop_tokens,
+        device,
+        maybe_view(scores),
+        maybe_view(prev),
+        maybe_view(cur),
+        maybe_view(mask),
+        table,
+        maybe_view(offsets),
+        METRICS[metric],
+        ROUND_TO[score_dtype],
+        view(keep),
+        maybe_view(new_cu),
+        described,
+        **known,
+    )
+    return keep, results, new_cu
+
+
+def compact(keep: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    results, described = outputs(parts, keep.shape[-1])
+    _enqueue(lib().cuda_compact, keep.device, view(keep), described)
+    return results
+
+
+def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Tensor]:
+    results, described = outputs(grads, rows)
+    _enqueue(lib().cuda_compact_backward, keep.device, view(keep), rows, described, rows=keep.shape[0] * rows)
+    return results
+
+
+def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
+    described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
+    _enqueue(lib().cuda_compact_inplace, keep.device, view(keep), described)
