@@ -1,0 +1,320 @@
+"""Test and measure on the GPU that is here, and write it down as it comes: called by gpu_check.sh, which built the library.
+
+Of it come env.json, tests.jsonl, results.csv (every time), bars.csv (every bar), report.md and two plots. A figure is on disk
+as soon as it is known, most important first; what the time given did not reach is named. A candidate is timed only after its
+result equalled the reference's, and only while no test of its backend and op is red. ``--dry``: the same on the CPU with tiny
+shapes, by wall clock; its rows say so, and it never writes to bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gpu_constants
+import gpu_report
+import harness
+import numpy
+import torch
+from gpu_groups import Bar, Candidate, Group, Times, Trial, others, own_backends, tiny, urgent
+from gpu_meter import CudaMeter, HostMeter
+from gpu_outcomes import Outcomes
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+TIMES = (
+    "group", "op", "B", "N", "D", "dtype", "k", "mode", "provider", "check", "us", "p20_us", "p80_us", "runs", "calls", "bytes",
+    "gb_s", "gpu", *harness.CONDITIONS,
+)  # fmt: skip
+BARS = ("bar", "what", "backend", "group", "mode", "value", "unit", "limit", "status", "gpu", *harness.CONDITIONS)
+TEST_SHARE = 0.45  # of the time, for the tests at most
+GROUP_SECONDS = 1.5  # of runs, for one mode of a group at most
+LEAST_SECONDS = 8.0  # no group is begun with less than this: it would have to be compiled, checked and timed
+
+
+class Check:
+    """The run: what is measured, what is red, and where it is written."""
+
+    def __init__(self, out: Path, meter: HostMeter, outcomes: Outcomes, deadline: float, run: str) -> None:
+        self.out, self.meter, self.outcomes, self.deadline = out, meter, outcomes, deadline
+        self.dry = run == "dry"
+        self.conditions = {"gpu": meter.facts["name"], **harness.conditions(run)}
+        self.broken = 0  # what raised, which is never meant to
+        self._seen: set[Any] = set()
+        for name, columns in (("results.csv", TIMES), ("bars.csv", BARS)):
+            with (out / name).open("w", newline="") as file:
+                csv.DictWriter(file, columns, lineterminator="\n").writeheader()
+
+    def late(self) -> bool:
+        """Whether there is too little time to begin anything."""
+        return time.monotonic() > self.deadline - (0.0 if self.dry else LEAST_SECONDS)
+
+    def do(self, step: Group | Trial) -> None:
+        """Measure a group or a trial, whatever becomes of it."""
+        why = None
+        if self.late():
+            why = "not reached in the time given"
+        else:
+            try:
+                if isinstance(step, Group):
+                    self._group(step)
+                else:
+                    self._trial(step)
+            except Exception as error:  # one broken problem must not take the others with it
+                why = self._broke(error)
+            self._tidy()
+        if why:
+            print(f"{step.name if isinstance(step, Group) else step.text}: {why}", flush=True)
+            for bar in step.bars if isinstance(step, Group) else [step]:
+                for backend in self._judged():
+                    self._bar(bar, backend, step, None, why)
+
+    def _judged(self) -> Sequence[str]:
+        return own_backends(self.meter)
+
+    def _tidy(self) -> None:
+        gc.collect()
+        if self.meter.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _group(self, group: Group) -> None:
+        start = time.monotonic()
+        case = tiny(group.case) if self.dry else group.case
+        candidates = group.build(case, self.meter)
+        # Dry: each kind of problem through the interpreter once is enough.
+        kind = getattr(group.build, "func", group.build)
+        if self.dry and kind in self._seen:
+            candidates = [c for c in candidates if c.backend not in ("triton", "cuda") and "compile" not in c.name]
+        self._seen.add(kind)
+        live, faults = [], {}
+        for candidate in candidates:
+            why = self._fault(candidate, group.op)
+            if why:
+                faults[candidate.name] = why
+            else:
+                live.append(candidate)
+        for mode in group.modes:
+            times = self._times(group, case, mode, live, faults)
+            for bar in group.bars:
+                if bar.mode == mode:
+                    for backend in self._judged():
+                        self._judge(bar, backend, group, times, faults)
+        print(f"{group.name}: {len(live)} of {len(candidates)} candidates in {time.monotonic() - start:.1f} s", flush=True)
+        for name, why in faults.items():
+            if not why.startswith("missing"):
+                print(f"    {name}: {why}", flush=True)
+
+    def _fault(self, candidate: Candidate, op: str) -> str | None:
+        """Why a candidate gets no figure."""
+        if candidate.missing:
+            return f"missing: {candidate.missing}"
+        red = candidate.backend and self.outcomes.red(candidate.backend, op)
+        if red:
+            return f"red: {red}"
+        try:
+            for _ in range(1 if self.dry else 2):  # the second call finds buffers that have been used
+                found = candidate.calls[0]()
+                wrong = candidate.check and candidate.check(found)
+                if wrong:
+                    return f"wrong: {wrong}"
+        except Exception as error:
+            return self._broke(error)
+        return None
+
+    def _times(self, group: Group, case: Any, mode: str, live: Sequence[Candidate], faults: dict[str, str]) -> Times:
+        """Median seconds of a call, candidates taken in turns; a row for each, and for those that have none."""
+        runs: dict[str, tuple[Callable[[], Any], int]] = {}
+        for c in live:
+            calls = c.calls[:1] if mode == "warm" else c.calls
+            count = max(self.meter.calls, len(calls) if mode == "cold" else 0)
+            make = self.meter.graph if mode in ("cold", "warm") and c.captured else self.meter.eager
+            if mode in ("eager", "host") and "-" in c.name and c.backend:  # a forced design: a context manager in every call
+                continue
+            try:
+                run = make(calls, count)
+                run()
+            except Exception as error:
+                self.meter.synchronize()
+                faults[c.name] = self._broke(error)
+                continue
+            runs[c.name] = (run, count)
+        clock = {"eager": self.meter.wall_seconds, "host": self.meter.host_seconds}.get(mode, self.meter.device_seconds)
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        end = time.monotonic() + (0.0 if self.dry else GROUP_SECONDS)
+        turns = list(runs)
+        while runs and (len(taken[turns[0]]) < self.meter.rounds or time.monotonic() < end) and len(taken[turns[0]]) < 200:
+            for name in turns:
+                run, count = runs[name]
+                taken[name].append(clock(run) / count)
+            turns.reverse()
+        base = {"group": group.name, "op": group.op, "B": case.batch, "N": case.n, "D": case.d, "k": case.k, "mode": mode,
+                "dtype": str(case.dtype).removeprefix("torch."), "bytes": group.moved or ""}  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        for name, seconds in taken.items():
+            p20, us, p80 = (harness.quantile(seconds, q) * 1e6 for q in (0.2, 0.5, 0.8))
+            checked = next(c for c in live if c.name == name).check is not None
+            speed = {"gb_s": round(group.moved / us / 1e3, 1)} if group.moved and not self.dry else {}
+            rows.append(base | speed | {
+                "provider": name, "check": "equal" if checked else "none", "us": round(us, 3), "p20_us": round(p20, 3),
+                "p80_us": round(p80, 3), "runs": len(seconds), "calls": runs[name][1],
+            })  # fmt: skip
+        rows += [base | {"provider": name, "check": why} for name, why in faults.items()]
+        self._write("results.csv", TIMES, rows)
+        return {name: float(numpy.median(seconds)) for name, seconds in taken.items()}
+
+    def _judge(self, bar: Bar, backend: str, group: Group, times: Times, faults: dict[str, str]) -> None:
+        try:
+            self._bar(bar, backend, group, bar.value(times, backend), "")
+        except (KeyError, ValueError):  # one of the sides has no time
+            whys = [f"{name}: {fault}" for name, fault in faults.items() if name.split("@")[0] == backend]
+            whys += [f"{name}: {fault}" for name, fault in faults.items() if not fault.startswith("missing")]
+            self._bar(bar, backend, group, None, (whys or ["no time of one side"])[0])
+
+    def _trial(self, trial: Trial) -> None:
+        for backend in self._judged():
+            kind = (backend, getattr(trial.run, "func", trial.run))
+            again = self.dry and backend != "reference" and kind in self._seen
+            self._seen.add(kind)
+            candidate = Candidate(backend, missing=self._unable(backend) or ("once is enough when dry" if again else None))
+            why = self._fault(candidate._replace(calls=[lambda: None]), trial.op)
+            value = None
+            if not why:
+                try:
+                    value = trial.run(backend, self.meter, tiny if self.dry else lambda case: case)
+                except Exception as error:
+                    why = self._broke(error)
+            self._bar(trial, backend, trial, value, why or "")
+            self._tidy()
+
+    def _unable(self, backend: str) -> str | None:
+        from v2drop_kernels import _backend
+
+        return _backend.why_not(backend, self.meter.device.type, torch.bfloat16)
+
+    def _bar(self, bar: Bar | Trial, backend: str, step: Group | Trial, value: float | None, why: str) -> None:
+        status = why
+        if value is not None:
+            passed = value >= bar.limit if bar.sense == "at least" else value <= bar.limit
+            status = "dry" if self.dry else "pass" if passed else "fail"
+        row = {
+            "bar": bar.number, "what": bar.text, "backend": backend, "group": getattr(step, "name", ""),
+            "mode": getattr(bar, "mode", ""), "value": "" if value is None else f"{value:.4g}",
+            "unit": getattr(bar, "unit", "ratio"), "limit": f"{'>=' if bar.sense == 'at least' else '<='} {bar.limit:g}",
+            "status": status,
+        }  # fmt: skip
+        self._write("bars.csv", BARS, [row])
+        if value is not None:
+            print(f"    {status:>5}  bar {bar.number}, {backend}: {row['value']} (asked {row['limit']}) {bar.text}", flush=True)
+
+    def _broke(self, error: Exception) -> str:
+        self.broken += 1
+        return f"broken: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+    def _write(self, name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+        with (self.out / name).open("a", newline="") as file:
+            out = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            out.writerows({**row, **self.conditions} for row in rows)
+
+
+def environment(meter: HostMeter, command: str) -> dict[str, Any]:
+    """What env.json holds."""
+    from v2drop_kernels import explain
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    packages = ("torch", "triton", "numpy", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x", "flashinfer-python")
+    return {
+        "command": command,
+        "gpu": meter.facts,
+        "machine": harness.machine(),
+        "commit": harness.commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "build": os.environ.get("V2DROP_BUILD_NOTE", "the library that is installed"),
+        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+        "backends": str(explain(device=meter.device, dtype=torch.bfloat16)),
+    }
+
+
+def run_tests(out: Path, seconds: float, dry: bool) -> Outcomes:
+    """The tests with marker gpu, for so long at most; dry: a few of those that need none."""
+    path = out / "tests.jsonl"
+    path.unlink(missing_ok=True)
+    chosen = ["tests/test_out.py", "-k", "reference"] if dry else ["tests", "-m", "gpu"]
+    parallel = []
+    if not dry and importlib.util.find_spec("xdist") and harness.ALL_CORES > 2:
+        parallel = ["-n", str(min(harness.ALL_CORES // 2, 8)), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_outcomes", "--outcomes", str(path), "-p", "no:cacheprovider",
+               *parallel, *chosen]  # fmt: skip
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    with (out / "tests.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+            ended = "" if code in (0, 1) else f"pytest ended with code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # this group is pytest and its workers
+            process.wait()
+            ended = f"cut after {seconds:.0f} s"
+    return Outcomes(path, ended or ("" if path.exists() else "see tests.log"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("minutes", nargs="?", type=float, default=8.0, help="time in all, the build included (default 8)")
+    parser.add_argument("out", nargs="?", type=Path, help="folder of the results (default bench/results/<device>)")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: no measurement; needs a folder")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds that are over already")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes - options.spent
+    if options.dry:
+        if options.out is None or RESULTS in [options.out.resolve(), *options.out.resolve().parents]:
+            parser.error("--dry needs a folder outside bench/results, which holds measurements")
+    elif not torch.cuda.is_available():
+        parser.error("torch sees no GPU; --dry runs the same without one")
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 would measure Triton's interpreter")
+    meter = HostMeter() if options.dry else CudaMeter()
+    out = options.out or RESULTS / meter.name
+    out.mkdir(parents=True, exist_ok=True)
+    command = f"bench/gpu_check.sh {'--dry ' if options.dry else ''}{options.minutes:g}"
+    env = environment(meter, command)
+    write = lambda name, what: (out / name).write_text(json.dumps(what, indent=1) + "\n")
+    write("env.json", env)
+
+    outcomes = run_tests(out, max(TEST_SHARE * (deadline - time.monotonic()), 1.0), options.dry)
+    print(outcomes.words(), flush=True)
+    check = Check(out, meter, outcomes, deadline, "dry" if options.dry else "full")
+    for step in urgent():
+        check.do(step)
+        gpu_report.write(out, env, outcomes.words())
+    if not check.late():
+        env["constants"] = gpu_constants.measure(meter)
+        write("env.json", env)
+    for step in others():
+        check.do(step)
+        gpu_report.write(out, env, outcomes.words())
+    gpu_report.plot(out)
+    print(f"{out}: report.md; {check.broken} broken", flush=True)
+    return 1 if outcomes.count("failed") or outcomes.ended or check.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

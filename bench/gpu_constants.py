@@ -1,0 +1,104 @@
+"""The constants of the latency model that only a GPU can tell: launches, edges, a grid barrier, bandwidths, what L2 gives back.
+
+Kernels in Triton, timed as replays of a graph. On the CPU the same kernels run in the interpreter, without instructions that it
+does not have and with a single program where programs wait for each other; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from gpu_meter import HostMeter
+
+MB = 1 << 20
+
+
+def measure(meter: HostMeter) -> dict[str, dict[str, Any]]:
+    """Name to value, unit and how it was found; a constant that cannot be had has no entry but a reason."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (unit, how, fn) in CONSTANTS.items():
+        try:
+            found[name] = {"value": fn(meter), "unit": unit, "how": how}
+        except Exception as error:  # an old Triton or device lacks some of it
+            found[name] = {"value": float("nan"), "unit": unit, "how": f"not measured: {type(error).__name__}: {str(error)[:120]}"}
+    return found
+
+
+def _best(meter: HostMeter, run: Any) -> float:
+    run()
+    return min(meter.device_seconds(run) for _ in range(meter.rounds))
+
+
+def _chain(meter: HostMeter, edge: bool) -> float:
+    """Microseconds per kernel of a chain in which each reads what the one before wrote."""
+    from gpu_kernels import small
+
+    x, y = torch.zeros(128, device=meter.device), torch.zeros(128, device=meter.device)
+    on_gpu = meter.device.type == "cuda"
+    options: dict[str, Any] = {"launch_pdl": True} if edge and on_gpu else {}
+    count = 5 * meter.calls
+
+    def link(a: torch.Tensor, b: torch.Tensor) -> None:
+        small[(1,)](b, a, EDGE=edge and on_gpu, num_warps=4, **options)
+
+    run = meter.graph([functools.partial(link, x, y), functools.partial(link, y, x)], count)
+    return _best(meter, run) / count * 1e6
+
+
+def _barrier(meter: HostMeter) -> float:
+    """Microseconds of one barrier of all multiprocessors, one program on each: the slope over many in one cooperative launch."""
+    from gpu_kernels import barriers
+
+    on_gpu = meter.device.type == "cuda"
+    programs = int(meter.facts["multiprocessors"]) if on_gpu else 1  # programs of the interpreter run one after the other
+    options: dict[str, Any] = {"launch_cooperative_grid": True} if on_gpu else {}
+    counter = torch.zeros(1, dtype=torch.int32, device=meter.device)
+
+    def launch(rounds: int) -> None:
+        counter.zero_()
+        barriers[(programs,)](counter, programs, ROUNDS=rounds, num_warps=8, **options)
+
+    few, many = 1, 33
+    times = [_best(meter, meter.graph([functools.partial(launch, n)], meter.calls)) / meter.calls for n in (few, many)]
+    return (times[1] - times[0]) / (many - few) * 1e6
+
+
+def _size(meter: HostMeter, megabytes: int) -> int:
+    return megabytes * MB if meter.device.type == "cuda" else megabytes << 7
+
+
+def _read(meter: HostMeter, megabytes: int, turns: int) -> float:
+    """GB/s of a reduction over ``turns`` buffers, one after the other."""
+    size = _size(meter, megabytes)
+    xs = [torch.randn(size // 4, device=meter.device) for _ in range(turns)]
+    count = max(meter.calls, turns)
+    return size * count / _best(meter, meter.graph([functools.partial(torch.amax, x) for x in xs], count)) / 1e9
+
+
+def _copy(meter: HostMeter) -> float:
+    """GB/s, read and written together, of a copy of 1 GB."""
+    source = torch.randn(_size(meter, 1024) // 4, device=meter.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes * meter.calls / _best(meter, meter.graph([functools.partial(target.copy_, source)], meter.calls)) / 1e9
+
+
+def _reuse(meter: HostMeter, megabytes: int) -> float:
+    """How much faster a buffer is read again at once than after others."""
+    others = max(2, -(-3 * meter.cold_bytes // (megabytes * MB)))
+    return _read(meter, megabytes, 1) / _read(meter, megabytes, min(others, 32))
+
+
+CONSTANTS: dict[str, tuple[str, str, Any]] = {
+    "kernel, plain edge": ("us", "chain of kernels of one block in a graph, per kernel", lambda m: _chain(m, False)),
+    "kernel, PDL edge": ("us", "the same with programmatic dependent launch", lambda m: _chain(m, True)),
+    "grid barrier": ("us", "atomic counter, one block of 256 threads per multiprocessor, slope over 32", _barrier),
+    "read bandwidth": ("GB/s", "maximum of 1 GB", lambda m: _read(m, 1024, 1)),
+    "copy bandwidth": ("GB/s", "copy of 1 GB, bytes read and written", _copy),
+    **{
+        f"L2 reuse at {size} MB": ("x", "bandwidth of reading a buffer again over reading it after others",
+                                   functools.partial(_reuse, megabytes=size))
+        for size in (16, 30, 45, 60)
+    },
+}  # fmt: skip

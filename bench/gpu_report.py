@@ -1,0 +1,140 @@
+"""report.md and the plots of the GPU check, from the files that are there; nothing is typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from readme_table import Row, duration, read, table
+
+OWN = ("triton", "cuda", "cuda-cooperative", "cuda-two", "cuda-three", "reference")
+OTHERS = {
+    "eager": "eager, views", "v2drop": "V2Drop's code", "compile": "torch.compile", "compile-reduce-overhead": "reduce-overhead",
+    "compile-max-autotune": "max-autotune", "topk+gather": "topk + gather", "copy": "copy", "one-block": "one block",
+}  # fmt: skip
+
+
+def bars_table(rows: list[Row]) -> str:
+    """Every bar and own backend: value, limit, verdict."""
+    lines = []
+    for row in rows:
+        unit = "" if row["unit"] == "ratio" else row["unit"]
+        value = f"{row['value']} {unit}".strip() if row["value"] else "-"
+        lines.append([f"{row['bar']}: {row['what']}", row["backend"], value, row["limit"], row["status"]])
+    return table(["bar", "backend", "value", "asked", "result"], lines)
+
+
+def times_table(rows: list[Row]) -> str:
+    """Every time that was taken."""
+    lines = []
+    for row in rows:
+        shape = f"[{row['B']}, {row['N']}, {row['D']}] {row['dtype']}, k = {row['k']}"
+        if row["us"]:
+            spread = f"{duration(row['p20_us'])} to {duration(row['p80_us'])}"
+            lines.append(
+                [row["group"].split(" B")[0], shape, row["mode"], row["provider"], duration(row["us"]), spread, row["gb_s"]]
+            )
+        else:
+            lines.append([row["group"].split(" B")[0], shape, row["mode"], row["provider"], row["check"], "", ""])
+    return table(["group", "hidden", "mode", "provider", "median", "p20 to p80", "GB/s"], lines)
+
+
+def drop_table(rows: list[Row]) -> str:
+    """The whole step: our times, and how many times longer the others take than the fastest of ours."""
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["op"] == "drop" and row["group"].startswith("drop ") and row["us"]:
+            groups.setdefault((row["group"].removeprefix("drop "), row["mode"]), {})[row["provider"]] = row
+    lines = []
+    for (group, mode), by in groups.items():
+        mine = {name: float(by[name]["us"]) for name in OWN if name in by}
+        if not mine:
+            continue
+        best = min(mine.values())
+        times = [duration(by[name]["us"]) if name in by else "-" for name in OWN]
+        ratios = [f"{float(by[name]['us']) / best:.2f}x" if name in by else "-" for name in OTHERS]
+        lines.append([group, mode, *times, *ratios])
+    return table(["drop_tokens", "mode", *OWN, *OTHERS.values()], lines)
+
+
+def write(out: Path, env: dict[str, Any], tests: str) -> None:
+    """report.md, as far as things are known."""
+    results, bars = read(out / "results.csv"), read(out / "bars.csv")
+    dry = any(row["run"] == "dry" for row in [*results, *bars])
+    counted = {s: sum(row["status"] == s for row in bars) for s in ("pass", "fail")}
+    open_bars = len(bars) - sum(counted.values())
+    constants = env.get("constants", {})
+    lines = [[name, f"{found['value']:.4g} {found['unit']}", found["how"]] for name, found in constants.items()]
+    versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
+    parts = [
+        f"# GPU check: {env['gpu']['name']}{' (a dry run: tiny shapes, no measurement)' if dry else ''}",
+        f"`{env['command']}`, {env['date']}, commit {env['commit']}; {env['machine']}; {versions}. {tests} "
+        f"Bars: {counted['pass']} pass, {counted['fail']} fail, {open_bars} without a verdict.",
+        f"Device: {', '.join(f'{k} {v}' for k, v in env['gpu'].items())}. Build: {env['build']}.",
+        "GPU times are medians of replays of a CUDA graph of at least 20 calls, all candidates of a group taken in turns; cold: "
+        "inputs rotated over three times the L2 cache or 180 MB, warm: the same inputs. Eager: wall time of as many calls launched "
+        "one by one. reduce-overhead and max-autotune replay their own graphs, jax and cupy launch on their own: timed in a "
+        "stream. Every result was compared with the reference before it was timed; no figure stands where a test was red.",
+        "## Bars",
+        bars_table(bars) if bars else "None yet.",
+        "## Constants",
+        table(["constant", "measured", "how"], lines) if lines else "Not measured.",
+        "## drop_tokens",
+        drop_table(results) if results else "None yet.",
+        "![GB/s over bytes](gpu_roofline.png)" if (out / "gpu_roofline.png").exists() else "",
+        "![bars](gpu_bars.png)" if (out / "gpu_bars.png").exists() else "",
+        "## Everything",
+        times_table(results),
+        "## Backends",
+        "```\n" + env["backends"] + "\n```",
+    ]  # fmt: skip
+    (out / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def plot(out: Path) -> None:
+    """GB/s over bytes, and every bar as a share of its limit; nothing where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results, bars = read(out / "results.csv"), read(out / "bars.csv")
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for name in dict.fromkeys(row["provider"] for row in results):
+        mine = [
+            r for r in results if r["provider"] == name and r["op"] == "drop" and r["mode"] == "cold" and r["us"] and r["bytes"]
+        ]
+        points = sorted((float(r["bytes"]), float(r["bytes"]) / float(r["us"]) / 1e3) for r in mine)
+        if points:
+            axis.plot(
+                *zip(*points, strict=True), marker="o" if name in OWN else "x", linestyle="-" if name in OWN else ":", label=name
+            )
+    axis.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="GB/s of those bytes", title="drop_tokens, cold")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=7)
+    _save(figure, out / "gpu_roofline.png")
+    judged = [row for row in bars if row["value"]]
+    figure, axis = pyplot.subplots(figsize=(10, 1 + 0.18 * max(len(judged), 1)))
+    shares, colours = [], {"pass": "tab:green", "fail": "tab:red"}
+    for row in judged:
+        sense, limit = row["limit"].split()
+        value, asked = float(row["value"]), float(limit)
+        shares.append((asked / value if value else 1.0) if sense == ">=" else (value / asked if asked else 1.0 + value))
+    names = [f"{row['bar']} {row['backend']}: {row['what']}"[:90] for row in judged]
+    axis.barh(range(len(judged)), shares, color=[colours.get(row["status"], "0.7") for row in judged])
+    axis.set_yticks(range(len(judged)), names, fontsize=5)
+    axis.invert_yaxis()
+    axis.axvline(1.0, color="0.3", linewidth=0.8)
+    axis.set(xlabel="share of what the bar allows (less is better)", xlim=(0, 3))
+    _save(figure, out / "gpu_bars.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
