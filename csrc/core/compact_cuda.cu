@@ -144,18 +144,20 @@ MoveClass class_of(const Copy& copy) {
 
 // How the launch is cut into blocks: large ones share an index load (and a select) among many bytes, many ones fill the GPU.
 void cut_into_blocks(Moves& moves) {
-  int64_t row_bytes = 0;
+  int64_t row_bytes = 0, widest = 0;
   for (int n = 0; n < moves.n_classes; ++n) {
     MoveClass& c = moves.classes[n];
     c.begin = row_bytes;
     row_bytes += c.items * c.weight;
+    widest = std::max(widest, c.weight);
   }
   const int64_t total = moves.batch * moves.out_rows * row_bytes;
   const int64_t bytes = std::clamp(total / (kBlocksPerSm * current_device().sms), kGatherBytesMin, kGatherBytes);
-  const int64_t narrow = std::min<int64_t>(row_bytes, 16 * kThreads);  // rows rather than columns: a thread has them in flight together
+  // Rows rather than columns: a thread has them in flight together. A share is whole items, or some blocks would have two and others none.
+  const int64_t narrow = std::min<int64_t>(row_bytes, 16 * kThreads / widest * widest);
   int rows = 1;
   while (2 * rows <= kTileRows && 2 * rows * narrow <= bytes && rows < moves.out_rows) rows *= 2;
-  moves.share = std::max(narrow, bytes / rows);
+  moves.share = std::max(narrow, bytes / rows / narrow * narrow);
   moves.shares = (row_bytes + moves.share - 1) / moves.share;
   set_tile_rows(moves, rows);
 }

@@ -52,6 +52,20 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
+// Keeps a kernel argument that is found by an index in a register. The compiler would rather load it again for every use, one load after
+// the other, and what waits for it with them.
+template <class T>
+__device__ T in_register(T x) {
+#if !defined(V2DROP_EMULATED)
+  if constexpr (sizeof(T) == 8) {
+    asm("" : "+l"(x));
+  } else {
+    asm("" : "+r"(x));
+  }
+#endif
+  return x;
+}
+
 // Counts over a block, one barrier each: calls alternate between two buffers, so a warp that is late to read one finds it untouched.
 // A kernel makes one of these and hands it on.
 template <int THREADS>

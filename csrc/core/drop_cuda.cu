@@ -64,8 +64,7 @@ bool launch_cooperative(const Scored& scored, Moves moves, const Selection& sele
   while (blocks_of(moves) > resident && moves.tile_rows < kTileRows) set_tile_rows(moves, 2 * moves.tile_rows);
   const int64_t tiles = blocks_of(moves);
   if (tiles > resident) return false;
-  int groups = 1;
-  while (score_blocks(scored, groups) > resident) ++groups;
+  const int groups = static_cast<int>(std::max<int64_t>(1, (score_blocks(scored, 1) + resident - 1) / resident));
   const cudaError_t error = try_launch(drop_kernel<T, ALIGNED>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative,
                                        stream, scored, moves, selection, groups, static_cast<int>(tiles));
   if (error == cudaErrorCooperativeLaunchTooLarge) {  // the process has a share of the device only (MPS)
@@ -82,13 +81,24 @@ bool launch_cooperative(int32_t dtype, const Scored& scored, const Moves& moves,
   return launch_cooperative<BFloat16, true>(scored, moves, selection, stream);
 }
 
+// Whether the kernels that run here wait for their predecessors: not where they were translated from the PTX of an older architecture.
+bool kernels_wait() {
+#if defined(V2DROP_EMULATED)
+  return true;
+#else
+  cudaFuncAttributes attributes = {};
+  check_cuda(cudaFuncGetAttributes(&attributes, select_and_gather_kernel<true>), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
+#endif
+}
+
 Device ask_device(int device) {
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
     check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
   };
-  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrComputeCapabilityMajor) >= 9, ask(cudaDevAttrCooperativeLaunch) != 0};
+  return {ask(cudaDevAttrMultiProcessorCount), kernels_wait(), ask(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 }  // namespace
@@ -96,10 +106,11 @@ Device ask_device(int device) {
 void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  const bool no_device = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorNoKernelImageForDevice;
+  const bool no_code =
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion;
+  const bool no_device = no_code || error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
   fail_with(no_device ? V2DROP_ERROR_UNSUPPORTED : V2DROP_ERROR_DEVICE, "%s: %s (%s)%s%s", what, cudaGetErrorString(error),
-            cudaGetErrorName(error), error == cudaErrorNoKernelImageForDevice ? "; built for " : "",
-            error == cudaErrorNoKernelImageForDevice ? V2DROP_CUDA_ARCHS_STRING : "");
+            cudaGetErrorName(error), no_code ? "; built for " : "", no_code ? V2DROP_CUDA_ARCHS_STRING : "");
 }
 
 const Device& current_device() {
@@ -114,7 +125,7 @@ const Device& current_device() {
     const Device found = ask_device(device);
     while (busy.test_and_set(std::memory_order_acquire)) {
     }
-    devices[i] = found;
+    if (!known[i].load(std::memory_order_relaxed)) devices[i] = found;  // others may be reading it
     known[i].store(true, std::memory_order_release);
     busy.clear(std::memory_order_release);
   }
@@ -166,11 +177,21 @@ v2drop_status v2drop_drop_tokens_cuda(const v2drop_tensor* scores, const v2drop_
 
     const std::vector<Moves> moves = plan_moves(copies, out);
     const int64_t max_n = budgets ? source.rows : largest(stretches, n_stretches);
-    const bool fused = !budgets && max_n <= kFusedSelect && !moves.empty() && cuda.design != V2DROP_DESIGN_THREE;
+    const bool can_fuse = !budgets && max_n <= kFusedSelect && !moves.empty() && cuda.design != V2DROP_DESIGN_THREE;
+    const bool few = can_fuse && n_stretches * moves[0].tile_rows <= kStretchesOfTile * out.batch * out.count;
+    const bool fused = can_fuse && (few || cuda.design != V2DROP_DESIGN_AUTO);
     if (out.batch * out.count == 0 && !budgets) return;
+    if (n_stretches == 0) {  // no segments: every row of the result is empty
+      const cudaStream_t stream = static_cast<cudaStream_t>(cuda.stream);
+      check_cuda(cudaMemsetAsync(to.new_cu, 0, sizeof *to.new_cu, stream), "cudaMemsetAsync");
+      if (out.count == 0) return;
+      check_cuda(cudaMemsetAsync(out.data, 0xff, static_cast<size_t>(out.count) * sizeof *out.data, stream), "cudaMemsetAsync");
+      return launch_gather(moves, 0, Edge::kNone, cuda.stream);
+    }
     Workspace workspace(cuda);
     const Table table = make_table(stretches, n_stretches, source, out.count, true, budgets, cuda, workspace);
     Selection selection = {table, {}};
+    Edge edge = Edge::kNone;
     if (source.has_scores) {
       selection.keys = device_keys(source, nullptr);
     } else {
@@ -190,9 +211,8 @@ v2drop_status v2drop_drop_tokens_cuda(const v2drop_tensor* scores, const v2drop_
                     kFusedSelect);
         }
       }
-      launch_score(scored, prev->dtype, aligned, cuda.stream);
+      edge = launch_score(scored, prev->dtype, aligned, cuda.stream);
     }
-    const Edge edge = source.has_scores ? Edge::kNone : Edge::kDependent;
     if (fused) {
       const auto kernel = source.has_scores ? select_and_gather_kernel<false> : select_and_gather_kernel<true>;
       launch(kernel, blocks_of(moves[0]), kThreads, edge, cuda.stream, moves[0], selection);

@@ -70,6 +70,8 @@ __device__ void move_piece(const MoveClass& c, const char* src, char* dst, const
   if (lane >= vecs) return;
   const char* from = src + lane * kBytes;
   char* to = dst + lane * kBytes;
+  const int64_t src_row = in_register(c.src_row), dst_row = in_register(c.dst_row);
+  const int src_rows = in_register(c.src_rows);
   const Vec fill = reinterpret_cast<const Vec*>(c.fill)[(phase + lane) % (16 / kBytes)];
   for (int begin = row0; begin < rows; begin += kLoads * together) {
     Vec moved[kLoads];
@@ -77,12 +79,12 @@ __device__ void move_piece(const MoveClass& c, const char* src, char* dst, const
     for (int j = 0; j < kLoads; ++j) {
       const int row = begin + j * together;
       const int source_row = row < rows ? source[row] : -1;
-      moved[j] = source_row >= 0 && source_row < c.src_rows ? __ldcs(reinterpret_cast<const Vec*>(from + source_row * c.src_row)) : fill;
+      moved[j] = source_row >= 0 && source_row < src_rows ? __ldcs(reinterpret_cast<const Vec*>(from + source_row * src_row)) : fill;
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int row = begin + j * together;
-      if (row < rows) *reinterpret_cast<Vec*>(to + row * c.dst_row) = moved[j];
+      if (row < rows) *reinterpret_cast<Vec*>(to + row * dst_row) = moved[j];
     }
   }
 }
@@ -138,8 +140,7 @@ __device__ inline void move_tile(const Moves& moves, int64_t entry, int64_t firs
 template <bool COMPUTED>
 __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& counts, int64_t first, int rows, int32_t* source) {
   const Table& table = selection.stretches;
-  if (thread_id() < rows) source[thread_id()] = -1;
-  __syncthreads();
+  if (thread_id() < rows) source[thread_id()] = -1;  // survivors are written by other threads, behind the barriers of the select
   const int64_t end = first + rows;
   int64_t done = first;
   for (int64_t g = table.of_output(first); done < end; ++g) {
@@ -185,12 +186,11 @@ __device__ void gather_tile(const Moves& moves, const Selection* selection, Bloc
   } else {
     if (thread_id() < rows) {
       const int64_t row = keep[thread_id()];
-      source.rows[thread_id()] = row < kMaxRows ? static_cast<int32_t>(row) : -1;
+      source.rows[thread_id()] = row >= 0 && row < kMaxRows ? static_cast<int32_t>(row) : -1;
     }
     __syncthreads();
   }
   move_tile(moves, entry, first_row, rows, share, source.rows);
-  __syncthreads();  // the next tile has other sources
 }
 
 // The host's side, in compact_cuda.cu. The launches that move all copies, none if there is nothing to move; the first has what fits.

@@ -63,9 +63,10 @@ class Workspace {
   }
   template <class T>
   T* take(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    if (bytes == 0) return nullptr;
+    if (count == 0) return nullptr;
     if (!next_) fail("workspace: is NULL");
+    if (count > (INT64_MAX - 255) / static_cast<int64_t>(sizeof(T))) fail("workspace: what the call needs exceeds 64 bits");
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
     if (bytes > left_) fail("workspace: too small by %" PRId64 " bytes, see v2drop_workspace_bytes_cuda", bytes - left_);
     T* piece = reinterpret_cast<T*>(next_);
     next_ += bytes;

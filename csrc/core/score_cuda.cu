@@ -149,12 +149,13 @@ int64_t score_blocks(const Scored& scored, int groups) {
   return (scored.slots + rows - 1) / rows;
 }
 
-void launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream) {
+Edge launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream) {
   const int groups = scored.stretches.rows ? kTableRowGroups : 1;
   for_dtype(dtype, aligned, [&](auto type, auto is_aligned) {
     launch(score_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, groups), kThreads, Edge::kNone, stream, scored,
            groups);
   });
+  return scored.slots > 0 ? Edge::kDependent : Edge::kNone;
 }
 
 }  // namespace v2drop

@@ -235,7 +235,8 @@ Scored describe_scores(const Hidden& hidden, int32_t metric, int32_t round_to);
 // Whether all rows begin and end at multiples of 16 bytes.
 bool is_aligned(const Rows& view);
 int64_t score_blocks(const Scored& scored, int groups);
-void launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream);
+// Returns the edge to the next launch: without rows to score nothing is launched, and the next one is the first of its call.
+Edge launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream);
 
 }  // namespace v2drop
 

@@ -64,13 +64,16 @@ __device__ v2drop_stretch resolve(const Table& table, int64_t g, int64_t rows, c
   s.n = clamped(to.cu, g, rows, &s.row0);
   s.k = min(s.k, s.n);
   if (!to.new_cu) return s;
-  int before = 0;
+  int64_t before = 0;
   for (int64_t j = thread_id(); j < g; j += THREADS) {
     int64_t first;
     const int64_t n = clamped(to.cu, j, rows, &first);
-    before += static_cast<int>(min(table.at(j).k, n));
+    before += min(table.at(j).k, n);
   }
-  s.out0 = min(static_cast<int64_t>(counts.sum(before)), table.out_rows);
+  // Offsets that do not ascend may count a row many times, beyond 32 bits.
+  before = min(before, static_cast<int64_t>(INT32_MAX));
+  const int64_t low = counts.sum(static_cast<int>(before & 0xffff)), high = counts.sum(static_cast<int>(before >> 16));
+  s.out0 = min(low + (high << 16), table.out_rows);
   s.k = min(s.k, table.out_rows - s.out0);
   const bool last = g == table.groups - 1;
   s.pad_post = last ? table.out_rows - s.out0 - s.k : 0;
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
   Others& others = block_shared<Others>();
   wait_for_previous();
   const int64_t g = blockIdx.x / tiles, mine = blockIdx.x % tiles * kThreads + thread_id();
-  const int64_t entry = cu ? 0 : min(table.at(g).row0 / keys.rows, table.batch - 1);
+  const int64_t entry = cu ? 0 : min(table.at(g).row0 / table.in_rows, table.batch - 1);
   by_position += g * to.width;
   const int64_t index = mine < to.width ? by_position[mine] : -1;
   const int32_t key = index < 0 ? kExcluded : keys.at(entry, index);
@@ -208,7 +211,7 @@ Table make_table(const v2drop_stretch* stretches, int64_t n_stretches, const Key
 
 DeviceKeys device_keys(const KeySource& source, const int32_t* keys) {
   DeviceKeys device = {};
-  device.rows = std::max<int64_t>(1, source.rows);
+  device.rows = source.rows;
   device.keys = keys;
   device.masked_key = source.masked_key;
   if (keys) return device;
@@ -273,8 +276,7 @@ v2drop_status v2drop_topk_cuda(const v2drop_tensor* scores, const v2drop_tensor*
     } else {
       const Scored scored = describe_keys(source, metric, round_to, stretches, n_stretches, table, budgets, workspace);
       keys = device_keys(source, scored.keys);
-      launch_score(scored, prev->dtype, is_aligned(source.hidden.prev) && is_aligned(source.hidden.cur), cuda.stream);
-      edge = Edge::kDependent;
+      edge = launch_score(scored, prev->dtype, is_aligned(source.hidden.prev) && is_aligned(source.hidden.cur), cuda.stream);
     }
     const int64_t max_n = budgets ? source.rows : largest(stretches, n_stretches);
     if (order == V2DROP_ORDER_POSITION) {

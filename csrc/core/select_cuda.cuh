@@ -19,7 +19,7 @@ struct Table {
   const v2drop_stretch* rows;  // NULL: `alike`, for entry 0
   v2drop_stretch alike;
   int64_t groups;
-  int64_t batch, in_rows, out_rows;  // rows of a batch entry
+  int64_t batch, in_rows, out_rows;  // rows of a batch entry, at least 1 of the input
 
   __device__ v2drop_stretch at(int64_t g) const {
     if (rows) return rows[g];
@@ -135,9 +135,7 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
       upto += counts.sum_before(__shfl_sync(kAllLanes, upto, 31), &all);
       if (bin >= 0 && upto >= wanted && upto - mine < wanted) histogram.found = {bin, upto, upto - mine};
       __syncthreads();
-      const FoundBin found = histogram.found;
-      __syncthreads();
-      return found;
+      return histogram.found;
     });
   }
 

@@ -16,7 +16,11 @@ constexpr int kScoreLoads = 4;
 
 // Blocks that an SM must be able to hold: half of its threads, so at most 64 registers for each. 32 warps with four 16-byte loads each
 // are 64 KB in flight; an H200 needs some 26 KB for each SM to be at full bandwidth.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200  // there the compiler spills at 64
+constexpr int kBlocksOfSm = 3;
+#else
 constexpr int kBlocksOfSm = 4;
+#endif
 
 // The same for the cooperative kernel, which needs registers for all of its phases: three blocks of two rows of 4096 bfloat16 hold 792
 // rows on an H200 at once, the 576 of an image among them.
@@ -33,6 +37,9 @@ constexpr int kTableRowGroups = 4;
 constexpr int kKeysPerThread = 8;
 constexpr int kFusedSelect = kThreads * kKeysPerThread;
 constexpr int kSelectThreads = 1024;
+
+// Stretches that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.
+constexpr int kStretchesOfTile = 4;
 
 // Bytes of hidden states (one tensor) up to which a drop is one cooperative launch: by the model, a grid barrier then costs less than a
 // second launch, because the rows of all blocks fit the GPU at once (NVIDIA H200, bfloat16).

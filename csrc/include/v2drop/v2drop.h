@@ -168,7 +168,8 @@ V2DROP_API v2drop_status v2drop_compact_inplace(const v2drop_tensor* keep, const
 /* How a drop is launched. The results are the same. */
 typedef enum v2drop_design {
   V2DROP_DESIGN_AUTO = 0,        /* by size and device; see csrc/core/tuning_cuda.h */
-  V2DROP_DESIGN_COOPERATIVE = 1, /* one cooperative launch; V2DROP_ERROR_UNSUPPORTED where the device or the size cannot */
+  V2DROP_DESIGN_COOPERATIVE = 1, /* one cooperative launch; V2DROP_ERROR_UNSUPPORTED where the device or the size cannot. Given scores
+                                  * leave nothing to do before the gather: then it is V2DROP_DESIGN_TWO, or THREE where that says so */
   V2DROP_DESIGN_TWO = 2,         /* score; then a gather whose blocks repeat the select; up to 2048 competing rows a stretch, else three */
   V2DROP_DESIGN_THREE = 3        /* score, select, gather */
 } v2drop_design;
@@ -180,7 +181,7 @@ typedef struct v2drop_cuda {
   int64_t workspace_bytes; /* at least v2drop_workspace_bytes_cuda(...) */
   int32_t design;          /* v2drop_design */
   /* Optional: a copy of `stretches` in device memory. Without it a table that is not uniform (every batch entry one stretch, alike)
-   * costs one more launch, which carries it over as kernel arguments. */
+   * costs one more launch for every 128 stretches, which carries them over as kernel arguments. */
   const v2drop_stretch* stretches;
 } v2drop_cuda;
 

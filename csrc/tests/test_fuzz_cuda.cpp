@@ -1,0 +1,657 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Random calls of the CUDA entry points beside their CPU twins, for a library whose kernels are emulated (host memory then serves as device
+// memory). Results are compared with all bytes around them, so that a stray write shows; one call in four gets a wrong argument, and both
+// must refuse it. Arguments: how many calls, and the first seed.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "v2drop/v2drop.h"
+
+namespace {
+
+uint64_t state;  // of splitmix64
+uint64_t seed;
+
+int64_t random(int64_t low, int64_t high) {  // both included
+  uint64_t x = state += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return low + static_cast<int64_t>((x ^ (x >> 31)) % (static_cast<uint64_t>(high) - static_cast<uint64_t>(low) + 1));
+}
+bool one_in(int n) { return random(1, n) == 1; }
+
+int failures = 0;
+void check(bool ok, const char* what) {
+  if (ok) return;
+  if (++failures <= 20) printf("seed %llu: %s (last error: %s)\n", static_cast<unsigned long long>(seed), what, v2drop_last_error());
+}
+
+constexpr int64_t kBytes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 16, 4};
+
+// A tensor and the memory below it: gaps between rows, strides of either sign, dimensions in any order.
+struct Array {
+  v2drop_tensor tensor = {};
+  std::vector<unsigned char> bytes;
+  int64_t origin = 0;
+
+  Array() = default;
+  Array(const Array& other) : tensor(other.tensor), bytes(other.bytes), origin(other.origin) { attach(); }
+  Array& operator=(const Array&) = delete;
+  void attach() { tensor.data = bytes.data() + origin; }
+};
+
+enum Layout { kContiguous, kLastIsDense, kAny };
+
+Array make_array(int32_t dtype, const std::vector<int64_t>& shape, Layout layout) {
+  Array a;
+  v2drop_tensor& t = a.tensor;
+  t.dtype = dtype;
+  t.ndim = static_cast<int32_t>(shape.size());
+  std::vector<int> order;
+  for (int d = t.ndim - 1; d >= 0; --d) order.push_back(d);
+  if (layout == kAny && one_in(3)) std::swap(order[0], order[static_cast<size_t>(random(0, t.ndim - 1))]);
+  const bool plain = layout == kContiguous || one_in(2);
+  int64_t stride = 1, before = 0;
+  for (size_t i = 0; i < order.size(); ++i) {
+    const int d = order[i];
+    const bool dense = plain || (layout == kLastIsDense && d == t.ndim - 1);
+    if (!dense) stride += one_in(2) ? random(0, 3) : random(0, 1) * 8;
+    t.shape[d] = shape[static_cast<size_t>(d)];
+    t.stride[d] = stride;
+    if (!dense && one_in(4)) {
+      t.stride[d] = -stride;
+      before += stride * std::max<int64_t>(0, t.shape[d] - 1);
+    }
+    stride *= std::max<int64_t>(1, t.shape[d]);
+  }
+  a.bytes.resize(static_cast<size_t>(stride * kBytes[dtype]));
+  for (unsigned char& byte : a.bytes) byte = static_cast<unsigned char>(random(0, 255));
+  a.origin = before * kBytes[dtype];
+  a.attach();
+  return a;
+}
+
+char* at(const v2drop_tensor& t, std::vector<int64_t> index) {
+  int64_t offset = 0;
+  for (size_t d = 0; d < index.size(); ++d) offset += index[d] * t.stride[d];
+  return static_cast<char*>(t.data) + offset * kBytes[t.dtype];
+}
+
+// Calls body(address) for every element.
+template <class Body>
+void for_each(const v2drop_tensor& t, const Body& body) {
+  int64_t count = 1;
+  for (int d = 0; d < t.ndim; ++d) count *= t.shape[d];
+  for (int64_t i = 0; i < count; ++i) {
+    std::vector<int64_t> index(static_cast<size_t>(t.ndim));
+    int64_t rest = i;
+    for (int d = t.ndim - 1; d >= 0; --d) index[static_cast<size_t>(d)] = rest % t.shape[d], rest /= t.shape[d];
+    body(at(t, index));
+  }
+}
+
+float number(const char* from, int32_t dtype) {
+  uint16_t half;
+  float f;
+  if (dtype == V2DROP_FLOAT32) return memcpy(&f, from, 4), f;
+  memcpy(&half, from, 2);
+  if (dtype == V2DROP_BFLOAT16) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    return memcpy(&f, &bits, 4), f;
+  }
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  f = exponent == 31  ? (fraction ? NAN : INFINITY)
+      : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                      : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return half >> 15 ? -f : f;
+}
+
+// Numbers with few distinct values, so that there are ties, and at times NaN, infinities and both zeros.
+void fill_floats(const Array& a, bool special) {
+  static const uint32_t bits[] = {0x7fc00000, 0xffc00000, 0x7f800000, 0xff800000, 0x80000000, 0};
+  static const uint16_t half_bits[] = {0x7e00, 0xfe00, 0x7c00, 0xfc00, 0x8000, 0};
+  const int64_t distinct = one_in(3) ? 3 : 4000;
+  for_each(a.tensor, [&](char* to) {
+    const float value = static_cast<float>(random(-distinct, distinct)) / 64;
+    uint32_t wide;
+    memcpy(&wide, &value, 4);
+    uint16_t half = static_cast<uint16_t>(wide >> 16);
+    if (a.tensor.dtype == V2DROP_FLOAT16) half = static_cast<uint16_t>(random(0, 1) << 15 | (random(0, 20) << 10) | random(0, 7) << 7);
+    if (special && one_in(8)) {
+      const size_t i = static_cast<size_t>(random(0, 5));
+      wide = bits[i];
+      half = a.tensor.dtype == V2DROP_FLOAT16 ? half_bits[i] : static_cast<uint16_t>(bits[i] >> 16);
+    }
+    a.tensor.dtype == V2DROP_FLOAT32 ? memcpy(to, &wide, 4) : memcpy(to, &half, 2);
+  });
+}
+
+bool close(float a, float b, double relative, double absolute) {
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
+  if (std::isinf(a) || std::isinf(b)) return a == b;
+  return std::fabs(static_cast<double>(a) - b) <= absolute + relative * std::max(std::fabs(a), std::fabs(b));
+}
+
+bool same_bytes(const Array& a, const Array& b) { return a.bytes == b.bytes; }
+
+struct On {
+  v2drop_cuda cuda = {};
+  void* memory = nullptr;
+  On(int64_t rows, int64_t stretches, int64_t width, const std::vector<v2drop_stretch>* table) {
+    cuda.workspace_bytes = v2drop_workspace_bytes_cuda(rows, stretches, width);
+    if (posix_memalign(&memory, 256, static_cast<size_t>(cuda.workspace_bytes)) != 0) abort();
+    memset(memory, static_cast<int>(random(0, 255)), static_cast<size_t>(cuda.workspace_bytes));
+    cuda.workspace = memory;
+    cuda.design = static_cast<int32_t>(random(0, 3));
+    if (table && one_in(2)) cuda.stretches = table->data();
+  }
+  On(const On&) = delete;
+  On& operator=(const On&) = delete;
+  ~On() { free(memory); }
+};
+
+// Arguments that no entry point may accept, whatever the others are.
+void spoil(v2drop_tensor& t) {
+  switch (random(0, 4)) {
+    case 0:
+      t.dtype = one_in(2) ? 99 : -1;
+      return;
+    case 1:
+      t.ndim = one_in(2) ? -1 : 9;
+      return;
+    case 2:
+      t.shape[random(0, t.ndim - 1)] = -1;
+      return;
+    case 3:
+      t.shape[t.ndim - 1] = INT64_MAX;
+      t.stride[t.ndim - 1] = INT64_MIN;
+      return;
+    default:
+      t.shape[0] = INT64_MAX / 4;
+      t.stride[0] = INT64_MAX / 2;
+  }
+}
+
+std::vector<int64_t> lead(int64_t batch, int64_t rows, bool with_batch, int64_t dim = -1) {
+  std::vector<int64_t> shape;
+  if (with_batch) shape.push_back(batch);
+  shape.push_back(rows);
+  if (dim >= 0) shape.push_back(dim);
+  return shape;
+}
+
+struct Input {
+  int64_t batch, rows, dim;
+  bool with_batch, computed, masked;
+  int32_t metric, round_to, dtype;
+  std::unique_ptr<Array> prev, cur, scores, mask;
+
+  Input(bool may_mask, bool one_entry) {
+    with_batch = !one_entry && one_in(2);
+    batch = with_batch ? random(0, 4) : 1;
+    const bool large = one_in(40);
+    rows = large ? random(2000, 9000) : one_in(10) ? 0 : random(1, 300);
+    if (large) batch = std::min<int64_t>(batch, 1);
+    dim = large ? random(0, 4) : one_in(20) ? random(0, 5000) : random(0, 40) * (one_in(2) ? 8 : 1);
+    if (dim > 400) rows = std::min<int64_t>(rows, 20);
+    computed = one_in(2);
+    masked = may_mask && one_in(3);
+    metric = static_cast<int32_t>(random(0, 2));
+    round_to = one_in(2) ? 0 : static_cast<int32_t>(random(0, 2));
+    dtype = static_cast<int32_t>(random(0, 2));
+    const bool special = one_in(3);
+    prev.reset(new Array(make_array(dtype, lead(batch, rows, with_batch, dim), kLastIsDense)));
+    cur.reset(new Array(make_array(dtype, lead(batch, rows, with_batch, dim), kLastIsDense)));
+    fill_floats(*prev, special && one_in(2));
+    fill_floats(*cur, special);
+    if (masked) {
+      mask.reset(new Array(make_array(V2DROP_BOOL, lead(batch, rows, with_batch), kAny)));
+      for_each(mask->tensor, [](char* to) { *to = static_cast<char>(one_in(3) ? 0 : random(1, 255)); });
+    }
+    // What the CUDA kernels compute is what the CPU then selects by: the sums of the two differ in the last bits.
+    scores.reset(new Array(make_array(computed ? static_cast<int32_t>(V2DROP_FLOAT32) : dtype, lead(batch, rows, with_batch), kAny)));
+    fill_floats(*scores, special);
+    if (!computed) return;
+    On on(batch * rows, 0, 0, nullptr);
+    check(v2drop_variation_score_cuda(&prev->tensor, &cur->tensor, metric, round_to, &scores->tensor, &on.cuda) == V2DROP_OK, "score");
+  }
+  const v2drop_tensor* mask_tensor() const { return masked ? &mask->tensor : nullptr; }
+};
+
+void test_scores() {
+  Input in(false, false);
+  Array cpu = make_array(V2DROP_FLOAT32, lead(in.batch, in.rows, in.with_batch), kAny), cuda(cpu);
+  On on(0, 0, 0, nullptr);
+  const v2drop_status a = v2drop_variation_score(&in.prev->tensor, &in.cur->tensor, in.metric, in.round_to, &cpu.tensor, 1);
+  const v2drop_status b = v2drop_variation_score_cuda(&in.prev->tensor, &in.cur->tensor, in.metric, in.round_to, &cuda.tensor, &on.cuda);
+  check(a == V2DROP_OK && b == V2DROP_OK, "scores");
+  // A cosine loses digits where one row is much longer than the other.
+  const double relative = in.round_to == 0 ? 1e-4 : 2e-2, absolute = in.metric == V2DROP_COSINE ? 2e-2 : 1e-5;
+  std::vector<float> expected;
+  for_each(cpu.tensor, [&](char* from) { expected.push_back(number(from, 0)); });
+  size_t i = 0;
+  for_each(cuda.tensor, [&](char* from) { check(close(number(from, 0), expected[i++], relative, absolute), "a score"); });
+  for_each(cpu.tensor, [](char* to) { memset(to, 0, 4); });
+  for_each(cuda.tensor, [](char* to) { memset(to, 0, 4); });
+  check(same_bytes(cpu, cuda), "around the scores");
+
+  Array grad = make_array(V2DROP_FLOAT32, lead(in.batch, in.rows, in.with_batch), kAny);
+  fill_floats(grad, false);
+  Array p = make_array(in.dtype, lead(in.batch, in.rows, in.with_batch, in.dim), kLastIsDense), q(p);
+  Array c = make_array(in.dtype, lead(in.batch, in.rows, in.with_batch, in.dim), kLastIsDense), d(c);
+  const bool only_cur = one_in(3);
+  check(v2drop_variation_score_backward(&grad.tensor, &in.prev->tensor, &in.cur->tensor, in.metric, only_cur ? nullptr : &p.tensor,
+                                        &c.tensor, 1) == V2DROP_OK,
+        "backward on the CPU");
+  check(v2drop_variation_score_backward_cuda(&grad.tensor, &in.prev->tensor, &in.cur->tensor, in.metric, only_cur ? nullptr : &q.tensor,
+                                             &d.tensor, &on.cuda) == V2DROP_OK,
+        "backward");
+  std::vector<float> to_prev, to_cur;
+  for_each(p.tensor, [&](char* from) { to_prev.push_back(number(from, in.dtype)); });
+  for_each(c.tensor, [&](char* from) { to_cur.push_back(number(from, in.dtype)); });
+  // The differences of nearly equal terms of a cosine are left alone.
+  const double exact = in.metric == V2DROP_COSINE ? 1e-1 : 2e-2, floor = in.metric == V2DROP_COSINE ? 1e-1 : 1e-3;
+  i = 0;
+  for_each(q.tensor, [&](char* from) { check(only_cur || close(number(from, in.dtype), to_prev[i], exact, floor), "grad_prev"), ++i; });
+  i = 0;
+  for_each(d.tensor, [&](char* from) { check(close(number(from, in.dtype), to_cur[i++], exact, floor), "grad_cur"); });
+  if (only_cur) check(same_bytes(p, q), "grad_prev was not wanted");
+}
+
+std::vector<v2drop_stretch> make_table(const Input& in, bool padded) {
+  std::vector<v2drop_stretch> table;
+  const bool alike = one_in(2);
+  int64_t out = 0;
+  v2drop_stretch first = {};
+  for (int64_t b = 0; b < in.batch; ++b) {
+    int64_t row = 0;
+    const int64_t count = alike ? 1 : random(1, one_in(20) ? 90 : 5);
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t left = in.rows - row;
+      v2drop_stretch s = {};
+      s.row0 = b * in.rows + row;
+      s.pre = g + 1 == count ? random(0, left / 4) : random(0, left / 8);
+      s.n = g + 1 == count ? random(0, left - s.pre) : random(0, left / 2);
+      s.n = std::min(s.n, left - s.pre);
+      s.post = std::min(random(0, 3), left - s.pre - s.n);
+      s.k = one_in(8) ? 0 : one_in(8) ? s.n : random(0, s.n);
+      if (padded) s.pad_pre = random(0, 2), s.pad_post = random(0, 2);
+      if (alike && b > 0) {
+        const int64_t row0 = s.row0;
+        s = first;
+        s.row0 = row0;
+      }
+      s.out0 = out;
+      if (b == 0 && g == 0) first = s;
+      row += s.pre + s.n + s.post;
+      out += s.pad_pre + s.pre + s.k + s.post + s.pad_post;
+      table.push_back(s);
+    }
+  }
+  return table;
+}
+
+void test_topk() {
+  Input in(true, false);
+  std::vector<v2drop_stretch> table = make_table(in, false);
+  const int64_t n = static_cast<int64_t>(table.size());
+  int64_t width = random(0, 2);
+  for (const v2drop_stretch& s : table) width = std::max(width, s.k);
+  const int32_t order = static_cast<int32_t>(random(0, 1)), dtype = in.scores->tensor.dtype;
+  Array v = make_array(dtype, {n, width}, kContiguous), w(v), i = make_array(V2DROP_INT64, {n, width}, kContiguous), j(i);
+  On on(in.batch * in.rows, n, order == V2DROP_ORDER_SCORE ? width : 0, &table);
+  const v2drop_tensor* mask = in.mask_tensor();
+  check(v2drop_topk(&in.scores->tensor, nullptr, nullptr, mask, table.data(), n, order, 0, 0, &v.tensor, &i.tensor, 1) == V2DROP_OK,
+        "topk on the CPU");
+  const v2drop_tensor *scores = in.computed ? nullptr : &in.scores->tensor, *prev = in.computed ? &in.prev->tensor : nullptr,
+                      *cur = in.computed ? &in.cur->tensor : nullptr;
+  check(v2drop_topk_cuda(scores, prev, cur, mask, table.data(), n, nullptr, order, in.metric, in.round_to, &w.tensor, &j.tensor,
+                         &on.cuda) == V2DROP_OK,
+        "topk");
+  check(same_bytes(i, j), "the indices of topk");
+  std::vector<float> values;
+  for_each(v.tensor, [&](char* from) { values.push_back(number(from, dtype)); });
+  size_t e = 0;
+  for_each(w.tensor, [&](char* from) { check(close(number(from, dtype), values[e++], 0, 0), "a value of topk"); });
+}
+
+struct Parts {
+  std::vector<std::unique_ptr<Array>> arrays;  // src, dst on the CPU, dst on CUDA; or src twice
+  std::vector<v2drop_part> cpu, cuda;
+
+  Parts(int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
+    const int64_t count = one_in(15) ? random(120, 300) : random(0, 12);
+    const int64_t shapes = one_in(2) ? 1 : count;  // few classes, or many
+    std::vector<int64_t> shape;
+    int32_t dtype = 0, row_dim = 0, batch_dim = -1;
+    for (int64_t p = 0; p < count; ++p) {
+      if (p < shapes) {
+        const bool small = count > 20;
+        const int32_t extra = static_cast<int32_t>(random(0, small ? 2 : one_in(6) ? 6 : 3));
+        shape.clear();
+        for (int32_t d = 0; d < extra; ++d) shape.push_back(one_in(30) ? 0 : random(1, extra > 4 ? 2 : small ? 4 : 9));
+        if (extra == 1 && !small && one_in(6)) shape[0] = random(200, 9000) * (one_in(2) ? 8 : 1) % 9000;
+        row_dim = static_cast<int32_t>(random(0, extra));
+        shape.insert(shape.begin() + row_dim, src_rows);
+        batch_dim = -1;
+        if (batch != 1 || one_in(2)) {
+          batch_dim = static_cast<int32_t>(random(0, row_dim));
+          shape.insert(shape.begin() + batch_dim, batch);
+          ++row_dim;
+        }
+        dtype = static_cast<int32_t>(random(0, 10));
+      }
+      v2drop_part part = {};
+      part.row_dim = row_dim;
+      part.batch_dim = batch_dim;
+      part.fill = one_in(2) ? random(-3, 3) : random(INT64_MIN / 4, INT64_MAX / 4);
+      arrays.emplace_back(new Array(make_array(dtype, shape, kAny)));
+      const size_t src = arrays.size() - 1;
+      part.src = arrays[src]->tensor;
+      if (in_place) {
+        arrays.emplace_back(new Array(*arrays[src]));
+        cpu.push_back(part);
+        part.src = arrays.back()->tensor;
+        cuda.push_back(part);
+        continue;
+      }
+      std::vector<int64_t> out = shape;
+      out[static_cast<size_t>(row_dim)] = dst_rows;
+      arrays.emplace_back(new Array(make_array(dtype, out, kAny)));
+      part.dst = arrays.back()->tensor;
+      cpu.push_back(part);
+      arrays.emplace_back(new Array(*arrays.back()));
+      part.dst = arrays.back()->tensor;
+      cuda.push_back(part);
+    }
+    step = in_place ? 2 : 3;
+  }
+  size_t step;
+  int64_t count() const { return static_cast<int64_t>(cpu.size()); }
+  bool same() const {
+    for (size_t p = 0; p < cpu.size(); ++p) {
+      if (!same_bytes(*arrays[step * p + step - 2], *arrays[step * p + step - 1])) return false;
+    }
+    return true;
+  }
+};
+
+void test_drop() {
+  Input in(true, false);
+  std::vector<v2drop_stretch> table = make_table(in, true);
+  // Entries of equal length: the last stretch of each pads up.
+  std::vector<int64_t> lengths(static_cast<size_t>(in.batch), 0);
+  const auto entry_of = [&](const v2drop_stretch& s) { return in.rows > 0 ? std::min(s.row0 / in.rows, in.batch - 1) : 0; };
+  if (in.rows == 0 && in.batch > 1) return;
+  for (v2drop_stretch& s : table) {
+    if (s.pre + s.n + s.post == 0 && s.row0 > 0) --s.row0;  // an empty one at the end of an entry belongs to it
+    lengths[static_cast<size_t>(entry_of(s))] += s.pad_pre + s.pre + s.k + s.post + s.pad_post;
+  }
+  int64_t count = 0, out = 0;
+  for (int64_t length : lengths) count = std::max(count, length);
+  for (size_t g = 0; g < table.size(); ++g) {
+    v2drop_stretch& s = table[g];
+    const int64_t entry = entry_of(s);
+    if (g + 1 == table.size() || entry_of(table[g + 1]) != entry) s.pad_post += count - lengths[static_cast<size_t>(entry)];
+    s.out0 = out;
+    out += s.pad_pre + s.pre + s.k + s.post + s.pad_post;
+  }
+  const int64_t n = static_cast<int64_t>(table.size());
+  Array keep = make_array(V2DROP_INT64, lead(in.batch, count, in.with_batch), kContiguous), again(keep);
+  Parts parts(in.batch, in.rows, count, false);
+  On on(in.batch * in.rows, n, 0, &table);
+  const v2drop_tensor* mask = in.mask_tensor();
+  check(v2drop_drop_tokens(&in.scores->tensor, nullptr, nullptr, mask, table.data(), n, 0, 0, &keep.tensor, parts.cpu.data(), parts.count(),
+                           1) == V2DROP_OK,
+        "drop on the CPU");
+  const v2drop_tensor *scores = in.computed ? nullptr : &in.scores->tensor, *prev = in.computed ? &in.prev->tensor : nullptr,
+                      *cur = in.computed ? &in.cur->tensor : nullptr;
+  const auto drop = [&] {
+    return v2drop_drop_tokens_cuda(scores, prev, cur, mask, table.data(), n, nullptr, in.metric, in.round_to, &again.tensor, nullptr,
+                                   parts.cuda.data(), parts.count(), &on.cuda);
+  };
+  v2drop_status status = drop();
+  if (status == V2DROP_ERROR_UNSUPPORTED && on.cuda.design == V2DROP_DESIGN_COOPERATIVE) {
+    on.cuda.design = V2DROP_DESIGN_AUTO;
+    status = drop();
+  }
+  check(status == V2DROP_OK, "drop");
+  check(same_bytes(keep, again), "keep");
+  check(parts.same(), "the parts of a drop");
+}
+
+// Lengths that only the device knows, good ones and any others.
+void test_packed() {
+  Input in(false, true);
+  const int64_t n = one_in(10) ? 0 : random(1, one_in(20) ? 400 : 6);
+  std::vector<v2drop_stretch> budgets(static_cast<size_t>(n));
+  const int64_t k = random(0, 40), count = random(0, 200);
+  for (v2drop_stretch& s : budgets) {
+    s = {};
+    s.k = one_in(20) ? INT64_MAX : one_in(2) ? k : random(0, 60);
+  }
+  Array cu = make_array(V2DROP_INT32, {n + 1}, kContiguous);
+  std::vector<int32_t> offsets;
+  const bool good = one_in(2);
+  for (int64_t g = 0; g <= n; ++g) offsets.push_back(static_cast<int32_t>(good ? random(0, in.rows) : random(INT32_MIN, INT32_MAX)));
+  if (good) std::sort(offsets.begin(), offsets.end());
+  if (!good && one_in(2)) {
+    for (int32_t& x : offsets) x = one_in(2) ? INT32_MIN : INT32_MAX;
+  }
+  memcpy(cu.tensor.data, offsets.data(), offsets.size() * 4);
+  const auto clamp = [&](int32_t x) { return std::min(std::max<int64_t>(x, 0), in.rows); };
+
+  // What it should be, by the CPU with lengths that the host knows.
+  std::vector<int64_t> kept;
+  std::vector<int32_t> expected = {0};
+  for (size_t g = 0; g < budgets.size(); ++g) {
+    v2drop_stretch s = {};
+    s.row0 = clamp(offsets[g]);
+    s.n = std::max<int64_t>(0, clamp(offsets[g + 1]) - s.row0);
+    s.k = std::min({budgets[g].k, s.n, count - static_cast<int64_t>(kept.size())});
+    Array values = make_array(in.scores->tensor.dtype, {1, s.k}, kContiguous), indices = make_array(V2DROP_INT64, {1, s.k}, kContiguous);
+    check(v2drop_topk(&in.scores->tensor, nullptr, nullptr, nullptr, &s, 1, 0, 0, 0, &values.tensor, &indices.tensor, 1) == V2DROP_OK,
+          "topk of a segment");
+    for_each(indices.tensor, [&](char* from) {
+      int64_t index;
+      memcpy(&index, from, 8);
+      kept.push_back(index);
+    });
+    expected.push_back(static_cast<int32_t>(kept.size()));
+  }
+  kept.resize(static_cast<size_t>(count), -1);
+
+  Array keep = make_array(V2DROP_INT64, {count}, kContiguous), again(keep), new_cu = make_array(V2DROP_INT32, {n + 1}, kContiguous);
+  Parts parts(1, in.rows, count, false);
+  On on(in.rows, n, 0, &budgets);
+  if (on.cuda.design == V2DROP_DESIGN_COOPERATIVE) on.cuda.design = V2DROP_DESIGN_THREE;
+  const v2drop_tensor *scores = in.computed ? nullptr : &in.scores->tensor, *prev = in.computed ? &in.prev->tensor : nullptr,
+                      *cur = in.computed ? &in.cur->tensor : nullptr;
+  check(v2drop_drop_tokens_cuda(scores, prev, cur, nullptr, budgets.data(), n, &cu.tensor, in.metric, in.round_to, &again.tensor,
+                                &new_cu.tensor, parts.cuda.data(), parts.count(), &on.cuda) == V2DROP_OK,
+        "packed drop");
+  check(count == 0 || memcmp(again.tensor.data, kept.data(), kept.size() * 8) == 0, "keep of a packed drop");
+  check(memcmp(new_cu.tensor.data, expected.data(), expected.size() * 4) == 0, "new_cu");
+  if (count == 0) return;
+  memcpy(keep.tensor.data, kept.data(), kept.size() * 8);
+  check(v2drop_compact(&keep.tensor, parts.cpu.data(), parts.count(), 1) == V2DROP_OK, "compact on the CPU");
+  check(parts.same(), "the parts of a packed drop");
+}
+
+void test_compact() {
+  const bool with_batch = one_in(2), in_place = one_in(3), backward = !in_place && one_in(2);
+  const int64_t batch = with_batch ? random(0, 4) : 1, rows = one_in(10) ? 0 : random(1, one_in(20) ? 9000 : 300);
+  const int64_t count = one_in(10) ? 0 : random(1, 300);
+  Array keep = make_array(V2DROP_INT64, lead(batch, count, with_batch), kContiguous), known(keep);
+  std::vector<int64_t> indices;
+  for (int64_t b = 0; b < batch; ++b) {
+    std::vector<int64_t> entry;
+    for (int64_t i = 0; i < count; ++i) entry.push_back(rows > 0 ? random(0, rows - 1) : -1);
+    if (in_place || backward) {  // every row once
+      std::sort(entry.begin(), entry.end());
+      for (size_t i = 1; i < entry.size(); ++i) entry[i] = entry[i] > entry[i - 1] ? entry[i] : entry[i - 1] + 1;
+      if (backward && one_in(2)) std::reverse(entry.begin(), entry.end());
+    }
+    indices.insert(indices.end(), entry.begin(), entry.end());
+  }
+  std::vector<int64_t> wild = indices;
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (one_in(6)) {
+      indices[i] = -1;
+      wild[i] = one_in(2) ? random(INT64_MIN / 4, -1) : one_in(2) ? random(-300, -1) : random(1, 300) - (int64_t{1} << 40);
+    }
+    if (indices[i] >= rows) {  // an error on the CPU, an empty row on a GPU
+      indices[i] = -1;
+      if (one_in(2)) wild[i] += int64_t{1} << 32;
+    }
+  }
+  if (!indices.empty()) {
+    memcpy(known.tensor.data, indices.data(), indices.size() * 8);
+    memcpy(keep.tensor.data, wild.data(), wild.size() * 8);
+  }
+  Parts parts(batch, backward ? count : rows, backward ? rows : count, in_place);
+  On on(batch * rows, 0, 0, nullptr);
+  v2drop_status a, b;
+  if (in_place) {
+    a = v2drop_compact_inplace(&known.tensor, parts.cpu.data(), parts.count(), 1);
+    b = v2drop_compact_inplace_cuda(&keep.tensor, parts.cuda.data(), parts.count(), &on.cuda);
+  } else if (backward) {
+    a = v2drop_compact_backward(&known.tensor, rows, parts.cpu.data(), parts.count(), 1);
+    b = v2drop_compact_backward_cuda(&keep.tensor, rows, parts.cuda.data(), parts.count(), &on.cuda);
+  } else {
+    a = v2drop_compact(&known.tensor, parts.cpu.data(), parts.count(), 1);
+    b = v2drop_compact_cuda(&keep.tensor, parts.cuda.data(), parts.count(), &on.cuda);
+  }
+  check(a == V2DROP_OK && b == V2DROP_OK, "compact");
+  check(parts.same(), in_place ? "compact in place" : backward ? "compact backward" : "the parts of compact");
+}
+
+// One wrong argument among good ones.
+void test_wrong() {
+  Input in(true, false);
+  in.computed = one_in(2);
+  std::vector<v2drop_stretch> table(static_cast<size_t>(in.batch));
+  const int64_t n = in.batch, k = random(0, in.rows);
+  for (int64_t b = 0; b < n; ++b) table[static_cast<size_t>(b)] = {b * in.rows, 0, in.rows, 0, k, b * k, 0, 0};
+  Array keep = make_array(V2DROP_INT64, lead(in.batch, k, in.with_batch), kContiguous), was(keep);
+  Array values = make_array(in.computed ? static_cast<int32_t>(V2DROP_FLOAT32) : in.scores->tensor.dtype, {n, k}, kContiguous),
+        indices = make_array(V2DROP_INT64, {n, k}, kContiguous), no_values(values), no_indices(indices);
+  Parts parts(in.batch, in.rows, k, false);
+  On on(in.batch * in.rows, n, k, &table);
+  on.cuda.design = V2DROP_DESIGN_AUTO;
+
+  v2drop_tensor scores = in.scores->tensor, prev = in.prev->tensor, cur = in.cur->tensor, to = keep.tensor, v = values.tensor,
+                i = indices.tensor;
+  int32_t metric = in.metric, round_to = in.round_to, order = 0;
+  int64_t count = n, n_parts = parts.count();
+  const v2drop_cuda* cuda = &on.cuda;
+  const bool topk = one_in(2);
+  bool only_cuda = false;
+  switch (random(0, 9)) {
+    case 0:
+      in.computed ? spoil(one_in(2) ? prev : cur) : spoil(scores);
+      break;
+    case 1:
+      topk ? spoil(one_in(2) ? v : i) : spoil(to);
+      break;
+    case 2:
+      in.computed ? metric = one_in(2) ? -1 : 3 : scores.dtype = V2DROP_INT64;
+      break;
+    case 3:
+      in.computed ? round_to = one_in(2) ? -1 : 3 : scores.ndim = 0;
+      break;
+    case 4:
+      topk ? order = 2 : n_parts = -1;
+      break;
+    case 5:
+      count = -1;
+      break;
+    case 6: {
+      if (table.empty()) return;
+      int64_t* fields[] = {&table[0].row0, &table[0].pre, &table[0].n, &table[0].post, &table[0].k};
+      *fields[random(0, 4)] = one_in(2) ? random(INT64_MIN, -1) : INT64_MAX - random(0, 1000);
+      break;
+    }
+    case 7: {
+      if (topk || parts.cuda.empty()) return;
+      const size_t p = static_cast<size_t>(random(0, parts.count() - 1));
+      v2drop_part& part = parts.cuda[p];
+      switch (random(0, 4)) {
+        case 0:
+          spoil(part.src);
+          break;
+        case 1:
+          spoil(part.dst);
+          break;
+        case 2:
+          part.row_dim = one_in(2) ? -1 : 8;
+          break;
+        case 3:
+          part.batch_dim = one_in(2) ? part.row_dim : 8;
+          break;
+        default:
+          ++part.src.shape[part.row_dim];
+      }
+      parts.cpu[p] = part;
+      break;
+    }
+    case 8:
+      only_cuda = true;
+      if (one_in(2)) {
+        on.cuda.design = one_in(2) ? -1 : 4;
+      } else {
+        cuda = nullptr;
+      }
+      break;
+    default:
+      only_cuda = true;
+      if (!in.computed || in.rows * in.batch * k == 0) return;
+      if (one_in(2)) {
+        on.cuda.workspace_bytes = random(-1000, 255);
+      } else {
+        on.cuda.workspace = one_in(2) ? nullptr : static_cast<char*>(on.memory) + 64;
+      }
+  }
+  const v2drop_tensor *s = in.computed ? nullptr : &scores, *p = in.computed ? &prev : nullptr, *c = in.computed ? &cur : nullptr;
+  v2drop_status a = V2DROP_ERROR_ARGUMENT, b;
+  if (topk) {
+    if (!only_cuda) a = v2drop_topk(s, p, c, in.mask_tensor(), table.data(), count, order, metric, round_to, &v, &i, 1);
+    b = v2drop_topk_cuda(s, p, c, in.mask_tensor(), table.data(), count, nullptr, order, metric, round_to, &v, &i, cuda);
+  } else {
+    if (!only_cuda) {
+      a = v2drop_drop_tokens(s, p, c, in.mask_tensor(), table.data(), count, metric, round_to, &to, parts.cpu.data(), n_parts, 1);
+    }
+    b = v2drop_drop_tokens_cuda(s, p, c, in.mask_tensor(), table.data(), count, nullptr, metric, round_to, &to, nullptr, parts.cuda.data(),
+                                n_parts, cuda);
+  }
+  check(a == V2DROP_ERROR_ARGUMENT, "the CPU takes a wrong argument");
+  check(b == V2DROP_ERROR_ARGUMENT, "CUDA takes a wrong argument");
+  check(same_bytes(keep, was) && same_bytes(values, no_values) && same_bytes(indices, no_indices) && parts.same(),
+        "a refused call has written");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (strcmp(v2drop_cuda_archs(), "emulated") != 0) {
+    printf("the kernels of this library are not emulated\n");
+    return 1;
+  }
+  const long calls = argc > 1 ? atol(argv[1]) : 250;
+  const uint64_t first = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
+  for (seed = first; seed < first + static_cast<uint64_t>(calls); ++seed) {
+    state = seed * 1000003;
+    void (*const tests[])() = {test_scores,  test_topk,    test_drop,  test_drop, test_packed,
+                               test_compact, test_compact, test_wrong, test_wrong};
+    tests[random(0, 8)]();
+  }
+  if (!failures) printf("%ld random calls: ok\n", calls);
+  return failures != 0;
+}
