@@ -1,7 +1,8 @@
 """Test and measure on the GPU that is here, and write it down as it comes: called by gpu_check.sh, which built the library.
 
-Of it come env.json, tests.jsonl, results.csv (every time), bars.csv (every bar), report.md and two plots. A figure is on disk
-as soon as it is known, most important first; what the time given did not reach is named. A candidate is timed only after its
+Of it come env.json, tests.jsonl, results.csv (every time), bars.csv (every bar), report.md and two plots; ncu.csv and model.json
+where there is time for them and they can be had. A figure is on disk as soon as it is known, most important first; what the time
+given did not reach is named. A candidate is timed only after its
 result equalled the reference's, and only while no test of its backend and op is red. ``--dry``: the same on the CPU with tiny
 shapes, by wall clock; its rows say so, and it never writes to bench/results.
 """
@@ -18,16 +19,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gpu_constants
+import gpu_ncu
 import gpu_report
 import harness
 import numpy
 import torch
-from gpu_groups import Bar, Candidate, Group, Times, Trial, others, own_backends, tiny, urgent
+from gpu_groups import MODEL_LEVEL, Bar, Candidate, Group, Times, Trial, not_there, others, own_backends, tiny, urgent
 from gpu_meter import CudaMeter, HostMeter
 from gpu_outcomes import Outcomes
 
@@ -38,21 +40,34 @@ TIMES = (
     "gb_s", "gpu", *harness.CONDITIONS,
 )  # fmt: skip
 BARS = ("bar", "what", "backend", "group", "mode", "value", "unit", "limit", "status", "gpu", *harness.CONDITIONS)
+FILES = {"results.csv": TIMES, "bars.csv": BARS}
 TEST_SHARE = 0.45  # of the time, for the tests at most
 GROUP_SECONDS = 1.5  # of runs, for one mode of a group at most
 LEAST_SECONDS = 8.0  # no group is begun with less than this: it would have to be compiled, checked and timed
+MANY_BYTES = 1 << 32  # beyond which a graph holds 3 calls instead of 20
+MODEL = HERE / "bench_model.py"  # prints a JSON list of flat objects, one for a row of the report
+
+
+REFUSED = "a cooperative drop takes at most"  # what the library says where that design does not apply
+
+
+class TooLarge(Exception):
+    """The device has too little memory left for a problem."""
 
 
 class Check:
     """The run: what is measured, what is red, and where it is written."""
 
-    def __init__(self, out: Path, meter: HostMeter, outcomes: Outcomes, deadline: float, run: str) -> None:
+    def __init__(
+        self, out: Path, meter: HostMeter, outcomes: Outcomes, deadline: float, run: str,
+        files: Mapping[str, Sequence[str]] = FILES,
+    ) -> None:  # fmt: skip
         self.out, self.meter, self.outcomes, self.deadline = out, meter, outcomes, deadline
         self.dry = run == "dry"
         self.conditions = {"gpu": meter.facts["name"], **harness.conditions(run)}
         self.broken = 0  # what raised, which is never meant to
         self._seen: set[Any] = set()
-        for name, columns in (("results.csv", TIMES), ("bars.csv", BARS)):
+        for name, columns in files.items():
             with (out / name).open("w", newline="") as file:
                 csv.DictWriter(file, columns, lineterminator="\n").writeheader()
 
@@ -60,17 +75,19 @@ class Check:
         """Whether there is too little time to begin anything."""
         return time.monotonic() > self.deadline - (0.0 if self.dry else LEAST_SECONDS)
 
-    def do(self, step: Group | Trial) -> None:
-        """Measure a group or a trial, whatever becomes of it."""
-        why = None
+    def do(self, step: Group | Trial) -> dict[str, Times]:
+        """Measure a group or a trial, whatever becomes of it; the times by mode, none where there is no time for it."""
+        why, found = None, {}
         if self.late():
             why = "not reached in the time given"
         else:
             try:
                 if isinstance(step, Group):
-                    self._group(step)
+                    found = self._group(step)
                 else:
                     self._trial(step)
+            except TooLarge as error:
+                why = str(error)
             except Exception as error:  # one broken problem must not take the others with it
                 why = self._broke(error)
             self._tidy()
@@ -79,18 +96,59 @@ class Check:
             for bar in step.bars if isinstance(step, Group) else [step]:
                 for backend in self._judged():
                     self._bar(bar, backend, step, None, why)
+            if isinstance(step, Group):
+                self._write("results.csv", TIMES, [self._columns(step, step.case, step.modes[0]) | {"check": why}])
+        return found
+
+    def expect(self) -> None:
+        """A row for every bar that nothing here can judge yet, so that none is silently missing."""
+        for bar, why in not_there(MODEL):
+            self._bar(bar, "", bar, None, why)
+
+    def model(self) -> None:
+        """The model level, by a program of its own, into model.json; MODEL_LEVEL says in bars.csv what became of it."""
+        if not MODEL.exists():
+            return  # expect() said so
+        seconds = self.deadline - time.monotonic()
+        command = [sys.executable, str(MODEL), "--json", *(["--dry"] if self.dry else [])]
+        why = "see the model level of the report"
+        try:
+            if self.late():
+                raise TimeoutError
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+            last = (done.stderr.strip().splitlines() or ["-"])[-1]
+            if done.returncode and last.startswith("ModuleNotFoundError: "):
+                raise ModuleNotFoundError(last.removeprefix("ModuleNotFoundError: "))
+            if done.returncode:
+                raise RuntimeError(f"{MODEL.name} ended with code {done.returncode}: {last}")
+            rows = json.loads(done.stdout)
+            if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+                raise RuntimeError(f"{MODEL.name} printed no list of rows")
+            (self.out / "model.json").write_text(json.dumps(rows, indent=1) + "\n")
+        except (TimeoutError, subprocess.TimeoutExpired):
+            why = "not reached in the time given"
+        except ModuleNotFoundError as error:  # transformers is an extra
+            why = f"not there: {error}"
+        except Exception as error:
+            why = self._broke(error)
+        print(f"model level: {why}", flush=True)
+        for bar in MODEL_LEVEL:
+            self._bar(bar, "", bar, None, why)
 
     def _judged(self) -> Sequence[str]:
         return own_backends(self.meter)
 
     def _tidy(self) -> None:
-        gc.collect()
-        if self.meter.device.type == "cuda":
+        if self.meter.device.type == "cuda":  # tiny tensors need no walk over all objects
+            gc.collect()
             torch.cuda.empty_cache()
 
-    def _group(self, group: Group) -> None:
+    def _group(self, group: Group) -> dict[str, Times]:
         start = time.monotonic()
         case = tiny(group.case) if self.dry else group.case
+        free = self.meter.free_bytes()
+        if not self.dry and group.needs > free:
+            raise TooLarge(f"missing: needs about {group.needs / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
         candidates = group.build(case, self.meter)
         # Dry: each kind of problem through the interpreter once is enough.
         kind = getattr(group.build, "func", group.build)
@@ -104,8 +162,9 @@ class Check:
                 faults[candidate.name] = why
             else:
                 live.append(candidate)
+        found = {}
         for mode in group.modes:
-            times = self._times(group, case, mode, live, faults)
+            times = found[mode] = self._times(group, case, mode, live, faults)
             for bar in group.bars:
                 if bar.mode == mode:
                     for backend in self._judged():
@@ -114,6 +173,7 @@ class Check:
         for name, why in faults.items():
             if not why.startswith("missing"):
                 print(f"    {name}: {why}", flush=True)
+        return found
 
     def _fault(self, candidate: Candidate, op: str) -> str | None:
         """Why a candidate gets no figure."""
@@ -129,15 +189,24 @@ class Check:
                 if wrong:
                     return f"wrong: {wrong}"
         except Exception as error:
+            if REFUSED in str(error):
+                return f"missing: {error}"
             return self._broke(error)
         return None
+
+    def _columns(self, group: Group, case: Any, mode: str) -> dict[str, Any]:
+        return {
+            "group": group.name, "op": group.op, "B": case.batch, "N": case.n, "D": case.d, "k": case.k, "mode": mode,
+            "dtype": str(case.dtype).removeprefix("torch."), "bytes": group.moved or "",
+        }  # fmt: skip
 
     def _times(self, group: Group, case: Any, mode: str, live: Sequence[Candidate], faults: dict[str, str]) -> Times:
         """Median seconds of a call, candidates taken in turns; a row for each, and for those that have none."""
         runs: dict[str, tuple[Callable[[], Any], int]] = {}
         for c in live:
             calls = c.calls[:1] if mode == "warm" else c.calls
-            count = max(self.meter.calls, len(calls) if mode == "cold" else 0)
+            least = self.meter.calls if group.moved < MANY_BYTES else 3  # no launch gap shows in calls of milliseconds
+            count = max(least, len(calls) if mode == "cold" else 0)
             make = self.meter.graph if mode in ("cold", "warm") and c.captured else self.meter.eager
             if mode in ("eager", "host") and "-" in c.name and c.backend:  # a forced design: a context manager in every call
                 continue
@@ -158,8 +227,7 @@ class Check:
                 run, count = runs[name]
                 taken[name].append(clock(run) / count)
             turns.reverse()
-        base = {"group": group.name, "op": group.op, "B": case.batch, "N": case.n, "D": case.d, "k": case.k, "mode": mode,
-                "dtype": str(case.dtype).removeprefix("torch."), "bytes": group.moved or ""}  # fmt: skip
+        base = self._columns(group, case, mode)
         rows: list[dict[str, Any]] = []
         for name, seconds in taken.items():
             p20, us, p80 = (harness.quantile(seconds, q) * 1e6 for q in (0.2, 0.5, 0.8))
@@ -276,8 +344,9 @@ def run_tests(out: Path, seconds: float, dry: bool) -> Outcomes:
     return Outcomes(path, ended or ("" if path.exists() else "see tests.log"))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def begin(about: str, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, HostMeter, Path, float]:
+    """The options of a run, its meter, its folder and when it must be over."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("minutes", nargs="?", type=float, default=8.0, help="time in all, the build included (default 8)")
     parser.add_argument("out", nargs="?", type=Path, help="folder of the results (default bench/results/<device>)")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: no measurement; needs a folder")
@@ -294,6 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     meter = HostMeter() if options.dry else CudaMeter()
     out = options.out or RESULTS / meter.name
     out.mkdir(parents=True, exist_ok=True)
+    return options, meter, out, deadline
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, meter, out, deadline = begin(__doc__, arguments)
     command = f"bench/gpu_check.sh {'--dry ' if options.dry else ''}{options.minutes:g}"
     env = environment(meter, command)
     write = lambda name, what: (out / name).write_text(json.dumps(what, indent=1) + "\n")
@@ -301,7 +375,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     outcomes = run_tests(out, max(TEST_SHARE * (deadline - time.monotonic()), 1.0), options.dry)
     print(outcomes.words(), flush=True)
+    env["tests"] = outcomes.words()
+    write("env.json", env)
     check = Check(out, meter, outcomes, deadline, "dry" if options.dry else "full")
+    check.expect()
     for step in urgent():
         check.do(step)
         gpu_report.write(out, env, outcomes.words())
@@ -311,7 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for step in others():
         check.do(step)
         gpu_report.write(out, env, outcomes.words())
+    gpu_ncu.collect(out, deadline - time.monotonic(), options.dry)
+    check.model()
     gpu_report.plot(out)
+    gpu_report.write(out, env, outcomes.words())
     print(f"{out}: report.md; {check.broken} broken", flush=True)
     return 1 if outcomes.count("failed") or outcomes.ended or check.broken else 0
 

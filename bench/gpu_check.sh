@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds the native library for the GPU that is here, runs the GPU tests, measures everything, and leaves a report: see gpu_check.py.
 #
-#   bench/gpu_check.sh [--dry] [MINUTES] [FOLDER]      (default: 8 minutes, bench/results/<device>)
+#   bench/gpu_check.sh [--dry] [--tune] [MINUTES] [FOLDER]      (default: 8 minutes, bench/results/<device>)
 #
+# --tune: instead of the above, find launch sizes, designs and the faster backend by size, into FOLDER/tune: see gpu_tune.py.
 # Offline, with the machine's own torch and Triton: nothing is installed. PYTHON=... names the Python that has them. What cannot be
 # built (no nvcc, no CMake) is missing from the report, which says so. --dry: the same on the CPU, tiny, with the library that is there.
 set -euo pipefail
@@ -36,7 +37,11 @@ build() { # says in one line what came of it
   fi
 }
 
-arguments=("$@")
+program=gpu_check
+arguments=()
+for argument; do
+  if [[ $argument == --tune ]]; then program=gpu_tune; else arguments+=("$argument"); fi
+done
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # jax, where it is, takes no more than it needs
 if [[ " $* " == *" --dry "* ]]; then
@@ -49,4 +54,4 @@ else
   [[ -z $module ]] || export V2DROP_NATIVE_MODULE=$module
   echo "build: $V2DROP_BUILD_NOTE"
 fi
-exec "$python" bench/gpu_check.py "${arguments[@]}" --spent "$((SECONDS - began))"
+exec "$python" "bench/$program.py" ${arguments[@]+"${arguments[@]}"} --spent "$((SECONDS - began))"

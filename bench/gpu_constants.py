@@ -84,6 +84,18 @@ def _copy(meter: HostMeter) -> float:
     return 2 * source.nbytes * meter.calls / _best(meter, meter.graph([functools.partial(target.copy_, source)], meter.calls)) / 1e9
 
 
+def _ramp(meter: HostMeter) -> float:
+    """Microseconds that a kernel over 8 MB of cold memory takes beyond its bytes at full speed and the edge before it."""
+    size = _size(meter, 8)
+    sources = [torch.randn(size // 4, device=meter.device) for _ in range(min(-(-meter.cold_bytes // size), 64))]
+    target = torch.empty_like(sources[0])
+    count = max(meter.calls, len(sources))
+    # Not the driver's copy, which may be no kernel at all.
+    run = meter.graph([functools.partial(torch.neg, s, out=target) for s in sources], count)
+    each = _best(meter, run) / count * 1e6
+    return each - 2 * size / _copy(meter) / 1e3 - _chain(meter, False)
+
+
 def _reuse(meter: HostMeter, megabytes: int) -> float:
     """How much faster a buffer is read again at once than after others."""
     others = max(2, -(-3 * meter.cold_bytes // (megabytes * MB)))
@@ -94,6 +106,7 @@ CONSTANTS: dict[str, tuple[str, str, Any]] = {
     "kernel, plain edge": ("us", "chain of kernels of one block in a graph, per kernel", lambda m: _chain(m, False)),
     "kernel, PDL edge": ("us", "the same with programmatic dependent launch", lambda m: _chain(m, True)),
     "grid barrier": ("us", "atomic counter, one block of 256 threads per multiprocessor, slope over 32", _barrier),
+    "ramp": ("us", "a kernel over 8 MB of cold memory, less its bytes at copy bandwidth and a plain edge", _ramp),
     "read bandwidth": ("GB/s", "maximum of 1 GB", lambda m: _read(m, 1024, 1)),
     "copy bandwidth": ("GB/s", "copy of 1 GB, bytes read and written", _copy),
     **{

@@ -86,6 +86,10 @@ class HostMeter:
         call()
         return 0
 
+    def free_bytes(self) -> float:
+        """Memory that can still be had."""
+        return harness.available_memory()
+
     def _activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU]
 
@@ -150,6 +154,11 @@ class CudaMeter(HostMeter):
         kept = torch.cuda.memory_allocated() - before
         del result
         return torch.cuda.max_memory_allocated() - before - kept
+
+    def free_bytes(self) -> float:
+        # What the allocator keeps without a tensor in it is given back before a large problem.
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
 
     def _activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
-from readme_table import Row, duration, read, table
+from gpu_floors import floors_table
+from readme_table import Row, conditions, duration, read, table
 
 OWN = ("triton", "cuda", "cuda-cooperative", "cuda-two", "cuda-three", "reference")
 OTHERS = {
@@ -17,10 +20,10 @@ OTHERS = {
 def bars_table(rows: list[Row]) -> str:
     """Every bar and own backend: value, limit, verdict."""
     lines = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["status"].startswith("not there yet")):
         unit = "" if row["unit"] == "ratio" else row["unit"]
         value = f"{row['value']} {unit}".strip() if row["value"] else "-"
-        lines.append([f"{row['bar']}: {row['what']}", row["backend"], value, row["limit"], row["status"]])
+        lines.append([f"{row['bar']}: {row['what']}", row["backend"] or "-", value, row["limit"], row["status"]])
     return table(["bar", "backend", "value", "asked", "result"], lines)
 
 
@@ -39,28 +42,100 @@ def times_table(rows: list[Row]) -> str:
     return table(["group", "hidden", "mode", "provider", "median", "p20 to p80", "GB/s"], lines)
 
 
+def drop_groups(rows: list[Row]) -> dict[tuple[str, str], tuple[dict[str, Row], dict[str, float]]]:
+    """By shape and mode the rows of the whole step, and how many times longer others take than the fastest of ours beside them.
+
+    torch.compile runs in groups of its own, beside times of ours that only its ratios come from.
+    """
+    found: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        kind, _, shape = row["group"].partition(" ")
+        if row["us"] and kind in ("drop", "compile", "max-autotune"):
+            found.setdefault((shape, row["mode"]), {}).setdefault(kind, {})[row["provider"]] = row
+    made = {}
+    for key, kinds in found.items():
+        ratios = {}
+        for by in kinds.values():
+            mine = min((float(by[name]["us"]) for name in OWN if name in by), default=math.nan)
+            ratios |= {name: float(by[name]["us"]) / mine for name in OTHERS if name in by and not math.isnan(mine)}
+        if any(name in kinds.get("drop", {}) for name in OWN):
+            made[key] = kinds["drop"], ratios
+    return made
+
+
 def drop_table(rows: list[Row]) -> str:
     """The whole step: our times, and how many times longer the others take than the fastest of ours."""
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        if row["op"] == "drop" and row["group"].startswith("drop ") and row["us"]:
-            groups.setdefault((row["group"].removeprefix("drop "), row["mode"]), {})[row["provider"]] = row
     lines = []
-    for (group, mode), by in groups.items():
-        mine = {name: float(by[name]["us"]) for name in OWN if name in by}
-        if not mine:
-            continue
-        best = min(mine.values())
+    for (group, mode), (by, ratio) in drop_groups(rows).items():
         times = [duration(by[name]["us"]) if name in by else "-" for name in OWN]
-        ratios = [f"{float(by[name]['us']) / best:.2f}x" if name in by else "-" for name in OTHERS]
-        lines.append([group, mode, *times, *ratios])
+        lines.append([group, mode, *times, *(f"{ratio[name]:.2f}x" if name in ratio else "-" for name in OTHERS)])
     return table(["drop_tokens", "mode", *OWN, *OTHERS.values()], lines)
+
+
+def ncu_table(rows: list[Row]) -> str:
+    """The counters of Nsight Compute, or why there are none."""
+    columns = ("us", "dram_gb_s", "dram_percent", "l2_hit_percent", "registers", "occupancy_percent")
+    lines = []
+    for row in rows:
+        shape = f"[{row['B']}, {row['N']}, {row['D']}]" if row["B"] else "-"
+        if row["status"] == "measured":
+            lines.append([row["backend"], shape, row["name"], *(row[c] or "-" for c in columns), row["commit"]])
+        else:
+            lines.append([row["backend"] or "-", shape, row["status"], *("" for _ in columns), row["commit"]])
+    head = ["backend", "hidden", "kernel", "us", "DRAM GB/s", "% of peak", "% L2 hits", "registers", "% occupancy", "commit"]
+    return table(head, lines)
+
+
+def model_table(rows: list[dict[str, Any]]) -> str:
+    """What the model level printed, a column for every name."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return table(names, [[str(row.get(name, "-")) for name in names] for row in rows])
+
+
+def readme(folder: Path) -> str:
+    """The README's part on one GPU."""
+    results, bars = read(folder / "results.csv"), read(folder / "bars.csv")
+    if any(row["run"] != "full" for row in [*results, *bars]):
+        raise SystemExit(f"{folder} does not hold a full measurement")
+    others = ("copy", "eager", "compile", "compile-reduce-overhead", "v2drop", "topk+gather")
+    lines = []
+    for (_, mode), (by, ratio) in drop_groups(results).items():
+        name = min((n for n in OWN if n in by), key=lambda n: float(by[n]["us"]))
+        row = by[name]
+        shape = f"[{row['B']}, {row['N']}, {row['D']}] {row['dtype']}, k = {row['k']}"
+        lines.append(
+            [shape, mode, name, duration(row["us"]), row["gb_s"], *(f"{ratio[n]:.2f}x" if n in ratio else "-" for n in others)]
+        )
+    status = [row["status"] for row in bars]
+    failed = [f"{row['bar']} {row['backend']}: {row['what']} {row['value']} (asked {row['limit']})" for row in bars
+              if row["status"] == "fail"]  # fmt: skip
+    head = ["drop_tokens", "inputs", "fastest", "median", "GB/s", *(f"over {OTHERS[name]}" for name in others)]
+    where = results[0] if results else bars[0]
+    return "\n\n".join(
+        [
+            table(head, lines),
+            f"GPU time of a captured graph, {where['gpu']}; ratios are those of times taken in turns. Of {len(bars)} bars "
+            f"{status.count('pass')} pass, {len(failed)} fail{': ' + '; '.join(failed) if failed else ''}, "
+            f"{len(bars) - status.count('pass') - len(failed)} are without a verdict.",
+            f"Measured on {where['gpu']} ({conditions(where)}). "
+            f"Everything: [bench/results/{folder.name}](bench/results/{folder.name}/report.md).",
+        ]
+    )
+
+
+def rewrite(out: Path) -> None:
+    """report.md again, after a file beside it changed; nothing where no check has run."""
+    if (out / "env.json").exists() and (out / "bars.csv").exists():
+        env = json.loads((out / "env.json").read_text())
+        write(out, env, env.get("tests", ""))
 
 
 def write(out: Path, env: dict[str, Any], tests: str) -> None:
     """report.md, as far as things are known."""
     results, bars = read(out / "results.csv"), read(out / "bars.csv")
     dry = any(row["run"] == "dry" for row in [*results, *bars])
+    ncu = read(out / "ncu.csv") if (out / "ncu.csv").exists() else []
+    model = json.loads((out / "model.json").read_text()) if (out / "model.json").exists() else []
     counted = {s: sum(row["status"] == s for row in bars) for s in ("pass", "fail")}
     open_bars = len(bars) - sum(counted.values())
     constants = env.get("constants", {})
@@ -71,14 +146,24 @@ def write(out: Path, env: dict[str, Any], tests: str) -> None:
         f"`{env['command']}`, {env['date']}, commit {env['commit']}; {env['machine']}; {versions}. {tests} "
         f"Bars: {counted['pass']} pass, {counted['fail']} fail, {open_bars} without a verdict.",
         f"Device: {', '.join(f'{k} {v}' for k, v in env['gpu'].items())}. Build: {env['build']}.",
-        "GPU times are medians of replays of a CUDA graph of at least 20 calls, all candidates of a group taken in turns; cold: "
-        "inputs rotated over three times the L2 cache or 180 MB, warm: the same inputs. Eager: wall time of as many calls launched "
-        "one by one. reduce-overhead and max-autotune replay their own graphs, jax and cupy launch on their own: timed in a "
-        "stream. Every result was compared with the reference before it was timed; no figure stands where a test was red.",
+        "GPU times are medians of replays of a CUDA graph of at least 20 calls (3 where a call moves over 4 GB), all candidates of "
+        "a group taken in turns; cold: inputs rotated over three times the L2 cache or 180 MB, warm: the same inputs. Eager: wall "
+        "time of as many calls launched one by one. reduce-overhead and max-autotune replay their own graphs, jax and cupy launch "
+        "on their own: timed in a stream. Every result was compared with the reference before it was timed; no figure stands where "
+        "a test was red.",
         "## Bars",
         bars_table(bars) if bars else "None yet.",
         "## Constants",
         table(["constant", "measured", "how"], lines) if lines else "Not measured.",
+        "## Floors",
+        "Bytes over the measured bandwidth, and models of that and the measured constants: they explain times, they are none.",
+        floors_table(results, constants),
+        "## Nsight Compute",
+        ncu_table(ncu) if ncu else "Not run yet.",
+        "## Tuning",
+        "[tune.md](tune/tune.md)" if (out / "tune" / "tune.md").exists() else "Not run yet: `bench/gpu_check.sh --tune`.",
+        "## Models",
+        model_table(model) if model else "No figures: see the bars of the model level.",
         "## drop_tokens",
         drop_table(results) if results else "None yet.",
         "![GB/s over bytes](gpu_roofline.png)" if (out / "gpu_roofline.png").exists() else "",

@@ -1,7 +1,8 @@
 """The tables of the measured results, made from the CSV files; nothing is typed by hand.
 
 ``python bench/readme_table.py`` prints the README's headline and table, ``--write`` puts them between the README's markers
-``<!-- headline:begin -->``, ``<!-- bench:begin -->`` and their ends, ``--check`` fails where the README differs from the CSV files.
+``<!-- headline:begin -->``, ``<!-- bench:begin -->``, ``<!-- gpu:begin -->`` and their ends, ``--check`` fails where the README
+differs from the CSV files. The GPU part comes from all folders of bench/results but that of the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
-HEADLINE, TABLE = "headline", "bench"  # the README's markers are <!-- NAME:begin --> and <!-- NAME:end -->
+HEADLINE, TABLE, GPU = "headline", "bench", "gpu"  # the README's markers are <!-- NAME:begin --> and <!-- NAME:end -->
 COMMAND = "make bench"
 
 Row = dict[str, str]
@@ -124,6 +125,16 @@ def headline(folder: Path) -> str:
     )
 
 
+def gpus(folder: Path) -> str:
+    """Every GPU that was measured, or that none was."""
+    import gpu_report  # imports this module
+
+    found = sorted(path.parent for path in folder.glob("*/env.json"))
+    if not found:
+        return "There are no GPU results yet: nothing here has run on one. `make gpu-check` on a machine with a GPU makes them."
+    return "\n\n".join(gpu_report.readme(path) for path in found)
+
+
 def updated(text: str, inner: str, name: str = TABLE) -> str:
     """The README with new text between the markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -143,15 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     inner = readme(options.results)
     first = headline(options.results)
+    gpu = gpus(options.results.parent)
     if not (options.write or options.check):
-        print(first, inner, sep="\n\n")
+        print(first, inner, gpu, sep="\n\n")
         return 0
     text = options.readme.read_text()
-    new = updated(updated(text, inner), first, HEADLINE)
+    new = updated(updated(updated(text, inner), first, HEADLINE), gpu, GPU)
     if options.write:
         options.readme.write_text(new)
     elif new != text:
-        print(f"{options.readme} differs from {options.results}: run python bench/readme_table.py --write", file=sys.stderr)
+        print(f"{options.readme} differs from {options.results.parent}: run python bench/readme_table.py --write", file=sys.stderr)
         return 1
     return 0
 

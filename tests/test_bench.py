@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``providers``, ``bars`` and ``harness`` as bench/run.py imports them, and gone afterwards."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("harness", "providers", "bars", "readme_table")
+    names = ("harness", "providers", "bars", "readme_table", "gpu_floors", "gpu_report")
     before = torch.get_num_threads()
     yield type("Modules", (), {name: importlib.import_module(name) for name in names})
     torch.set_num_threads(before)
@@ -186,6 +187,65 @@ def test_readme_table_replaces_what_is_between_the_markers(modules: Any):
     assert updated(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\nnew\n{end}\nb"
     with pytest.raises(SystemExit, match="README"):
         updated("no markers", "new")
+
+
+def gpu_results(folder: Path, run: str = "full") -> None:
+    """What a check on a GPU would leave of one shape and two bars."""
+    folder.mkdir()
+    (folder / "env.json").write_text("{}")
+    facts = {
+        "gpu": "Some GPU",
+        "run": run,
+        "date": "2026-01-02",
+        "commit": "abc",
+        "isa": "avx2",
+        "machine": "M",
+        "versions": "torch 2",
+    }
+    shape = {"op": "drop", "B": 1, "N": 576, "D": 4096, "dtype": "bfloat16", "k": 144, "mode": "cold", "check": "equal", "bytes": 9}
+    times = [("drop", "triton", 10, 900), ("drop", "cuda", 8, 1100), ("drop", "copy", 4, 2000), ("drop", "eager", 40, 200),
+             ("compile", "triton", 20, 400), ("compile", "compile", 60, 150)]  # fmt: skip
+    results = [
+        {"group": f"{kind} B1-N576", "provider": name, "us": us, "p20_us": us, "p80_us": us, "gb_s": speed} | shape | facts
+        for kind, name, us, speed in times
+    ]
+    bar = {"group": "drop", "mode": "cold", "unit": "ratio"} | facts
+    bars = [
+        {"bar": "4", "what": "image", "backend": "cuda", "value": 1.5, "limit": "<= 1.9", "status": "pass"} | bar,
+        {"bar": "5", "what": "over eager", "backend": "triton", "value": 3.9, "limit": ">= 4", "status": "fail"} | bar,
+        {"bar": "13", "what": "attention", "backend": "", "value": "", "limit": "<= 1.25", "status": "not there yet: no op"} | bar,
+    ]
+    for name, lines in (("results.csv", results), ("bars.csv", bars)):
+        with (folder / name).open("w", newline="") as file:
+            out = csv.DictWriter(file, lines[0])
+            out.writeheader()
+            out.writerows(lines)
+
+
+def test_the_gpu_part_of_the_readme_comes_from_its_csv_files(modules: Any, tmp_path: Path, capsys: Any):
+    main, (begin, end) = modules.readme_table.main, ("<!-- gpu:begin -->", "<!-- gpu:end -->")
+    shutil.copytree(BENCH / "results" / "cpu", tmp_path / "cpu")
+    shutil.copy(BENCH.parent / "README.md", tmp_path / "README.md")
+    given = ["--results", str(tmp_path / "cpu"), "--readme", str(tmp_path / "README.md")]
+    part = lambda: (tmp_path / "README.md").read_text().split(begin)[1].split(end)[0]
+    assert main([*given, "--write"]) == 0
+    assert "There are no GPU results yet" in part()
+    gpu_results(tmp_path / "some-gpu")
+    assert main([*given, "--check"]) == 1
+    assert "readme_table.py --write" in capsys.readouterr().err
+    assert main([*given, "--write"]) == main([*given, "--check"]) == 0
+    # The fastest of ours beside the others of its group; torch.compile beside ours of its own.
+    assert "| [1, 576, 4096] bfloat16, k = 144 | cold | cuda | 8.00 us | 1100 | 0.50x | 5.00x | 3.00x | - | - | - |" in part()
+    assert "Of 3 bars 1 pass, 1 fail: 5 triton: over eager 3.9 (asked >= 4), 1 are without a verdict." in part()
+    assert "Measured on Some GPU (M; instruction set avx2; torch 2; 2026-01-02, commit abc)" in part()
+    gpu_results(tmp_path / "dry", run="dry")
+    with pytest.raises(SystemExit, match="dry does not hold a full measurement"):
+        main([*given, "--check"])
+
+
+def test_the_committed_readme_holds_the_committed_results():
+    checked = run(BENCH / "readme_table.py", "--check")
+    assert checked.returncode == 0, checked.stderr
 
 
 @pytest.mark.parametrize(("us", "words"), [("9.456", "9.46 us"), ("123.4", "123 us"), ("4567", "4.57 ms"), ("45670", "45.7 ms")])

@@ -389,13 +389,13 @@ def _launch_gather(
     waits: bool,
 ) -> None:
     batch, out_rows = keep.shape
-    tile_rows = ladder.GATHER_ROWS
+    tile_rows = ladder.gather_rows(batch * out_rows)
     tiles_per_batch = -(-out_rows // tile_rows)
     tiles = batch * tiles_per_batch
     columns = [ladder.gather_cols(key.geometry.width // key.element) for key, _ in portion]
     pieces = [-(-key.geometry.width // (key.element * cols)) for (key, _), cols in zip(portion, columns, strict=True)]
     items = [len(members) * key.geometry.planes * count for (key, members), count in zip(portion, pieces, strict=True)]
-    per_program = ladder.gather_items(sum(items) * tiles)
+    per_program = ladder.gather_items(sum(items) * tiles, batch * out_rows)
 
     addresses: list[tuple[int, int]] = []
     facts, classes = [], []

@@ -27,9 +27,9 @@ def drop(
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
     """``(keep, compacted parts, new cu_seqlens)``; the last for a ``CuPlan`` only.
 
-    Up to ``ladder.FUSED_SELECT_MAX`` competing rows in a stretch: score, then a gather whose programs each repeat the select of
-    their stretch. Beyond, and where only the device knows the lengths: score, select, gather. Given ``scores`` take select and
-    gather. More than ``ladder.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
+    Where ``ladder.fuses_select`` says so (few competing rows in a stretch): score, then a gather whose programs each repeat the
+    select of their stretch. Elsewhere, and where only the device knows the lengths: score, select, gather. Given ``scores`` take
+    select and gather. More than ``ladder.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
     """
     scored = scores is None
     device = cur.device if scores is None else scores.device  # type: ignore[union-attr]
@@ -38,7 +38,7 @@ def drop(
     keep = torch.empty((batch, plan.out_rows), dtype=torch.int64, device=device)
     if scores is None:
         scores = plan_scores(prev, cur, plan, mask, metric, score_dtype, triggers=True)  # type: ignore[arg-type]
-        if isinstance(plan, Plan) and plan.max_n <= ladder.FUSED_SELECT_MAX and parts:
+        if isinstance(plan, Plan) and parts and ladder.fuses_select(plan.max_n, plan.groups):
             return keep, gather(keep, parts, plan.rows, selection=Selection(scores, mask, plan), waits=pdl), None
         # The scores are one flat array; batch entry b begins at b * rows.
         scores = scores.view(batch, plan.rows)

@@ -1,10 +1,22 @@
-"""Sizes of the kernels. Not one of these numbers has been measured on a GPU yet; each says where it comes from.
+"""Sizes of the kernels: what stands in tuned.json for the GPU at hand, by exact key, and else the rules below.
 
+Nothing is tuned at run time. tuned.json is what ``bench/gpu_check.sh --tune`` measured; no GPU stands in it yet, so the rules hold
+everywhere. Not one of their numbers has been measured on a GPU either; each says where it comes from. No entry changes which
+rows are kept for given scores; a score's last bits follow its tile, which therefore depends on the row alone, never on the batch.
 Register and SASS statements were checked by compiling for sm_80, sm_90, sm_100 and sm_120 (tests/compile_only).
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 import triton
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -12,9 +24,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 # The interpreter pays per program, not per element: fewer, taller programs.
 _INTERPRETED_ROWS = 64
 
-# Above this the select gets a kernel of its own: the issue's limit for two launches, and the registers of twice as many keys
-# would set the occupancy of the gather.
+# Above this the select gets a kernel of its own, unless a table says otherwise: the registers of twice as many keys would set the
+# occupancy of the gather.
 FUSED_SELECT_MAX = 2048
+
+# Keys that the gather could hold: the counts of its one scan have 16 bits, and 8 keys are left to each of 1024 threads.
+FUSED_KEYS_MAX = 8192
 
 # Keys that the select kernel holds in registers to find the threshold (16 per thread at 16 warps); beyond, it reads as many at
 # a time from L2. All else goes by 8 keys per thread: more would spill.
@@ -47,12 +62,103 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+TABLE = Path(__file__).with_name("tuned.json")
+
+# A table: device to kind to entries. An entry is its key, then what it sets; n, kept: the power of two that holds the competing
+# rows of a stretch, or the kept rows of all of them. "gain" may say how many times faster than the rules it was.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "score": (("itemsize", "d"), ("rows", "block_d", "num_warps")),
+    "select": (("n",), ("keys", "block", "num_warps")),
+    "fused": (("n",), ("num_warps",)),
+    "gather": (("kept",), ("rows", "programs", "items")),
+    "launches": (("n", "batch"), ("launches",)),
+}
+
+# 8192 keys in a block: the counts of a scan have 16 bits (select.kept_up_to). The others keep registers within reason.
+LIMITS = {
+    "itemsize": 4, "d": 1 << 31, "n": 1 << 31, "kept": 1 << 31, "batch": 1 << 31, "rows": 256, "block_d": 8192, "num_warps": 32,
+    "keys": 32768, "block": 8192, "programs": 1 << 31, "items": 1 << 31, "launches": 3,
+}  # fmt: skip
+POWERS = {"itemsize", "n", "kept", "rows", "block_d", "num_warps", "keys", "block"}
+
+Sizes = Mapping[tuple[Any, ...], tuple[int, ...]]  # (kind, *key) to values
+
+
+def parse(entries: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> Sizes:
+    """The entries of one device, checked; ``where`` names them in errors."""
+    found = {}
+    for kind, listed in entries.items():
+        if kind == "measured":  # when, with what: for readers
+            continue
+        if kind not in KINDS:
+            raise ValueError(f"{where}: there is no kernel {kind!r}, only {', '.join(KINDS)}")
+        keys, values = KINDS[kind]
+        for entry in listed:
+            if set(entry) - {"gain"} != {*keys, *values}:
+                raise ValueError(f"{where}: an entry of {kind} has {', '.join((*keys, *values))}, got {', '.join(entry)}")
+            why = _wrong(kind, entry)
+            if why:
+                raise ValueError(f"{where}: {kind} with {', '.join(f'{k} {entry[k]}' for k in keys)}: {why}")
+            key = (kind, *(entry[k] for k in keys))
+            found[key] = tuple(entry[v] for v in values)
+    return found
+
+
+def _wrong(kind: str, entry: Mapping[str, Any]) -> str | None:
+    """Why no kernel can be launched so."""
+    for name in (*KINDS[kind][0], *KINDS[kind][1]):
+        value, limit = entry[name], LIMITS[name]
+        if type(value) is not int or not 1 <= value <= limit or (name in POWERS and value & (value - 1)):
+            return f"{name} must be {'a power of two' if name in POWERS else 'an integer'} from 1 to {limit}, got {value!r}"
+    if kind == "select" and entry["keys"] < 32 * entry["num_warps"]:
+        return f"keys must be at least one per thread of {entry['num_warps']} warps, got {entry['keys']}"
+    if kind == "launches" and entry["launches"] < 2:
+        return "launches must be 2 or 3, got 1"
+    if (kind == "fused" or entry.get("launches") == 2) and entry["n"] > FUSED_KEYS_MAX:
+        return f"a select inside the gather holds at most {FUSED_KEYS_MAX} keys"
+    return None
+
+
+def read(path: Path, device: str) -> Sizes:
+    """The entries of a device in the table at ``path``; none where it, or the file, is missing."""
+    if not path.exists():
+        return {}
+    return parse(json.loads(path.read_text())["devices"].get(device, {}), f"{path.name}: {device}")
+
+
+@functools.cache
+def _shipped() -> Sizes:
+    """For the device that is current at the first call: where GPUs differ, only the speed of the others does."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not INTERPRETED else ""
+    return read(TABLE, device)
+
+
+_forced: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar("v2drop_triton_sizes", default=None)
+
+
+@contextlib.contextmanager
+def using(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[None]:
+    """Launch with these entries and no others inside a ``with`` block, for tests and for tuning."""
+    token = _forced.set(parse(entries, "entries"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _entry(*key: Any) -> tuple[int, ...] | None:
+    forced = _forced.get()
+    return (_shipped() if forced is None else forced).get(key)
+
+
 def score_tile(d: int, itemsize: int) -> tuple[int, int, int]:
     """``(ROWS, BLOCK_D, num_warps)``: BLOCK_D columns are one 16-byte load per thread and tensor.
 
     As many warps share a row as leave at most SCORE_STEPS such loads each, quack's threads per row (32 up to D = 3072, 128 up to
     16384) within a factor of two; four warps are the least, so short rows come several to a program.
     """
+    if tuned := _entry("score", itemsize, d):
+        return tuned  # type: ignore[return-value]
     warp = 32 * 16 // itemsize
     warps_per_row = min(next_power_of_2(-(-d // (SCORE_STEPS * warp))), 16)
     num_warps = max(4, warps_per_row)
@@ -68,6 +174,8 @@ def select_blocks(n: int, lean: bool) -> tuple[int, int, int]:
     """
     if lean and n > SELECT_BLOCK_MAX:
         return SELECT_BLOCK_MAX, SELECT_BLOCK_MAX // 2, 8
+    if tuned := _entry("select", next_power_of_2(n)):
+        return tuned  # type: ignore[return-value]
     keys = min(max(next_power_of_2(n), 1024), SELECT_KEYS_MAX)
     block = min(keys, SELECT_BLOCK_MAX)
     return keys, block, block // 256
@@ -75,8 +183,15 @@ def select_blocks(n: int, lean: bool) -> tuple[int, int, int]:
 
 def fused_select_block(n: int, masked: bool) -> tuple[int, int]:
     """``(BLOCK, num_warps)`` of the select inside the gather kernel, in three variants: 8 keys per thread, 4 with a mask."""
-    block = min(max(next_power_of_2(n), 512), FUSED_SELECT_MAX)
-    return block, max(4, block // (128 if masked else 256))
+    block = min(max(next_power_of_2(n), 512), FUSED_KEYS_MAX)
+    tuned = None if masked else _entry("fused", next_power_of_2(n))
+    return block, tuned[0] if tuned else min(max(4, block // (128 if masked else 256)), 32)
+
+
+def fuses_select(n: int, batch: int) -> bool:
+    """Whether a drop of at most ``n`` competing rows a stretch selects inside its gather: two launches instead of three."""
+    tuned = _entry("launches", next_power_of_2(n), batch)
+    return tuned[0] == 2 if tuned else n <= FUSED_SELECT_MAX
 
 
 def gather_cols(width: int) -> int:
@@ -84,13 +199,21 @@ def gather_cols(width: int) -> int:
     return min(next_power_of_2(width), 1024 if INTERPRETED else 128)
 
 
-def gather_items(copies: int) -> int:
-    """Pieces that one program copies one after the other, given the pieces of the launch.
+def gather_rows(kept: int) -> int:
+    """Output rows of one gather program, given the kept rows of all batch entries."""
+    tuned = _entry("gather", next_power_of_2(kept))
+    return tuned[0] if tuned else GATHER_ROWS
+
+
+def gather_items(copies: int, kept: int = 0) -> int:
+    """Pieces that one program copies one after the other, given the pieces of the launch and, as for ``gather_rows``, its rows.
 
     Enough programs first (1024: eight per SM on 132 SMs), then up to eight pieces each, which share one index load (and one
     select, where fused): 8 rows of 14 KB per program were the published optimum of a row gather on an H200.
     """
-    return 32 if INTERPRETED else min(max(copies // 1024, 1), 8)
+    tuned = _entry("gather", next_power_of_2(kept)) if kept else None
+    _, programs, items = tuned or (0, *((1, 32) if INTERPRETED else (1024, 8)))
+    return min(max(copies // programs, 1), items)
 
 
 def inplace_tile(width: int) -> tuple[int, int]:
