@@ -12,7 +12,6 @@ from PIL import Image
 from v2drop_kernels import __main__ as cli
 from v2drop_kernels import demo, plot
 from v2drop_kernels._demo_model import Decoder
-from v2drop_kernels.layout import n_keep
 
 QUICK = ["--width", "128", "--repeats", "1"]
 
@@ -137,11 +136,6 @@ def test_the_cache_continues_a_prompt():
     assert kv[0].shape == (1, 1, 9, 128)
     # One row is multiplied by other kernels than nine, and float32 sums of 344 terms differ by a few units in the last place.
     torch.testing.assert_close(last, whole[:, 8:], rtol=1e-4, atol=1e-5)
-
-
-def test_presets_drop_what_the_supplement_says():
-    assert [n_keep(576, ratio) for ratio in (0.5, 0.28, 0.05)] == [288, 161, 28]
-    assert all(list(steps) == [3, 17, 22] for steps in demo.PRESETS.values())
 
 
 def _panels(figure):

@@ -22,14 +22,10 @@ from . import plot, reference
 from ._backend import BACKENDS, backend, explain
 from ._demo_model import GRID, HEAD_DIM, PATCH, SIDE, SYSTEM_TOKENS, Decoder
 from .drop import drop_tokens
-from .layout import TokenLayout, n_keep
+from .layout import TokenLayout
+from .schedule import Schedule, preset
 
-# V2Drop's supplement, LLaVA-1.5: before these layers, the share of the vision tokens still there that is kept.
-PRESETS = {
-    "192": {3: 0.50, 17: 0.30, 22: 0.0},
-    "128": {3: 0.28, 17: 0.25, 22: 0.0},
-    "64": {3: 0.05, 17: 0.05, 22: 0.0},
-}
+PRESETS = {budget: preset(f"v2drop-{budget}") for budget in ("192", "128", "64")}
 SAMPLES = ("china", "flower")
 TEXT_TOKENS = 24  # a short question and the words that ask for the answer
 WARM_UPS = 2
@@ -104,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         f"{device}" + (f" with {threads} threads" if device == "cpu" else "")
     )
     print(f"weights   RANDOM (seed {decoder.seed}): the kept patches show the mechanism, not understanding")
-    steps = ", ".join(f"layer {layer} drops {1 - ratio:.0%}" for layer, ratio in schedule.items())
+    steps = ", ".join(f"layer {stage.layer} drops {1 - stage.keep:.0%}" for stage in schedule.stages)
     print(f'schedule  V2Drop "{args.preset} tokens" preset for LLaVA-1.5: {steps}\n', flush=True)
 
     with torch.inference_mode():
@@ -134,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prefill(
-    decoder: Decoder, pixels: Tensor, schedule: dict[int, float], forced: str | None, repeats: int
+    decoder: Decoder, pixels: Tensor, schedule: Schedule, forced: str | None, repeats: int
 ) -> tuple[list[Stage], list[int], list[int]]:
     """Run the prompt through all layers; return the drop stages, the vision tokens and the KV rows of every layer."""
     h = decoder.embed(pixels, TEXT_TOKENS)
@@ -143,13 +139,14 @@ def prefill(
     vision = (SYSTEM_TOKENS, SYSTEM_TOKENS + GRID * GRID)
     layout = TokenLayout.padded(vision, h.shape[1], batch=1)
     h_prev = h
+    planned = {stage.layer: stage for stage in schedule.stages}
     stages, per_layer, cache = [], [], []
     for layer in range(decoder.layers):
-        if layer in schedule:
+        if layer in planned:
             # The score is what the previous layer added: this layer's input against the previous layer's input. Caches of
             # earlier layers keep all their rows, as in V2Drop; later layers see fewer, at their old positions.
             before = _vision_tokens(layout)
-            k = n_keep(before, schedule[layer], at_least=1)  # "drop 100 %" leaves one token in the released code
+            k = planned[layer].count(before)
             dropped, used, ours, theirs, equal = _checked(
                 h_prev, h, k, droppable=layout, position_ids=ids, rope=rope, forced=forced, repeats=repeats
             )

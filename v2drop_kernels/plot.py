@@ -1,8 +1,8 @@
-"""Pictures of what was kept. matplotlib (extra ``plot``) is imported when a picture is made, not before."""
+"""Pictures of what was kept, and of where. matplotlib (extra ``plot``) is imported when a picture is made, not before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,95 @@ def kept(
     return figure
 
 
+def retention(kept: Any, n: int | Sequence[int], *, intervals: int = 10) -> np.ndarray[Any, Any]:
+    """The share of the tokens that is kept in each of equal intervals of the sequence, over all prompts together.
+
+    Parameters
+    ----------
+    kept : sequence
+        Per prompt the kept tokens, numbered from 0; one such sequence (or Tensor) will do. ``-1`` is skipped.
+    n : int | sequence of int
+        How many tokens each prompt had.
+    intervals : int
+        Token ``i`` of ``n`` lies in interval ``floor(i * intervals / n)``.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 ``[intervals]``; NaN where no prompt had a token.
+
+    Examples
+    --------
+    >>> retention([0, 1, 2, 5], 8, intervals=2)
+    array([0.75, 0.25])
+    """
+    if intervals < 1:
+        raise ValueError(f"intervals must be at least 1, got {intervals}")
+    prompts = _stages(kept)
+    sizes = [n] * len(prompts) if isinstance(n, int | np.integer) else list(n)
+    if len(sizes) != len(prompts):
+        raise ValueError(f"n must be an int or one per prompt ({len(prompts)}), got {len(sizes)}")
+    had, left = np.zeros(intervals), np.zeros(intervals)
+    for prompt, size in zip(prompts, sizes, strict=True):
+        where = np.arange(size) * intervals // max(size, 1)
+        had += np.bincount(where, minlength=intervals)
+        left += np.bincount(where[_mask(prompt, 1, size, "tokens")[0]], minlength=intervals)
+    return np.divide(left, had, out=np.full(intervals, np.nan), where=had > 0)
+
+
+def positional_bias(
+    kept: Mapping[str, Any], n: int | Sequence[int], *, intervals: int = 10, title: str | None = None, caption: str | None = None
+) -> Any:
+    """Draw which part of the sequence each method keeps: V2Drop's figure on positional bias.
+
+    A method without bias lies on the dashed line, the share that is kept of all tokens (drawn when it is the same for all
+    methods). The paper's setting is ten intervals and half of the tokens dropped before layer 3.
+
+    Parameters
+    ----------
+    kept : mapping
+        Per method, as the legend shall call it, what :func:`retention` takes.
+    n, intervals
+        As in :func:`retention`.
+    title, caption : str, optional
+        Above and below.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> figure = positional_bias({"the first half": [range(50)], "every other": [range(0, 100, 2)]}, 100)
+    >>> figure.axes[0].get_lines()[1].get_ydata().tolist()
+    [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    """
+    if not isinstance(kept, Mapping) or not kept:
+        raise ValueError("kept must map at least one method's name to its kept tokens")
+    shares = {name: retention(prompts, n, intervals=intervals) for name, prompts in kept.items()}
+    overall = {float(retention(prompts, n, intervals=1)[0]) for prompts in kept.values()}
+
+    figure = _figure_class()(figsize=(6.4, 3.8), dpi=150, facecolor="white", layout="constrained")
+    axis = figure.subplots()
+    at = np.arange(1, intervals + 1)
+    for i, (name, values) in enumerate(shares.items()):
+        axis.plot(at, values, label=name, marker="os^Dv"[i % 5], markersize=4, linewidth=1.5)
+    if len(overall) == 1:
+        axis.axhline(overall.pop(), color="#888888", linewidth=0.8, linestyle="--", zorder=0, label="no bias")
+    axis.set_xlabel(
+        f"interval of the vision tokens, first to last of {intervals}" + (f"\n{caption}" if caption else ""), fontsize=9
+    )
+    axis.set_ylabel("share kept", fontsize=9)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xticks(at)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    if title:
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
 def savable(suffix: str) -> bool:
     """Whether a picture can be saved under this suffix (``".png"``)."""
     canvas = _figure_class()().canvas
@@ -105,11 +194,11 @@ def _stages(kept: Any) -> list[list[int]]:
     return [[int(x) for x in stage] for stage in stages]
 
 
-def _mask(stage: Sequence[int], rows: int, columns: int) -> np.ndarray[Any, Any]:
+def _mask(stage: Sequence[int], rows: int, columns: int, what: str = "patches of the grid") -> np.ndarray[Any, Any]:
     mask = np.zeros(rows * columns, dtype=bool)
     for patch in stage:
         if not -1 <= patch < rows * columns:
-            raise ValueError(f"kept must name patches of the grid, 0 to {rows * columns - 1}, got {patch}")
+            raise ValueError(f"kept must name {what}, 0 to {rows * columns - 1}, got {patch}")
         if patch >= 0:
             mask[patch] = True
     return mask.reshape(rows, columns)
