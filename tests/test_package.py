@@ -36,7 +36,7 @@ def section(doc: str, title: str) -> str:
 
 def test_all_is_complete():
     public = {name for name, x in vars(vk).items() if not name.startswith("_") and not inspect.ismodule(x)}
-    assert set(vk.__all__) == public | {"positions", "reference"}
+    assert set(vk.__all__) == public | {"models", "plot", "positions", "reference", "schedule"}
     assert set(vk.__all__) >= PROMISED
     assert len(vk.__all__) == len(set(vk.__all__))
 

@@ -10,12 +10,13 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from . import positions, reference
+    from . import models, plot, positions, reference, schedule
     from ._backend import Explanation, backend, explain
     from ._types import Compacted, Dropped, TopK
     from .compact import compact, compact_
     from .drop import drop_tokens
     from .layout import TokenLayout, n_keep
+    from .schedule import Schedule, Stage
     from .score import variation_score
     from .select import segmented_topk, variation_topk
 
@@ -25,6 +26,8 @@ __all__ = [
     "Compacted",
     "Dropped",
     "Explanation",
+    "Schedule",
+    "Stage",
     "TokenLayout",
     "TopK",
     "backend",
@@ -32,9 +35,12 @@ __all__ = [
     "compact_",
     "drop_tokens",
     "explain",
+    "models",
     "n_keep",
+    "plot",
     "positions",
     "reference",
+    "schedule",
     "segmented_topk",
     "variation_score",
     "variation_topk",
@@ -47,8 +53,11 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "compact": ("compact", "compact_"),
         "drop": ("drop_tokens",),
         "layout": ("TokenLayout", "n_keep"),
+        "models": ("models",),
+        "plot": ("plot",),
         "positions": ("positions",),
         "reference": ("reference",),
+        "schedule": ("Schedule", "Stage", "schedule"),
         "score": ("variation_score",),
         "select": ("segmented_topk", "variation_topk"),
     }
@@ -80,5 +89,5 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
 
     sys.modules[__name__].__class__ = _Package
     if sys.modules.get("torch") is not None:
-        for _name in __all__:
+        for _name in set(__all__) - {"models", "plot"}:  # nobody compiles these, and they need more than torch
             __getattr__(_name)

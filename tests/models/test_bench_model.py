@@ -1,0 +1,31 @@
+"""bench/bench_model.py runs dry: every policy and shape, so that a measurement cannot fail on a typo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "bench_model.py"
+
+
+def test_dry_run():
+    done = subprocess.run([sys.executable, str(BENCH), "--dry", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["run"] for row in rows} == {"dry"}
+    assert [row["policy"] for row in rows[:2]] == ["none", "hooks, no drop"]
+    whole = rows[2:]
+    assert {(row["policy"], row["batch"], row["new"]) for row in whole} == {
+        (policy, batch, new) for policy in ("none", "variation", "attention") for batch in (1, 2) for new in (1, 3)
+    }
+    for row in whole:
+        assert row["prefill_ms"] > 0
+        assert row["end_to_end_ms"] > 0
+        assert (row["predicted"] is None) == (row["policy"] == "none")
+        assert not row["check"].startswith("red")
+    # 24 vision tokens in 24 layers: 24 in 3 of them, then 5 % and at least one, so 1.
+    llava = [row for row in whole if row["model"].startswith("LLaVA") and row["new"] == 1 and row["batch"] == 1]
+    assert [row["average_tokens"] for row in llava] == [24, (3 * 24 + 21) / 24, (3 * 24 + 21) / 24]
+    assert llava[1]["cache_mb"] < llava[0]["cache_mb"]

@@ -1,0 +1,502 @@
+"""TokenDropper: drop vision tokens between the layers of an unmodified Hugging Face model, while a ``with`` lasts.
+
+A pre-hook on the first layer of every stage hands hidden states, rotary tables and ids to :func:`v2drop_kernels.drop_tokens`;
+pre-hooks on the layers behind it cut the mask and pass on the tables. Keys and values of earlier layers stay, so layers hold
+caches of different lengths, and each cut mask has the length of its layer. The final norm's hook spreads the rows to their old
+places: logits, labels and loss look as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import positions as position_modes
+from ..compact import compact_
+from ..drop import drop_tokens
+from ..layout import TokenLayout
+from ..schedule import Schedule, Stage, prefill_flops, preset
+from . import _scores
+from ._family import Family, Grid, Spans, check_attention, family_of, found_spans, given_spans, runs_of
+from ._rows import CacheRows, Rows, cut_mask, spread
+from .report import Kept, LayerReport, Report
+
+STATE = "_v2drop_rows"  # where a cache carries its CacheRows
+
+
+@dataclass(frozen=True)
+class TokenDropper:
+    """Drops vision tokens in the models it is called with.
+
+    ``with TokenDropper(schedule)(model) as dropping:`` then ``model(...)`` and ``model.generate(...)`` drop, and
+    ``dropping.report()`` and ``dropping.kept(item)`` tell what happened in the last prefill. On leaving, also by an exception,
+    the model is what it was.
+
+    Parameters
+    ----------
+    schedule : Schedule | str
+        When, how many and by which ranking; or the name of a preset. Every item of a batch has one budget for all its
+        images; items without images are never touched.
+    positions : {"persistent", "compacted", "group"}
+        See :mod:`v2drop_kernels.positions`. "group" is for models with one id per token, not M-RoPE.
+    compact_earlier_kv : bool
+        Also drop the rows from the caches of the layers before a stage. It saves memory and time of decoding, and changes the
+        method: later tokens no longer see the dropped ones anywhere.
+    spans : optional
+        Where the droppable tokens are, when the model sees ``inputs_embeds`` only or has no image placeholder: one
+        ``(start, stop)`` for every item, or a list with the spans of each item, counted along the padded prompt.
+    seed : int
+        Of the policy "random"; draws depend on it, the layer and the item's tokens, not on the batch.
+    score_dtype : dtype, optional
+        As in :func:`v2drop_kernels.drop_tokens`: round scores as a peer's code does.
+    backend : str, optional
+        Force a backend of this package.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Here for wrong options; when called with a model that is unknown, compiled or shallower than the schedule; in a forward
+        for images whose tokens lie apart, images in a later chunk or turn, and caches that cannot be ragged.
+
+    Notes
+    -----
+    Logits keep their shape: rows of dropped tokens repeat those of the last kept token before them. ``output_hidden_states``
+    gives each layer's own rows. Not when one-token steps are all that is run, or images are a small part of the prompt: only
+    the prefill, and the cache that decoding reads, get cheaper. Source: V2Drop, Algorithm 1; HiDivDrop for positions and exit.
+
+    Examples
+    --------
+    >>> TokenDropper("v2drop-64").schedule.counts(576)
+    (28, 1, 1)
+    """
+
+    schedule: Schedule | str
+    positions: str = "persistent"
+    compact_earlier_kv: bool = False
+    spans: Any = None
+    seed: int = 0
+    score_dtype: torch.dtype | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", preset(self.schedule))
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule or the name of a preset, got {type(self.schedule).__name__}")
+        if self.positions not in position_modes.MODES:
+            raise ValueError(f"positions must be one of {', '.join(position_modes.MODES)}, got {self.positions!r}")
+        if self.schedule.stages and self.schedule.stages[0].layer < 1:
+            raise ValueError("schedule must not drop before layer 0: the first layer's cache counts the tokens of the prompt")
+
+    @contextlib.contextmanager
+    def __call__(self, model: Any) -> Iterator[Dropping]:
+        dropping = Dropping(self, model)
+        try:
+            dropping.attach()
+            yield dropping
+        finally:
+            dropping.detach()
+
+
+@dataclass
+class _Prefill:
+    """One prompt on its way through the layers."""
+
+    batch: int
+    rows: int
+    spans: Spans
+    grids: tuple[Grid, ...]
+    layout: TokenLayout
+    vision: tuple[int, ...]  # droppable tokens of each item that are left
+    budgets: dict[int, tuple[int, ...]]  # layer -> tokens to keep of each item
+    seeds_from: list[list[int]]
+    entering: list[tuple[tuple[int, ...], tuple[int, ...], int]]  # per layer: tokens, droppable ones, rows
+    state: CacheRows
+    current: Rows | None = None
+    before: torch.Tensor | None = None  # the input of the previous layer
+    stages: list[tuple[int, Rows]] = field(default_factory=list)
+    rope: Any = None
+    ids: Any = None
+    itemsize: int = 0
+
+
+class Dropping:
+    """A model that drops: what ``with TokenDropper(...)(model)`` gives. Made by it, not by hand."""
+
+    def __init__(self, options: TokenDropper, model: Any) -> None:
+        assert isinstance(options.schedule, Schedule)
+        self._options, self._schedule = options, options.schedule
+        self._family: Family = family_of(model)
+        self._depth = len(self._family.decoder.layers)
+        self._schedule.validate(self._depth)
+        if not self._family.token_ids and options.spans is None:
+            raise ValueError(f"spans must be given for {self._family.kind!r}, which has no placeholder of images")
+        self._stages: dict[int, Stage] = {stage.layer: stage for stage in self._schedule.stages}
+        self._handles: list[Any] = []
+        self._given: dict[str, Any] | None = None
+        self._prefill: _Prefill | None = None
+        self._decode: CacheRows | None = None
+        self._ids: Any = None
+        self._step: object = None
+        self._last: _Prefill | None = None
+
+    def report(self) -> Report:
+        """Tokens, KV bytes and FLOPs of every layer in the last prefill."""
+        run, config = self._finished(), self._family.decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row_bytes = 2 * config.num_key_value_heads * width * run.itemsize
+        flops = lambda tokens: prefill_flops(tokens, config.hidden_size, config.intermediate_size)
+        moved = run.state.moved
+        layers = tuple(
+            LayerReport(
+                layer, tokens, vision, rows,
+                run.batch * row_bytes * (rows if moved is None else moved.keep.shape[1]), flops(tokens),
+            )
+            for layer, (tokens, vision, rows) in enumerate(run.entering)
+        )  # fmt: skip
+        full = run.entering[0]
+        return Report(layers, run.batch * row_bytes * full[2] * len(layers), flops(full[0]) * len(layers))
+
+    def kept(self, item: int = 0) -> Kept:
+        """The droppable tokens of an item of the batch that survived each stage of the last prefill.
+
+        Items are those that the model saw: with ``num_beams`` or ``num_return_sequences`` every prompt is there so many times.
+        """
+        run = self._finished()
+        if not 0 <= item < len(run.spans):
+            raise ValueError(f"item must be one of the {len(run.spans)} of the last prefill, got {item}")
+        number = {row: i for i, row in enumerate(row for start, stop in run.spans[item] for row in range(start, stop))}
+        left, stages, done = tuple(number.values()), [], dict(run.stages)
+        for layer in self._stages:
+            if layer in done:
+                left = tuple(number[row] for row in done[layer].keep[item].tolist() if row in number)
+            stages.append(left)
+        return Kept(tuple(stages), len(number), run.grids[item])
+
+    def _finished(self) -> _Prefill:
+        if self._last is None:
+            raise RuntimeError("there is nothing to tell yet: call the model first")
+        return self._last
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        family = self._family
+        for handle in family.decoder._forward_pre_hooks.values():
+            if isinstance(getattr(handle, "__self__", None), Dropping):
+                raise ValueError("model already drops tokens: leave the first TokenDropper before using another one")
+        before = functools.partial(self._handle, "register_forward_pre_hook", with_kwargs=True)
+        before(family.body, self._before_body)
+        before(family.decoder, self._before_decoder)
+        before(family.decoder.rotary_emb, self._before_rotary)
+        first = min(self._stages, default=self._depth)
+        for index in range(first - 1, self._depth):
+            before(family.decoder.layers[index], functools.partial(self._before_layer, index))
+        self._handle("register_forward_hook", family.decoder.norm, self._after_norm)
+
+    def _handle(self, register: str, module: Any, hook: Callable[..., Any], **options: Any) -> None:
+        self._handles.append(getattr(module, register)(hook, **options))
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._given = self._prefill = self._decode = self._ids = self._step = None
+
+    def _before_body(self, module: Any, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            _refuse_compilation()
+        self._given = _named(module, args, kwargs)
+
+    def _before_decoder(self, module: Any, args: Any, kwargs: Any) -> Any:
+        given, top = _named(module, args, kwargs), self._given
+        cache: Any = given.get("past_key_values")
+        self._given = self._prefill = self._decode = None
+        self._step = object()
+        if top is None:
+            raise RuntimeError("call the model that TokenDropper was given: its decoder alone does not see where images are")
+        check_attention(self._family)
+        _check_checkpointing(module)
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        if not seen:
+            self._prefill = self._begin(top, given)
+            if cache is not None and hasattr(cache, STATE):
+                delattr(cache, STATE)
+            return None
+        tensor: Any = top.get("input_ids") if top.get("input_ids") is not None else top["inputs_embeds"]
+        if tensor.shape[1] > 1 and tensor.dim() == 2 and runs_of(tensor, self._family.token_ids):
+            raise ValueError("input_ids must not bring images behind a filled cache: chunked prefill and later turns with images "
+                             "are not supported")  # fmt: skip
+        self._decode = getattr(cache, STATE, None)
+        if self._decode is None:
+            # A static layer's length is on the device, and would be waited for at every step.
+            lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
+            if len(lengths) > 1:
+                raise ValueError("past_key_values must be of a prefill under a TokenDropper, but its layers differ in length")
+            return None
+        return None if self._decode.moved is None else ((), self._logical(given, self._decode, seen, tensor.shape[1]))
+
+    def _logical(self, given: dict[str, Any], state: CacheRows, seen: int, new: int) -> dict[str, Any]:
+        """A step's arguments where even the first layer's cache is shorter than the text that the model counts."""
+        moved = state.moved
+        assert moved is not None
+        mask, width = given.get("attention_mask"), moved.keep.shape[1]
+        if given.get("position_ids") is None:
+            first = state.prompt + seen - width
+            given["position_ids"] = torch.arange(first, first + new, device=moved.keep.device)[None]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            given["attention_mask"] = torch.cat([(moved.keep >= 0).to(mask), mask[:, state.prompt :]], dim=1)
+        elif mask is None and moved.ragged:
+            given["attention_mask"] = torch.nn.functional.pad(moved.keep >= 0, (0, seen - width + new), value=True)
+        return given
+
+    def _begin(self, top: dict[str, Any], given: dict[str, Any]) -> _Prefill:
+        """Find the vision tokens of a new prompt and what every stage keeps of them."""
+        input_ids: Any = top.get("input_ids")
+        shape = (given["inputs_embeds"] if input_ids is None else input_ids).shape
+        batch, rows = int(shape[0]), int(shape[1])
+        grids: tuple[Grid, ...] = (None,) * batch
+        if self._options.spans is not None:
+            spans = given_spans(self._options.spans, batch, rows)
+        elif input_ids is None:
+            raise ValueError("spans must be given where inputs_embeds take the place of input_ids")
+        else:
+            spans, grids = found_spans(self._family, top)
+        device = self._family.decoder.norm.weight.device if input_ids is None else input_ids.device
+        mask = given.get("attention_mask")
+        lengths, side = _lengths(mask, rows)
+        layout = _layout(spans, rows, lengths, side, device)
+        vision = tuple(sum(stop - start for start, stop in item) for item in spans)
+        real = tuple(hi - lo for lo, hi in layout.bounds)
+        budgets, left = {}, vision
+        for layer, stage in self._stages.items():
+            kept = tuple(map(stage.count, left))
+            for item, (n, k) in enumerate(zip(vision, kept, strict=True)):
+                if n and not k and n == real[item]:
+                    raise ValueError(
+                        f"schedule must keep a token of item {item} at layer {layer}: it has nothing but vision tokens"
+                    )
+            if kept != left:
+                budgets[layer] = left = kept
+        seeds: list[list[int]] = [[]] * batch
+        if input_ids is not None and any(stage.policy == "random" for stage in self._stages.values()):
+            seeds = [ids[lo:hi] for ids, (lo, hi) in zip(input_ids.tolist(), layout.bounds, strict=True)]
+        state = CacheRows(rows, (None,) * self._depth)
+        entering = [(real, vision, rows)] * self._depth
+        return _Prefill(batch, rows, spans, grids, layout, vision, budgets, seeds, entering, state)
+
+    def _before_rotary(self, module: Any, args: Any, kwargs: Any) -> Any:
+        given = _named(module, args, kwargs)
+        run, ids = self._prefill, given["position_ids"]
+        if run is not None and self._options.positions == "group":
+            if ids.dim() != 2:
+                raise ValueError("positions='group' needs models with one id per token, not M-RoPE")
+            given["position_ids"] = ids = position_modes.group_position_ids(run.layout, ids.device)
+        self._ids = ids
+        if run is not None:
+            run.itemsize = next(iter(given.values())).element_size()
+        return (), given
+
+    def _before_layer(self, index: int, module: Any, args: Any, kwargs: Any) -> Any:
+        state, run = self._decode, self._prefill
+        if state is not None:
+            rows = state.layers[index]
+            return None if rows is None else self._cut(index, args, kwargs, rows, state, prefill=False)
+        if run is None or not run.budgets:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if index in run.budgets:
+            hidden = self._drop(index, run, hidden, kwargs)
+        # Compared with the next layer's input, if that is where something is dropped.
+        run.before = hidden.detach() if index + 1 in run.budgets else None
+        if run.current is None:
+            return None
+        args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+        return self._cut(index, args, kwargs, run.current, run.state, prefill=True)
+
+    def _drop(self, index: int, run: _Prefill, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """One stage: rank, drop, and make the rows of all that travels with the hidden states."""
+        options, stage, keep = self._options, self._stages[index], run.budgets[index]
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            _check_cache(cache)
+            setattr(cache, STATE, run.state)
+        compacted = options.positions == "compacted"
+        rope = kwargs["position_embeddings"] if run.rope is None else run.rope
+        ids = self._ids if run.ids is None else run.ids
+        shared = [keep[item] for item, spans in enumerate(run.layout.spans) if spans] if run.layout.counts is None else list(keep)
+        scores = self._ranking(stage, index, run, hidden, rope, kwargs)
+        static = cache is not None and options.compact_earlier_kv and _is_static(cache)
+        earlier = cache.layers[:index] if cache is not None and options.compact_earlier_kv else []
+        earlier = [layer for layer in earlier if layer.is_initialized]  # under gradient checkpointing nothing is cached
+        dropped = drop_tokens(
+            run.before, hidden, shared, droppable=run.layout, scores=scores, metric=stage.metric, score_dtype=options.score_dtype,
+            rope=None if compacted else rope, position_ids=ids if compacted else None,
+            positions="compacted" if compacted else "persistent",
+            kv=[(layer.keys, layer.values) for layer in earlier] if earlier and not static else None, backend=options.backend,
+        )  # fmt: skip
+        assert dropped.layout is not None
+        kept, origin = dropped.keep, dropped.keep
+        if run.current is not None:
+            origin = torch.where(kept >= 0, run.current.keep.gather(1, kept.clamp(min=0)), kept)
+        width = kept.shape[1]
+        real = tuple(hi - lo for lo, hi in dropped.layout.bounds)
+        rows = Rows(origin, any(n != width for n in real))
+        if compacted:
+            last = lambda table, bounds: _at(table.expand(*table.shape[:-2], run.batch, -1), [max(hi - 1, 0) for _, hi in bounds])
+            step = last(ids, run.layout.bounds) - last(dropped.position_ids, dropped.layout.bounds)
+            rows.shift = step if run.current is None or run.current.shift is None else step + run.current.shift
+            run.ids = dropped.position_ids
+            run.rope = self._family.decoder.rotary_emb.forward(dropped.hidden, run.ids)
+        else:
+            run.rope = dropped.rope
+        if static and earlier:
+            mask = kwargs.get("attention_mask")
+            if rows.ragged or (mask is not None and not _sees_all(mask, run.rows)):
+                raise ValueError("compact_earlier_kv with a static cache needs items of one length without padding")
+            compact_(kept, [(layer.keys, layer.values) for layer in earlier], backend=options.backend)
+            for layer in earlier:
+                layer.cumulative_length.fill_(width)
+        elif earlier:
+            for layer, (keys, values) in zip(earlier, dropped.kv, strict=True):
+                layer.keys, layer.values = keys, values
+        if earlier:
+            run.state.moved = rows
+        run.layout, run.vision, run.current = dropped.layout, keep, rows
+        run.state.layers = (*run.state.layers[:index], *(rows,) * (self._depth - index))
+        run.entering[index:] = [(real, keep, width)] * (self._depth - index)
+        run.stages.append((index, rows))
+        return dropped.hidden
+
+    def _ranking(
+        self, stage: Stage, index: int, run: _Prefill, hidden: torch.Tensor, rope: Any, kwargs: Any
+    ) -> torch.Tensor | None:
+        if stage.policy == "variation":
+            return None
+        if stage.policy == "random":
+            seeds = _scores.seeds_of(self._options.seed, index, run.seeds_from)
+            return _scores.chance(run.layout, run.layout.droppable_rows(hidden.device), run.vision, seeds)
+        assert run.before is not None
+        mask = kwargs.get("attention_mask") if run.current is None else None
+        return _scores.attention(self._family.decoder.layers[index - 1], run.before, rope, run.layout, mask)
+
+    def _cut(self, index: int, args: Any, kwargs: Any, rows: Rows, state: CacheRows, *, prefill: bool) -> Any:
+        """The arguments of a layer that holds only some rows."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache, new = kwargs.get("past_key_values"), dict(kwargs)
+        flash = self._family.attention.startswith("flash")
+        if prefill or state.moved is None:
+            length = hidden.shape[1] if cache is None else cache.get_mask_sizes(hidden.shape[1], index)[0]
+            mask = kwargs.get("attention_mask")
+            make = lambda: cut_mask(mask, rows, state.prompt, prefill=prefill, length=length, flash=flash)
+            new["attention_mask"] = rows.once("mask", self._step, make)
+        if prefill:
+            assert self._prefill is not None
+            new["position_embeddings"] = self._prefill.rope
+            # Attention reads ids only to tell packed sequences by their jumps, and dropping makes jumps.
+            new["position_ids"] = None
+        elif rows.shift is not None:
+            rotary = self._family.decoder.rotary_emb
+            new["position_embeddings"] = rows.once("rope", self._step, lambda: rotary.forward(hidden, self._ids - rows.shift))
+        return args, new
+
+    def _after_norm(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        run = self._prefill
+        if run is None:
+            return None
+        self._prefill, self._last = None, run
+        if run.current is None:
+            return None
+        for _, rows in run.stages:
+            rows.forget()
+        left = run.layout.padding_side == "left"
+        found = spread(output, run.current, tuple(hi - lo for lo, hi in run.layout.bounds), left, run.rows)
+        run.rope = run.ids = run.before = None
+        return found
+
+
+@torch.compiler.disable  # or the tracer would give up at the raise and run the hook uncompiled, as if nothing were
+def _refuse_compilation() -> None:
+    raise RuntimeError("TokenDropper does not run under torch.compile, for its hooks choose shapes: generate(disable_compile=True)")
+
+
+@functools.cache
+def _parameters(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
+
+
+def _named(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    if not args:
+        return dict(kwargs)
+    return {**dict(zip(_parameters(type(module).forward)[1:], args, strict=False)), **kwargs}
+
+
+def _lengths(mask: Any, rows: int) -> tuple[list[int] | None, str]:
+    """Real tokens per item and the padded side; None where a 2-D mask does not tell (padding rows are then kept, and masked)."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[1] != rows:
+        return None, "left"
+    real = mask.bool()
+    facts = torch.stack([real.sum(1), *(x.sum(1) for x in (real[:, 1:] & ~real[:, :-1], real[:, :-1] & ~real[:, 1:]))])
+    lengths, rises, falls = facts.tolist()
+    if not any(rises) and not any(falls):
+        return None, "left"
+    if any(rises) and any(falls):
+        return None, "left"  # both sides, or gaps
+    return lengths, "left" if any(rises) else "right"
+
+
+def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, device: torch.device) -> TokenLayout:
+    """One competition per item, also where it has several images."""
+    if all(len(item) <= 1 for item in spans):
+        return TokenLayout.padded(list(spans), rows, batch=len(spans), lengths=lengths, padding_side=side)
+    mask = torch.zeros(len(spans), rows, dtype=torch.bool)
+    for item, pairs in enumerate(spans):
+        for start, stop in pairs:
+            mask[item, start:stop] = True
+    counts = mask.sum(1).tolist()
+    return TokenLayout.from_mask(mask.to(device), counts, lengths=lengths, padding_side=side)
+
+
+def _check_cache(cache: Any) -> None:
+    """Raise unless every layer of the cache keeps its own length."""
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    kinds = {type(layer) for layer in getattr(cache, "layers", [None])} | {getattr(cache, "layer_class_to_replicate", None)}
+    odd = sorted(kind.__name__ for kind in kinds - {DynamicLayer, StaticLayer, None} if isinstance(kind, type))
+    if odd or not hasattr(cache, "layers"):
+        what = odd[0] if odd else type(cache).__name__
+        raise ValueError(f"past_key_values must be a DynamicCache or StaticCache with full attention; {what} cannot be ragged")
+
+
+def _check_checkpointing(decoder: Any) -> None:
+    """Raise where hooks would lie inside what gradient checkpointing runs twice, as up to transformers 5.20 at least."""
+    layer = decoder.layers[0]
+    if decoder.training and getattr(layer, "gradient_checkpointing", False):
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if "__call__" in vars(GradientCheckpointingLayer):
+            raise RuntimeError("gradient checkpointing needs a transformers that checkpoints forward, not __call__, such as 5.23")
+
+
+def _is_static(cache: Any) -> bool:
+    from transformers.cache_utils import StaticLayer
+
+    return any(isinstance(layer, StaticLayer) for layer in cache.layers)
+
+
+def _sees_all(mask: torch.Tensor, prompt: int) -> bool:
+    last = mask[..., -1, :prompt]
+    return bool((last if last.dtype == torch.bool else last >= 0).all())
+
+
+def _at(table: torch.Tensor, columns: list[int]) -> torch.Tensor:
+    """``[..., B, N]`` at one column of each row: ``[..., B, 1]``."""
+    index = torch.tensor(columns, device=table.device)[:, None].expand(*table.shape[:-1], 1)
+    return table.gather(-1, index)
