@@ -36,7 +36,7 @@ def section(doc: str, title: str) -> str:
 
 def test_all_is_complete():
     public = {name for name, x in vars(vk).items() if not name.startswith("_") and not inspect.ismodule(x)}
-    assert set(vk.__all__) == public | {"models", "plot", "positions", "reference", "schedule"}
+    assert set(vk.__all__) == public | {"positions", "reference", "schedule"}
     assert set(vk.__all__) >= PROMISED
     assert len(vk.__all__) == len(set(vk.__all__))
 
@@ -45,7 +45,7 @@ def test_names_are_what_type_checkers_are_told():
     """The imports that only type checkers see give every public name, and each resolves to the same object."""
     (hidden, *_) = [node for node in ast.parse(Path(vk.__file__).read_text()).body if isinstance(node, ast.If)]
     told = {alias.name: node.module for node in hidden.body for alias in node.names}
-    assert sorted(told) == sorted(vk.__all__)
+    assert sorted(told) == sorted([*vk.__all__, "models", "plot"])
     for name, home in told.items():
         module = importlib.import_module(f"v2drop_kernels.{home or name}")
         assert getattr(vk, name) is (getattr(module, name) if home else module)

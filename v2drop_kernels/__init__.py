@@ -10,7 +10,9 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from . import models, plot, positions, reference, schedule
+    from . import models as models
+    from . import plot as plot
+    from . import positions, reference, schedule
     from ._backend import Explanation, backend, explain
     from ._types import Compacted, Dropped, TopK
     from .compact import compact, compact_
@@ -35,9 +37,7 @@ __all__ = [
     "compact_",
     "drop_tokens",
     "explain",
-    "models",
     "n_keep",
-    "plot",
     "positions",
     "reference",
     "schedule",
@@ -53,7 +53,7 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "compact": ("compact", "compact_"),
         "drop": ("drop_tokens",),
         "layout": ("TokenLayout", "n_keep"),
-        "models": ("models",),
+        "models": ("models",),  # this and plot need more than torch: not in __all__
         "plot": ("plot",),
         "positions": ("positions",),
         "reference": ("reference",),
@@ -89,5 +89,5 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
 
     sys.modules[__name__].__class__ = _Package
     if sys.modules.get("torch") is not None:
-        for _name in set(__all__) - {"models", "plot"}:  # nobody compiles these, and they need more than torch
+        for _name in __all__:
             __getattr__(_name)
