@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -77,7 +78,7 @@ def check(modules: Any, tmp_path: Path) -> Any:
 def test_a_dry_run_leaves_every_file_and_breaks_nothing(dry: Path):
     assert {f.name for f in dry.iterdir()} == {
         "env.json", "tests.jsonl", "tests.log", "results.csv", "bars.csv", "report.md", "gpu_roofline.png", "gpu_bars.png",
-        "ncu.csv",
+        "ncu.csv", *(["model.json"] if importlib.util.find_spec("transformers") else []),
     }  # fmt: skip
     results, bars = rows(dry / "results.csv"), rows(dry / "bars.csv")
     assert {row["run"] for row in [*results, *bars]} == {"dry"}
@@ -95,7 +96,7 @@ def test_a_dry_run_judges_every_bar_of_the_list_on_the_reference_and_the_interpr
     judged = {
         backend: {row["bar"] for row in bars if row["backend"] == backend and row["value"]} for backend in ("reference", "triton")
     }
-    # 13 and the model level are not there yet, 16 is the CPU's.
+    # 13 is not there yet, the model level has a table of its own, 16 is the CPU's.
     assert judged["reference"] == {"1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "14", "15"}
     assert judged["triton"] >= judged["reference"] - {"3", "6", "7"}
     assert {row["bar"] for row in bars if row["status"].startswith("not there yet: ")} >= {"13"}
