@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSm)
   gather_tile<true, COMPUTED>(moves, &selection, counts, blockIdx.x);
 }
 
-template <class T, bool ALIGNED>
+template <class T>
 __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
     drop_kernel(const __grid_constant__ Scored scored, const __grid_constant__ Moves moves, const __grid_constant__ Selection selection,
                 int groups, int tiles) {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
     BlockCounts<kThreads> counts;
     RowSums sums;
     const int rows = groups * (kThreads / 32 / scored.warps), first = static_cast<int>(blockIdx.x) * rows;
-    if (first < scored.slots) score_rows<T, ALIGNED>(scored, counts, sums, first, groups);
+    if (first < scored.slots) score_rows<T, true>(scored, counts, sums, first, groups);
   }
   cooperative_groups::this_grid().sync();
   BlockCounts<kThreads> counts;
@@ -57,16 +57,16 @@ int64_t resident_blocks() {
 }
 
 // The drop in one launch. False if the device cannot hold it.
-template <class T, bool ALIGNED>
+template <class T>
 bool launch_cooperative(const Scored& scored, Moves moves, const Selection& selection, void* stream) {
-  const int64_t resident = resident_blocks<drop_kernel<T, ALIGNED>>();
+  const int64_t resident = resident_blocks<drop_kernel<T>>();
   // A second tile would cost a block a second select: rather one of more rows.
   while (blocks_of(moves) > resident && moves.tile_rows < kTileRows) set_tile_rows(moves, 2 * moves.tile_rows);
   const int64_t tiles = blocks_of(moves);
   if (tiles > resident) return false;
   const int groups = static_cast<int>(std::max<int64_t>(1, (score_blocks(scored, 1) + resident - 1) / resident));
-  const cudaError_t error = try_launch(drop_kernel<T, ALIGNED>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative,
-                                       stream, scored, moves, selection, groups, static_cast<int>(tiles));
+  const cudaError_t error = try_launch(drop_kernel<T>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative, stream,
+                                       scored, moves, selection, groups, static_cast<int>(tiles));
   if (error == cudaErrorCooperativeLaunchTooLarge) {  // the process has a share of the device only (MPS)
     cudaGetLastError();
     return false;
@@ -76,9 +76,9 @@ bool launch_cooperative(const Scored& scored, Moves moves, const Selection& sele
 }
 
 bool launch_cooperative(int32_t dtype, const Scored& scored, const Moves& moves, const Selection& selection, void* stream) {
-  if (dtype == V2DROP_FLOAT32) return launch_cooperative<Float32, true>(scored, moves, selection, stream);
-  if (dtype == V2DROP_FLOAT16) return launch_cooperative<Float16, true>(scored, moves, selection, stream);
-  return launch_cooperative<BFloat16, true>(scored, moves, selection, stream);
+  if (dtype == V2DROP_FLOAT32) return launch_cooperative<Float32>(scored, moves, selection, stream);
+  if (dtype == V2DROP_FLOAT16) return launch_cooperative<Float16>(scored, moves, selection, stream);
+  return launch_cooperative<BFloat16>(scored, moves, selection, stream);
 }
 
 // Whether the kernels that run here wait for their predecessors: not where they were translated from the PTX of an older architecture.
