@@ -57,6 +57,9 @@ def evaluate(net: Any, count: int = 1024, seed: int = 1, layers: tuple[int, ...]
     found: dict[str, Any] = {"questions": len(whole), "accuracy": percent(whole)}
     found["orders"] = {"after": percent(whole[: len(whole) // 2]), "before": percent(whole[len(whole) // 2 :])}
     found["kinds"] = {kind: percent(whole[kinds == i]) for i, kind in enumerate(data.KINDS)}
+    first = torch.arange(len(whole)) < len(whole) // 2
+    for order, asked in (("after", first), ("before", ~first)):
+        found[f"kinds, {order}"] = {kind: percent(whole[asked & (kinds == i)]) for i, kind in enumerate(data.KINDS)}
     for layer in layers:
         some = [percent(right(layer, share, draw)) for draw in range(3)]
         blind = right(layer, 0.0)

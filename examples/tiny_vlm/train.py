@@ -209,13 +209,14 @@ def measure(net: Any, head: torch.nn.Module, batches: list[Batch]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000, help="training steps on questions")
+    parser.add_argument("--steps", type=int, default=4500, help="training steps on questions")
     parser.add_argument("--tower-steps", type=int, default=600, help="training steps of the vision tower alone")
     parser.add_argument("--minutes", type=float, default=1e9, help="shorten the run so that it ends after this long")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12, help="pictures per step")
     parser.add_argument("--questions", type=int, default=10, help="questions about each picture")
+    parser.add_argument("--before", type=float, default=0.5, help="share of the steps with the question before the picture")
     parser.add_argument("--init", type=Path, help="start from this checkpoint, and leave out the tower's own training")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=model.HERE)
@@ -270,7 +271,8 @@ def main() -> None:
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = rate(progress, 1.5 * args.lr if isinstance(opt, torch.optim.Muon) else args.lr)
-        order = "before" if step % 2 and mistakes["after"][0] < 0.5 else "after"
+        turn = math.floor((step + 1) * args.before) > math.floor(step * args.before)
+        order = "before" if turn and mistakes["after"][0] < 0.5 else "after"
         weights = (0.1 + mistakes[order]) * curriculum(mistakes["after"])
         kinds = tuple(rng.choice(data.KINDS, 64, p=weights / weights.sum()).tolist())
         # One question each: more pictures make up for it.
