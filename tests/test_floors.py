@@ -19,7 +19,7 @@ FLOORS = [
     {"reference", "layout", "schedule", "_plan", "_checks", "_types", "_parts", "positions", "config"},
     {"_triton", "_cuda", "_native", "_arrays", "_load", "_C", "_xla"},
     {"_library", "_backend", "_ops"},
-    {"score", "select", "compact", "attention_score", "soft_topk", "merge", "array", "jax"},
+    {"score", "select", "compact", "attention_score", "similarity", "soft_topk", "merge", "array", "jax"},
     {"drop"},
     {"__init__"},
     {"models", "__main__", "plot", "demo", "_demo_model"},

@@ -15,12 +15,16 @@ if typing.TYPE_CHECKING:
     from . import positions, reference, schedule
     from ._backend import Explanation, backend, explain
     from ._types import Compacted, Dropped, TopK
+    from .attention_score import attention_score, cls_attention_score, cross_modal_score, text_rater_score, text_raters
     from .compact import compact, compact_
     from .drop import drop_tokens
     from .layout import TokenLayout, n_keep
+    from .merge import bipartite_merge, merge_dropped, weighted_merge
     from .schedule import Schedule, Stage
     from .score import variation_score
     from .select import segmented_topk, variation_topk
+    from .similarity import cosine_to_pivots, frame_similarity, key_norm_score, random_score
+    from .soft_topk import soft_topk
 
 __version__ = "0.1.0"
 
@@ -32,27 +36,42 @@ __all__ = [
     "Stage",
     "TokenLayout",
     "TopK",
+    "attention_score",
     "backend",
+    "bipartite_merge",
+    "cls_attention_score",
     "compact",
     "compact_",
+    "cosine_to_pivots",
+    "cross_modal_score",
     "drop_tokens",
     "explain",
+    "frame_similarity",
+    "key_norm_score",
+    "merge_dropped",
     "n_keep",
     "positions",
+    "random_score",
     "reference",
     "schedule",
     "segmented_topk",
+    "soft_topk",
+    "text_rater_score",
+    "text_raters",
     "variation_score",
     "variation_topk",
+    "weighted_merge",
 ]
 
 if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
     _HOMES = {
         "_backend": ("Explanation", "backend", "explain"),
         "_types": ("Compacted", "Dropped", "TopK"),
+        "attention_score": ("attention_score", "cls_attention_score", "cross_modal_score", "text_rater_score", "text_raters"),
         "compact": ("compact", "compact_"),
         "drop": ("drop_tokens",),
         "layout": ("TokenLayout", "n_keep"),
+        "merge": ("bipartite_merge", "merge_dropped", "weighted_merge"),
         "models": ("models",),  # this and plot need more than torch: not in __all__
         "plot": ("plot",),
         "positions": ("positions",),
@@ -60,14 +79,17 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "schedule": ("Schedule", "Stage", "schedule"),
         "score": ("variation_score",),
         "select": ("segmented_topk", "variation_topk"),
+        "similarity": ("cosine_to_pivots", "frame_similarity", "key_norm_score", "random_score"),
+        "soft_topk": ("soft_topk",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
+    _FUNCTIONS = ("attention_score", "compact", "soft_topk")  # and the modules that hold them
 
     class _Package(types.ModuleType):
         def __setattr__(self, name: str, value: object) -> None:
-            # The import system binds every submodule to its name in the package; this one names the function.
-            if name == "compact" and isinstance(value, types.ModuleType):
-                value = value.compact
+            # The import system binds every submodule to its name in the package; these name the function.
+            if name in _FUNCTIONS and isinstance(value, types.ModuleType):
+                value = getattr(value, name)
             super().__setattr__(name, value)
 
     def __getattr__(name: str) -> object:
@@ -80,7 +102,7 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
                 raise
             alternative = "for NumPy arrays use v2drop_kernels.array, for JAX v2drop_kernels.jax"
             raise ImportError(f"v2drop_kernels.{name} needs torch: pip install torch; {alternative}") from None
-        value: object = module if name == _HOME[name] != "compact" else getattr(module, name)
+        value: object = module if name == _HOME[name] and name not in _FUNCTIONS else getattr(module, name)
         globals()[name] = value
         return value
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._native import METRICS, ORDERS, ROUND_TO, lib, maybe_view, outputs, stretches, view
+from ._native import HEADS, METRICS, MODES, ORDERS, QUERIES, ROUND_TO, lib, maybe_view, outputs, stretches, view
 from ._plan import CuPlan, Plan
 from ._types import Part
 
@@ -61,15 +61,17 @@ def _workspace_bytes(rows: int, groups: int, width: int) -> int:
 
 def _enqueue(
     function: Callable[..., None], device: torch.device, *arguments: Any,
-    rows: int = 0, groups: int = 0, width: int = 0, table: int = 0,
+    rows: int = 0, groups: int = 0, width: int = 0, table: int = 0, size: int = 0,
 ) -> None:  # fmt: skip
     """Call ``function`` with its arguments and a v2drop_cuda.
 
-    Scratch memory is what so many rows, groups and ranked results need; ``table`` is the address of the stretches on the device.
+    Scratch memory is what so many rows, groups and ranked results need, or ``size`` bytes; ``table`` is the address of the
+    stretches on the device.
     """
-    workspace = size = 0
+    workspace = 0
     if rows or groups:
         size = _workspace_bytes(rows, groups, width)
+    if size:
         # Memory of the CPU is aligned to 64 bytes only. The allocator gives this piece to nobody before the kernels are done.
         memory = torch.empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
         workspace = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
@@ -224,3 +226,32 @@ def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Ten
 def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
     described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
     _enqueue(lib().cuda_compact_inplace, keep.device, view(keep), described)
+
+
+@functools.lru_cache(maxsize=1024)
+def _attention_bytes(batch: int, heads: int, queries: int, rows: int) -> int:
+    return int(lib().attention_workspace_bytes_cuda(batch, heads, queries, rows))
+
+
+def attention_score(
+    q: Tensor, k: Tensor, query_rows: Tensor, key_mask: Tensor | None, droppable: Tensor | None, causal: bool, scale: float,
+    mode: str, heads: str | int, queries: str,
+) -> Tensor:  # fmt: skip
+    scores = torch.empty((k.shape[0], k.shape[2]), dtype=torch.float32, device=k.device)
+    how = (causal, scale, MODES[mode], HEADS[heads] if isinstance(heads, str) else heads, QUERIES[queries])
+    masks = maybe_view(key_mask), maybe_view(droppable)
+    size = _attention_bytes(*q.shape[:3], k.shape[2])
+    _enqueue(lib().cuda_attention_score, k.device, view(q), view(k), view(query_rows), *masks, *how, view(scores), size=size)
+    return scores
+
+
+def key_norm(k: Tensor, norm: str) -> Tensor:
+    scores = torch.empty((k.shape[0], k.shape[2]), dtype=torch.float32, device=k.device)
+    _enqueue(lib().cuda_key_norm, k.device, view(k), METRICS[norm], view(scores))
+    return scores
+
+
+def cosine_to_pivots(x: Tensor, pivots: Tensor) -> Tensor:
+    cosines = torch.empty((x.shape[0], pivots.shape[1], x.shape[1]), dtype=torch.float32, device=x.device)
+    _enqueue(lib().cuda_cosine_to_pivots, x.device, view(x), view(pivots), view(cosines))
+    return cosines

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from . import _backend
+from . import _backend, reference
 from ._ops import add_op_namespace_prefix, ops
 from ._plan import CuPlan, Plan
 from ._types import Part
@@ -271,6 +272,104 @@ torch.library.register_autograd(add_op_namespace_prefix("drop"), _drop_backward,
 torch.library.register_autograd(add_op_namespace_prefix("compact"), _compact_grad, setup_context=_compact_setup, lib=_lib)
 
 
+# --- attention_score, key_norm, cosine_to_pivots: their backward is plain PyTorch, whatever the backend
+
+_ATTENTION = "Tensor query_rows, Tensor? key_mask, Tensor? droppable, bool causal, float scale, str mode, str heads, str queries"
+
+
+def _heads(heads: str) -> str | int:
+    return int(heads) if heads.isdecimal() else heads
+
+
+def _attention_score_fake(q: Any, k: Any, *_: Any) -> torch.Tensor:
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+@_define(f"attention_score(Tensor q, Tensor k, {_ATTENTION}, str backend) -> Tensor", _attention_score_fake)
+def _attention_score(
+    q: torch.Tensor, k: torch.Tensor, query_rows: torch.Tensor, key_mask: torch.Tensor | None, droppable: torch.Tensor | None,
+    causal: bool, scale: float, mode: str, heads: str, queries: str, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    run = _backend.load(backend).attention_score
+    return run(q, k, query_rows, key_mask, droppable, causal, scale, mode, _heads(heads), queries)
+
+
+def _attention_score_backward_fake(grad: Any, q: Any, k: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@_define(
+    f"attention_score_backward(Tensor grad, Tensor q, Tensor k, {_ATTENTION}) -> (Tensor, Tensor)",
+    _attention_score_backward_fake,
+)
+def _attention_score_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, query_rows: torch.Tensor, key_mask: torch.Tensor | None,
+    droppable: torch.Tensor | None, causal: bool, scale: float, mode: str, heads: str, queries: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    options = (query_rows, key_mask, droppable, causal, scale, mode, _heads(heads), queries)
+    return reference.attention_score_backward(grad, q, k, *options)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:-1]
+
+
+def _attention_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return (*ops.attention_score_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9)
+
+
+@_define(
+    "key_norm(Tensor k, str norm, str backend) -> Tensor",
+    lambda k, norm, backend: k.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32),
+)
+def _key_norm(k: torch.Tensor, norm: str, backend: str) -> torch.Tensor:
+    return _backend.load(backend).key_norm(k, norm)
+
+
+@_define("key_norm_backward(Tensor grad, Tensor k, str norm) -> Tensor", lambda grad, k, norm: k.new_empty(k.shape))
+def _key_norm_backward(grad: torch.Tensor, k: torch.Tensor, norm: str) -> torch.Tensor:
+    return reference.key_norm_backward(grad, k, norm).contiguous()
+
+
+def _key_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.norm = inputs[1]
+
+
+def _key_norm_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return ops.key_norm_backward(grad, *ctx.saved_tensors, ctx.norm), None, None
+
+
+@_define(
+    "cosine_to_pivots(Tensor x, Tensor pivots, str backend) -> Tensor",
+    lambda x, pivots, backend: x.new_empty((*pivots.shape, x.shape[1]), dtype=torch.float32),
+)
+def _cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, backend: str) -> torch.Tensor:
+    return _backend.load(backend).cosine_to_pivots(x, pivots)
+
+
+@_define("cosine_to_pivots_backward(Tensor grad, Tensor x, Tensor pivots) -> Tensor", lambda grad, x, pivots: x.new_empty(x.shape))
+def _cosine_to_pivots_backward(grad: torch.Tensor, x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    return reference.cosine_to_pivots_backward(grad, x, pivots).contiguous()
+
+
+def _cosine_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _cosine_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return ops.cosine_to_pivots_backward(grad, *ctx.saved_tensors), None, None
+
+
+for _name, _backward, _setup in (
+    ("attention_score", _attention_backward, _attention_setup),
+    ("key_norm", _key_norm_grad, _key_norm_setup),
+    ("cosine_to_pivots", _cosine_grad, _cosine_setup),
+):
+    torch.library.register_autograd(add_op_namespace_prefix(_name), _backward, setup_context=_setup, lib=_lib)
+
+
 class Dispatched:
     """The functions of a backend module, called through ``torch.ops.v2drop``."""
 
@@ -305,6 +404,19 @@ class Dispatched:
         tensors, dims, _ = _split(parts)
         ops.compact_(keep, tensors, dims, self._backend)
 
+    def attention_score(
+        self, q: torch.Tensor, k: torch.Tensor, query_rows: Any, key_mask: Any, droppable: Any, causal: bool, scale: float,
+        mode: str, heads: str | int, queries: str,
+    ) -> torch.Tensor:  # fmt: skip
+        rest = (causal, scale, mode, str(heads), queries, self._backend)
+        return ops.attention_score(q, k, query_rows, key_mask, droppable, *rest)
+
+    def key_norm(self, k: torch.Tensor, norm: str) -> torch.Tensor:
+        return ops.key_norm(k, norm, self._backend)
+
+    def cosine_to_pivots(self, x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+        return ops.cosine_to_pivots(x, pivots, self._backend)
+
 
 def runner(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> tuple[Any, str]:
     """What runs a call on this tensor, and its name: a backend module, or the dispatcher's ops when traced.
@@ -318,6 +430,32 @@ def runner(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None
         return (None if name == "reference" else Dispatched(name)), name
     name = _backend.choose_name(kind, dtype, _backend.forced_name(argument))
     return (None if name == "reference" else _backend.load(name)), name
+
+
+def differentiable(op: Any, backward: Any, tensors: int, *args: Any) -> Any:
+    """``op(*args)``, with ``backward(grad, *args)`` for the gradient of its first arguments.
+
+    ``tensors`` arguments, the leading ones, are tensors or None. The op that a traced call becomes has its gradient registered.
+    """
+    wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args[:tensors])
+    if wanted and not dispatched(args[0]):
+        return _Differentiable.apply(op, backward, tensors, *args)
+    return op(*args)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: Any, backward: Any, tensors: int, *args: Any) -> Any:
+        ctx.save_for_backward(*args[:tensors])
+        ctx.gradient, ctx.rest = backward, args[tensors:]
+        return op(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        found = ctx.gradient(grad, *ctx.saved_tensors, *ctx.rest)
+        found = found if isinstance(found, tuple) else (found,)
+        return (None, None, None, *found, *[None] * (len(ctx.saved_tensors) + len(ctx.rest) - len(found)))
 
 
 def _split(parts: list[Part]) -> tuple[list[torch.Tensor], list[int], list[int]]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _HUGE = 4 << 20
 METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 ORDERS = {"position": 0, "score": 1}
+MODES = {"softmax": 0, "dot": 1}
+HEADS = {"mean": 0, "sum": -1, "max": -2}  # a number of heads stands for itself
+QUERIES = {"mean": 0, "l2": 1}
 ROUND_TO = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -197,3 +200,26 @@ def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Ten
 def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
     described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
     lib().compact_inplace(view(keep), described, torch.get_num_threads())
+
+
+def attention_score(
+    q: Tensor, k: Tensor, query_rows: Tensor, key_mask: Tensor | None, droppable: Tensor | None, causal: bool, scale: float,
+    mode: str, heads: str | int, queries: str,
+) -> Tensor:  # fmt: skip
+    scores = torch.empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+    how = (causal, scale, MODES[mode], HEADS[heads] if isinstance(heads, str) else heads, QUERIES[queries])
+    masks = maybe_view(key_mask), maybe_view(droppable)
+    lib().attention_score(view(q), view(k), view(query_rows), *masks, *how, view(scores), torch.get_num_threads())
+    return scores
+
+
+def key_norm(k: Tensor, norm: str) -> Tensor:
+    scores = torch.empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+    lib().key_norm(view(k), METRICS[norm], view(scores), torch.get_num_threads())
+    return scores
+
+
+def cosine_to_pivots(x: Tensor, pivots: Tensor) -> Tensor:
+    cosines = torch.empty((x.shape[0], pivots.shape[1], x.shape[1]), dtype=torch.float32)
+    lib().cosine_to_pivots(view(x), view(pivots), view(cosines), torch.get_num_threads())
+    return cosines

@@ -107,6 +107,104 @@ inline void check_contiguous(const char* name, const v2drop_tensor& tensor) {
   }
 }
 
+// [batch, heads, rows, dim]: the queries or keys of attention.
+struct HeadRows {
+  char* data;
+  int64_t batch, heads, rows, dim;
+  int64_t batch_stride, head_stride, row_stride;  // bytes
+  int32_t dtype;
+
+  char* at(int64_t entry, int64_t head, int64_t position) const {
+    return data + entry * batch_stride + head * head_stride + position * row_stride;
+  }
+  int64_t bytes() const { return batch * heads * rows * dim * kDtypeBytes[dtype]; }
+};
+
+inline HeadRows check_heads(const char* name, const v2drop_tensor* tensor) {
+  check_tensor(name, tensor);
+  check_float(name, *tensor);
+  if (tensor->ndim != 4) fail("%s: must be [batch, heads, rows, dim], got %d dimensions", name, tensor->ndim);
+  const int64_t bytes = kDtypeBytes[tensor->dtype];
+  if (reinterpret_cast<uintptr_t>(tensor->data) % static_cast<uintptr_t>(bytes) != 0) fail("%s: data is not aligned to its dtype", name);
+  if (tensor->stride[3] != 1 && tensor->shape[3] > 1) fail("%s: the last dimension must have stride 1", name);
+  const auto stride = [&](int d) { return tensor->shape[d] > 1 ? tensor->stride[d] * bytes : 0; };
+  return {static_cast<char*>(tensor->data),
+          tensor->shape[0],
+          tensor->shape[1],
+          tensor->shape[2],
+          tensor->shape[3],
+          stride(0),
+          stride(1),
+          stride(2),
+          tensor->dtype};
+}
+
+// One number for each of batch x rows: where scores go, or what is known of every row.
+inline Rows check_row_values(const char* name, const v2drop_tensor* tensor, int32_t dtype, const char* dtype_name, int64_t batch,
+                             int64_t rows) {
+  const Rows view = check_rows(name, tensor, false);
+  check_dtype(name, *tensor, dtype, dtype_name);
+  if (view.batch != batch || view.rows != rows) {
+    fail("%s: is %" PRId64 " x %" PRId64 ", not %" PRId64 " x %" PRId64, name, view.batch, view.rows, batch, rows);
+  }
+  return view;
+}
+
+struct Attention {
+  HeadRows q, k;
+  Rows query_rows, key_mask, droppable, scores;  // data is null for a mask that is not given
+  bool causal, dot;
+  float scale;
+  int32_t heads, queries;
+};
+
+inline Attention check_attention(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
+                                 const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, float scale, int32_t mode,
+                                 int32_t heads, int32_t queries, const v2drop_tensor* scores) {
+  Attention a = {check_heads("q", q), check_heads("k", k), {}, {}, {}, {}, causal != 0, mode == V2DROP_DOT, scale, heads, queries};
+  if (a.k.dtype != a.q.dtype) fail("k: has dtype code %d, but q has %d", a.k.dtype, a.q.dtype);
+  if (a.k.batch != a.q.batch) fail("k: has a batch of %" PRId64 ", but q has %" PRId64, a.k.batch, a.q.batch);
+  if (a.k.dim != a.q.dim) fail("k: has rows of %" PRId64 " elements, but q has %" PRId64, a.k.dim, a.q.dim);
+  if (a.k.heads == 0 || a.q.heads == 0 || a.q.heads % a.k.heads != 0) {
+    fail("q: has %" PRId64 " heads, which is no multiple of the %" PRId64 " of k", a.q.heads, a.k.heads);
+  }
+  a.query_rows = check_row_values("query_rows", query_rows, V2DROP_INT64, "int64", a.q.batch, a.q.rows);
+  if (key_mask) a.key_mask = check_row_values("key_mask", key_mask, V2DROP_BOOL, "bool", a.k.batch, a.k.rows);
+  if (droppable) a.droppable = check_row_values("droppable", droppable, V2DROP_BOOL, "bool", a.k.batch, a.k.rows);
+  if (mode != V2DROP_SOFTMAX && mode != V2DROP_DOT) fail("mode: unknown code %d", mode);
+  if (heads < V2DROP_HEADS_MAX || heads > a.q.heads) {
+    fail("heads: must be a v2drop_heads or a number of heads up to %" PRId64 ", got %d", a.q.heads, heads);
+  }
+  if (queries != V2DROP_QUERIES_MEAN && queries != V2DROP_QUERIES_L2) fail("queries: unknown code %d", queries);
+  a.scores = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", a.k.batch, a.k.rows);
+  check_writable("scores", *scores);
+  return a;
+}
+
+inline void check_norm(int32_t norm) {
+  if (norm < 0 || norm >= kNorms) fail("norm: must be l2 or l1, got code %d", norm);
+}
+
+// x [batch, rows, dim], pivots [batch, n] and cosines [batch, n, rows], whose "rows" are the pivots.
+struct Pivots {
+  Rows x, pivots, cosines;
+};
+
+inline Pivots check_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines) {
+  const Pivots p = {check_rows("x", x, true), check_rows("pivots", pivots, false), check_rows("cosines", cosines, true)};
+  check_float("x", *x);
+  check_dtype("pivots", *pivots, V2DROP_INT64, "int64");
+  if (p.pivots.batch != p.x.batch) fail("pivots: has a batch of %" PRId64 ", but x has %" PRId64, p.pivots.batch, p.x.batch);
+  check_dtype("cosines", *cosines, V2DROP_FLOAT32, "float32");
+  check_writable("cosines", *cosines);
+  const Rows& out = p.cosines;
+  if (out.batch != p.x.batch || out.rows != p.pivots.rows || out.dim != p.x.rows) {
+    fail("cosines: is %" PRId64 " x %" PRId64 " x %" PRId64 ", not %" PRId64 " x %" PRId64 " x %" PRId64, out.batch, out.rows, out.dim,
+         p.x.batch, p.pivots.rows, p.x.rows);
+  }
+  return p;
+}
+
 struct Hidden {
   Rows prev, cur;
   ScoreRow score;

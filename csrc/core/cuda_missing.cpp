@@ -46,3 +46,17 @@ v2drop_status v2drop_compact_backward_cuda(const v2drop_tensor*, int64_t, const 
 }
 
 v2drop_status v2drop_compact_inplace_cuda(const v2drop_tensor*, const v2drop_part*, int64_t, const v2drop_cuda*) { return missing(); }
+
+int64_t v2drop_attention_workspace_bytes_cuda(int64_t, int64_t, int64_t, int64_t) { return 0; }
+
+v2drop_status v2drop_attention_score_cuda(const v2drop_tensor*, const v2drop_tensor*, const v2drop_tensor*, const v2drop_tensor*,
+                                          const v2drop_tensor*, int32_t, float, int32_t, int32_t, int32_t, const v2drop_tensor*,
+                                          const v2drop_cuda*) {
+  return missing();
+}
+
+v2drop_status v2drop_key_norm_cuda(const v2drop_tensor*, int32_t, const v2drop_tensor*, const v2drop_cuda*) { return missing(); }
+
+v2drop_status v2drop_cosine_to_pivots_cuda(const v2drop_tensor*, const v2drop_tensor*, const v2drop_tensor*, const v2drop_cuda*) {
+  return missing();
+}

@@ -12,10 +12,21 @@ namespace v2drop {
 
 constexpr int kMetrics = 3;  // v2drop_metric
 constexpr int kFloats = 3;   // the first values of v2drop_dtype: float32, float16, bfloat16
+constexpr int kNorms = 2;    // the first values of v2drop_metric: l2, l1
 
 using ScoreRow = float (*)(const void* prev, const void* cur, int64_t dim);
 using BackwardRow = void (*)(float grad, const void* prev, const void* cur, void* grad_prev, void* grad_cur, int64_t dim);
 using KeysOf = void (*)(const void* scores, int64_t stride_bytes, int64_t n, int32_t* keys);
+
+// Dot products: the vectors of one side are packed first, as floats in the order of the lanes that will meet them. A packed vector has
+// packed_dim(dim) floats, zeros at its end.
+constexpr int64_t packed_dim(int64_t dim) { return (dim + 31) / 32 * 32; }
+using Pack = void (*)(const void* row, int64_t dim, float* packed);
+// out[v * out_stride + i] = scale * (vector v . row i), each the same bits whatever stands beside it.
+using Dots = void (*)(const void* rows, int64_t stride_bytes, int64_t n, const float* packed, int64_t vectors, int64_t dim, float scale,
+                      float* out, int64_t out_stride);
+// sums[i] += the sum of squares (l2) or absolute values (l1) of row i.
+using AddNorms = void (*)(const void* rows, int64_t stride_bytes, int64_t n, int64_t dim, float* sums);
 
 struct Kernels {
   const char* isa;
@@ -24,7 +35,17 @@ struct Kernels {
   KeysOf keys_of[kFloats];                                                  // [dtype]
   void (*range)(const int32_t* keys, int64_t n, int32_t* lo, int32_t* hi);  // n >= 1
   int64_t (*at_least)(const int32_t* keys, int64_t n, int32_t threshold);   // how many are >= threshold
-  void (*copy_past_cache)(void* to, const void* from, size_t bytes);        // needs store_fence() before others read `to`
+  Pack pack[kFloats];                                                       // [dtype]
+  Dots dots[kFloats];                                                       // [dtype]
+  AddNorms add_norms[kNorms][kFloats];                                      // [norm][dtype]
+  // x[i] = e^(x[i] - max), to 2 ulp, 0 where that is below 2^-126; gives the maximum (NaN apart) and the sum. A maximum of -inf counts as
+  // 0.
+  void (*exponentials)(float* x, int64_t n, float* max, float* sum);
+  float (*sum_where)(const float* x, const unsigned char* where, int64_t n);  // of those where it is not 0
+  void (*add_scaled)(float* to, const float* x, float factor, int64_t n);     // to += factor * x
+  void (*max_scaled)(float* to, const float* x, float factor, int64_t n);     // to = max(to, factor * x), NaN wins
+  void (*add_squares)(float* to, const float* x, int64_t n);                  // to += x^2
+  void (*copy_past_cache)(void* to, const void* from, size_t bytes);          // needs store_fence() before others read `to`
   void (*store_fence)();
 };
 

@@ -61,11 +61,29 @@ struct Pair {
   F32 first, second;
 };
 
-// Each dtype: read pair i of a block as floats; round floats to the dtype, to nearest even, as floats; write a pair of such floats back;
-// widen a block to the bits of floats, in the order of its elements.
+// Lanes of the two operands, side by side and counted through, in any order.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define V2DROP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#if !defined(V2DROP_SHUFFLE)
+#define V2DROP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (decltype((a) == (b))){__VA_ARGS__})
+#endif
+
+// Dot products are summed in kDotLanes lanes over blocks of kDotBlock elements: short enough for the rows of attention heads.
+constexpr int kDotBlock = 32;
+constexpr int kDotLanes = kDotBlock / 2;
+constexpr int kDotVectors = kDotLanes / kWidth;
+
+// Each dtype: read pair i of a block (of any length) as floats; round floats to the dtype, to nearest even, as floats; write a pair of such
+// floats back; widen a block to the bits of floats, in the order of its elements.
 struct Float {
   using Element = float;
-  static Pair read(const float* block, int i) { return {load<F32>(block + i * kWidth), load<F32>(block + kLanes / 2 + i * kWidth)}; }
+  template <int LENGTH = kLanes>
+  static Pair read(const float* block, int i) {
+    return {load<F32>(block + i * kWidth), load<F32>(block + LENGTH / 2 + i * kWidth)};
+  }
   static F32 round(F32 x) { return x; }
   static void write(float* block, int i, Pair x) {
     store(block + i * kWidth, x.first);
@@ -77,6 +95,7 @@ struct Float {
 // The upper half of a float. Even and odd elements part by a shift and a mask of the words that hold them, without a shuffle.
 struct Bfloat {
   using Element = uint16_t;
+  template <int LENGTH = kLanes>
   static Pair read(const uint16_t* block, int i) {
     U32 words = load<U32>(block + 2 * i * kWidth);
     return {bits<F32>(words << 16), bits<F32>(words & 0xffff0000u)};
@@ -133,8 +152,9 @@ struct Half {
     return bits<F32>(select(x == x, y, (magnitude | 0x00400000u) & ~0x1fffu) | sign);
   }
 #endif
+  template <int LENGTH = kLanes>
   static Pair read(const uint16_t* block, int i) {
-    return {unpack(load<Packed>(block + i * kWidth)), unpack(load<Packed>(block + kLanes / 2 + i * kWidth))};
+    return {unpack(load<Packed>(block + i * kWidth)), unpack(load<Packed>(block + LENGTH / 2 + i * kWidth))};
   }
   static void write(uint16_t* block, int i, Pair x) {
     store(block + i * kWidth, pack(x.first));

@@ -50,6 +50,19 @@ constexpr int64_t kGatherBytes = 64 << 10, kGatherBytesMin = 8 << 10;
 constexpr int kBlocksPerSm = 4;
 constexpr int kTileRows = 128;  // output rows of a tile at most; their source rows lie in shared memory
 
+// Dot products of rows with some vectors: a group of lanes takes kDotRows rows, whose loads are all in flight at once, and multiplies them
+// with kDotVectors vectors at a time, so that a vector is loaded once for the rows. Two blocks of 256 threads with four 16-byte loads each
+// are 32 KB in flight for an SM; the sums, the rows and their addresses need more than the 64 registers that four blocks would leave.
+constexpr int kDotRows = 4, kDotVectors = 4;
+constexpr int kDotBlocksOfSm = 2;
+
+// Keys of attention whose logits stand in shared memory at a time, for so many (query, head) pairs of a key head; and at most how many
+// blocks share the keys of a key head: every block of the second launch reads the maxima and sums of all of them.
+constexpr int kAttentionKeys = 128, kAttentionVectors = 16;
+constexpr int kAttentionSplits = 128;
+constexpr int kAttentionPairs = 1024;                    // (query, head) pairs of an entry in one step
+constexpr int64_t kAttentionBytes = int64_t{256} << 20;  // of scratch memory, beyond which queries go in several steps
+
 // Rows of the inverse map that one block fills; each reads the whole of keep, so not too few.
 constexpr int kInvertRows = 8192;
 

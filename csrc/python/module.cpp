@@ -168,6 +168,22 @@ void compact_inplace(Handle keep, const py::list& parts, int threads) {
   call([&] { return v2drop_compact_inplace(k, p.data(), static_cast<int64_t>(p.size()), threads); });
 }
 
+void attention_score(Handle q, Handle k, Handle query_rows, Handle key_mask, Handle droppable, bool causal, float scale, int mode,
+                     int heads, int queries, Handle scores, int threads) {
+  const Tensor a(q), b(k), rows(query_rows), mask(key_mask), drop(droppable), out(scores);
+  call([&] { return v2drop_attention_score(a, b, rows, mask, drop, causal, scale, mode, heads, queries, out, threads); });
+}
+
+void key_norm(Handle k, int norm, Handle scores, int threads) {
+  const Tensor a(k), out(scores);
+  call([&] { return v2drop_key_norm(a, norm, out, threads); });
+}
+
+void cosine_to_pivots(Handle x, Handle pivots, Handle cosines, int threads) {
+  const Tensor a(x), p(pivots), out(cosines);
+  call([&] { return v2drop_cosine_to_pivots(a, p, out, threads); });
+}
+
 void cuda_variation_score(Handle prev, Handle cur, int metric, int round_to, Handle scores, Handle on) {
   const Tensor a(prev), b(cur), out(scores);
   const Cuda o(on);
@@ -221,6 +237,25 @@ void cuda_compact_inplace(Handle keep, const py::list& parts, Handle on) {
   call([&] { return v2drop_compact_inplace_cuda(k, p.data(), static_cast<int64_t>(p.size()), o); });
 }
 
+void cuda_attention_score(Handle q, Handle k, Handle query_rows, Handle key_mask, Handle droppable, bool causal, float scale, int mode,
+                          int heads, int queries, Handle scores, Handle on) {
+  const Tensor a(q), b(k), rows(query_rows), mask(key_mask), drop(droppable), out(scores);
+  const Cuda o(on);
+  call([&] { return v2drop_attention_score_cuda(a, b, rows, mask, drop, causal, scale, mode, heads, queries, out, o); });
+}
+
+void cuda_key_norm(Handle k, int norm, Handle scores, Handle on) {
+  const Tensor a(k), out(scores);
+  const Cuda o(on);
+  call([&] { return v2drop_key_norm_cuda(a, norm, out, o); });
+}
+
+void cuda_cosine_to_pivots(Handle x, Handle pivots, Handle cosines, Handle on) {
+  const Tensor a(x), p(pivots), out(cosines);
+  const Cuda o(on);
+  call([&] { return v2drop_cosine_to_pivots_cuda(a, p, out, o); });
+}
+
 // "" if kernels of this build run on the current device, else why not.
 std::string cuda_available() {
   v2drop_status status;
@@ -248,9 +283,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("compact", &compact);
   module.def("compact_backward", &compact_backward);
   module.def("compact_inplace", &compact_inplace);
+  module.def("attention_score", &attention_score);
+  module.def("key_norm", &key_norm);
+  module.def("cosine_to_pivots", &cosine_to_pivots);
   module.def("cuda_archs", &v2drop_cuda_archs);
   module.def("cuda_available", &cuda_available);
   module.def("workspace_bytes_cuda", &v2drop_workspace_bytes_cuda);
+  module.def("attention_workspace_bytes_cuda", &v2drop_attention_workspace_bytes_cuda);
+  module.def("cuda_attention_score", &cuda_attention_score);
+  module.def("cuda_key_norm", &cuda_key_norm);
+  module.def("cuda_cosine_to_pivots", &cuda_cosine_to_pivots);
   module.def("cuda_variation_score", &cuda_variation_score);
   module.def("cuda_variation_score_backward", &cuda_variation_score_backward);
   module.def("cuda_topk", &cuda_topk);

@@ -73,6 +73,19 @@ static v2drop_status compact_inplace(const v2drop_tensor* keep, const v2drop_par
   return on_cuda ? v2drop_compact_inplace_cuda(keep, parts, n_parts, &on) : v2drop_compact_inplace(keep, parts, n_parts, 1);
 }
 
+static v2drop_status attention(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
+                               const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, int32_t mode, int32_t heads,
+                               int32_t queries, const v2drop_tensor* scores) {
+  return on_cuda ? v2drop_attention_score_cuda(q, k, query_rows, key_mask, droppable, causal, 1.0f, mode, heads, queries, scores, &on)
+                 : v2drop_attention_score(q, k, query_rows, key_mask, droppable, causal, 1.0f, mode, heads, queries, scores, 1);
+}
+static v2drop_status key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores) {
+  return on_cuda ? v2drop_key_norm_cuda(k, norm, scores, &on) : v2drop_key_norm(k, norm, scores, 1);
+}
+static v2drop_status cosines(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* to) {
+  return on_cuda ? v2drop_cosine_to_pivots_cuda(x, pivots, to, &on) : v2drop_cosine_to_pivots(x, pivots, to, 1);
+}
+
 static v2drop_tensor tensor(void* data, int32_t dtype, int64_t rows, int64_t dim) {
   v2drop_tensor t;
   memset(&t, 0, sizeof t);
@@ -131,6 +144,98 @@ static void test_answers(void) {
   CHECK(ids_data[0] == -1 && ids_data[1] == 11 && ids_data[2] == 12 && ids_data[3] == 13);
   OK(compact_inplace(&k1, &parts[1], 1));
   CHECK(ids_data[0] == 12 && ids_data[1] == 11);
+}
+
+/* [1, heads, rows, dim] */
+static v2drop_tensor heads_of(float* data, int64_t heads, int64_t rows, int64_t dim) {
+  v2drop_tensor t;
+  memset(&t, 0, sizeof t);
+  t.data = data;
+  t.ndim = 4;
+  t.shape[0] = 1, t.shape[1] = heads, t.shape[2] = rows, t.shape[3] = dim;
+  t.stride[0] = heads * rows * dim, t.stride[1] = rows * dim, t.stride[2] = dim, t.stride[3] = 1;
+  return t;
+}
+
+/* Four keys of one head, two query heads with two queries each, of which the second is not there. */
+static float key_data[8] = {1, 0, 0, 1, 1, 0, 5, 5}, query_data[8] = {2, 0, 9, 9, 0, 0, 9, 9};
+static int64_t row_data[2] = {2, -1}, pivot_data[2] = {3, -1};
+
+static void test_attention(void) {
+  const v2drop_tensor k = heads_of(key_data, 1, 4, 2), q = heads_of(query_data, 2, 2, 2), scores = tensor(score_data, V2DROP_FLOAT32, 4, 0);
+  const v2drop_tensor rows = tensor(row_data, V2DROP_INT64, 2, 0), mask = tensor(mask_data, V2DROP_BOOL, 4, 0);
+  const v2drop_tensor pivots = tensor(pivot_data, V2DROP_INT64, 2, 0), x = tensor(key_data, V2DROP_FLOAT32, 4, 2);
+  const double e = exp(2.0), all = 2 * e + 1;
+  float found[8];
+  v2drop_tensor to = tensor(found, V2DROP_FLOAT32, 2, 4), t;
+  OK(attention(&q, &k, &rows, NULL, NULL, 1, V2DROP_SOFTMAX, V2DROP_HEADS_MEAN, V2DROP_QUERIES_MEAN, &scores));
+  CHECK(fabs(score_data[0] - (e / all + 1.0 / 3) / 2) < 1e-6 && fabs(score_data[1] - (1 / all + 1.0 / 3) / 2) < 1e-6);
+  CHECK(score_data[2] == score_data[0] && score_data[3] == 0);
+  OK(attention(&q, &k, &rows, &mask, NULL, 1, V2DROP_SOFTMAX, V2DROP_HEADS_SUM, V2DROP_QUERIES_L2, &scores));
+  CHECK(fabs(score_data[0] - 1) < 1e-6 && score_data[1] == 0 && score_data[3] == 0);
+  OK(attention(&q, &k, &rows, NULL, &mask, 0, V2DROP_DOT, V2DROP_HEADS_MAX, V2DROP_QUERIES_MEAN, &scores));
+  CHECK(score_data[0] == 2 && score_data[1] == 0 && score_data[2] == 2 && score_data[3] == 10);
+  OK(attention(&q, &k, &rows, NULL, &mask, 0, V2DROP_DOT, 1, V2DROP_QUERIES_MEAN, &scores));
+  CHECK(score_data[0] == 2 && score_data[1] == 0 && score_data[2] == 2 && score_data[3] == 10);
+  OK(key_norm(&k, V2DROP_L1, &scores));
+  CHECK(score_data[0] == 1 && score_data[1] == 1 && score_data[2] == 1 && score_data[3] == 10);
+  OK(key_norm(&k, V2DROP_L2, &scores));
+  CHECK(fabs(score_data[3] - sqrt(50.0)) < 1e-5);
+  OK(cosines(&x, &pivots, &to));
+  CHECK(fabs(found[0] - sqrt(0.5)) < 1e-6 && fabs(found[3] - 1) < 1e-6 && found[4] == 0 && found[7] == 0);
+
+#define ATTENTION(q, k, rows, mask, droppable, scores) attention(q, k, rows, mask, droppable, 1, 0, 0, 0, scores)
+  BAD("q", ATTENTION(NULL, &k, &rows, NULL, NULL, &scores));
+  BAD("k", ATTENTION(&q, NULL, &rows, NULL, NULL, &scores));
+  BAD("query_rows", ATTENTION(&q, &k, NULL, NULL, NULL, &scores));
+  BAD("scores", ATTENTION(&q, &k, &rows, NULL, NULL, NULL));
+  t = q, t.ndim = 3;
+  BAD("q", ATTENTION(&t, &k, &rows, NULL, NULL, &scores));
+  t = q, t.dtype = V2DROP_INT64;
+  BAD("q", ATTENTION(&t, &k, &rows, NULL, NULL, &scores));
+  t = q, t.stride[3] = 2;
+  BAD("q", ATTENTION(&t, &k, &rows, NULL, NULL, &scores));
+  t = k, t.dtype = V2DROP_FLOAT16;
+  BAD("k", ATTENTION(&q, &t, &rows, NULL, NULL, &scores));
+  t = k, t.shape[0] = 2;
+  BAD("k", ATTENTION(&q, &t, &rows, NULL, NULL, &scores));
+  t = k, t.shape[3] = 1;
+  BAD("k", ATTENTION(&q, &t, &rows, NULL, NULL, &scores));
+  t = heads_of(key_data, 3, 4, 2), t.stride[1] = 0;
+  BAD("q", ATTENTION(&q, &t, &rows, NULL, NULL, &scores));
+  t = k, t.shape[1] = 0;
+  BAD("q", ATTENTION(&q, &t, &rows, NULL, NULL, &scores));
+  t = k, t.data = (char*)key_data + 1;
+  BAD("k", ATTENTION(&q, &t, &rows, NULL, NULL, &scores));
+  t = rows, t.dtype = V2DROP_INT32;
+  BAD("query_rows", ATTENTION(&q, &k, &t, NULL, NULL, &scores));
+  t = rows, t.shape[0] = 1;
+  BAD("query_rows", ATTENTION(&q, &k, &t, NULL, NULL, &scores));
+  t = mask, t.dtype = V2DROP_BITS8;
+  BAD("key_mask", ATTENTION(&q, &k, &rows, &t, NULL, &scores));
+  BAD("droppable", ATTENTION(&q, &k, &rows, NULL, &t, &scores));
+  t = mask, t.shape[0] = 3;
+  BAD("key_mask", ATTENTION(&q, &k, &rows, &t, NULL, &scores));
+  t = scores, t.shape[0] = 3;
+  BAD("scores", ATTENTION(&q, &k, &rows, NULL, NULL, &t));
+  t = scores, t.stride[0] = 0;
+  BAD("scores", ATTENTION(&q, &k, &rows, NULL, NULL, &t));
+  BAD("mode", attention(&q, &k, &rows, NULL, NULL, 1, 2, 0, 0, &scores));
+  BAD("heads", attention(&q, &k, &rows, NULL, NULL, 1, 0, 3, 0, &scores));
+  BAD("heads", attention(&q, &k, &rows, NULL, NULL, 1, 0, -3, 0, &scores));
+  BAD("queries", attention(&q, &k, &rows, NULL, NULL, 1, 0, 0, 2, &scores));
+  BAD("k", key_norm(&x, V2DROP_L2, &scores));
+  BAD("norm", key_norm(&k, V2DROP_COSINE, &scores));
+  BAD("scores", key_norm(&k, V2DROP_L2, &rows));
+  BAD("x", cosines(&pivots, &pivots, &to));
+  t = pivots, t.dtype = V2DROP_FLOAT32;
+  BAD("pivots", cosines(&x, &t, &to));
+  t = to, t.shape[0] = 1;
+  BAD("cosines", cosines(&x, &pivots, &t));
+  t = to, t.dtype = V2DROP_FLOAT16;
+  BAD("cosines", cosines(&x, &pivots, &t));
+  t = to, t.stride[1] = 2;
+  BAD("cosines", cosines(&x, &pivots, &t));
 }
 
 static void test_bad_scores(void) {
@@ -283,6 +388,13 @@ static void test_bad_threads(void) {
   BAD("threads", v2drop_compact(&keep, NULL, 0, -2));
   BAD("threads", v2drop_compact_backward(&keep, 4, NULL, 0, -2));
   BAD("threads", v2drop_compact_inplace(&keep, NULL, 0, -2));
+  {
+    const v2drop_tensor k = heads_of(key_data, 1, 4, 2), rows = tensor(ids_data, V2DROP_INT64, 4, 0);
+    const v2drop_tensor pivot = tensor(keep_data, V2DROP_INT64, 1, 0), to = tensor(score_data, V2DROP_FLOAT32, 1, 4);
+    BAD("threads", v2drop_attention_score(&k, &k, &rows, NULL, NULL, 1, 1.0f, 0, 0, 0, &scores, -1));
+    BAD("threads", v2drop_key_norm(&k, 0, &scores, -1));
+    BAD("threads", v2drop_cosine_to_pivots(&cur, &pivot, &to, -1));
+  }
 }
 
 /* What only the twins take: where they run, and lengths on the device. */
@@ -340,6 +452,30 @@ static void test_cuda_only(void) {
   }
   on = usual;
 
+  { /* What one query needs is enough for any number of them. */
+    const v2drop_tensor k = heads_of(key_data, 1, 4, 2), q = heads_of(query_data, 1, 4, 2), rows = tensor(ids_data, V2DROP_INT64, 4, 0);
+    float whole[4];
+    memset(ids_data, 0, sizeof ids_data);
+    OK(attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
+    memcpy(whole, score_data, sizeof whole);
+    on.workspace_bytes = v2drop_attention_workspace_bytes_cuda(1, 1, 1, 4);
+    CHECK(on.workspace_bytes > 0 && on.workspace_bytes < v2drop_attention_workspace_bytes_cuda(1, 1, 4, 4));
+    OK(attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
+    CHECK(!memcmp(whole, score_data, sizeof whole));
+    on.workspace_bytes = 255;
+    BAD("workspace", attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
+    on = usual;
+    on.workspace = NULL;
+    BAD("workspace", attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
+    OK(key_norm(&k, V2DROP_L2, &scores));
+    on = usual;
+    CHECK(v2drop_attention_workspace_bytes_cuda(INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX) > 0);
+    CHECK(v2drop_attention_workspace_bytes_cuda(-1, 1, 1, 1) == 0);
+    BAD("on", v2drop_attention_score_cuda(&q, &k, &rows, NULL, NULL, 0, 1.0f, 0, 0, 0, &scores, NULL));
+    BAD("on", v2drop_key_norm_cuda(&k, 0, &scores, NULL));
+    BAD("on", v2drop_cosine_to_pivots_cuda(&cur, &keep, &prev, NULL));
+  }
+
   { /* One stretch of rows 0 to 3, one that is empty, and one whose end is outside and is clamped. */
     int32_t offsets[4] = {0, 3, 3, 9}, new_offsets[4], wrong[5] = {0, 3, 3, 4, 4};
     v2drop_stretch table[3];
@@ -395,10 +531,17 @@ static void test_no_cuda(void) {
   REFUSES(compact(&keep, &part, 1));
   REFUSES(compact_backward(&keep, 4, &back, 1));
   REFUSES(compact_inplace(&keep, &part, 1));
+  {
+    const v2drop_tensor k = heads_of(key_data, 1, 4, 2), rows = tensor(row_data, V2DROP_INT64, 4, 0);
+    REFUSES(attention(&k, &k, &rows, NULL, NULL, 1, 0, 0, 0, &scores));
+    REFUSES(key_norm(&k, 0, &scores));
+    REFUSES(cosines(&cur, &keep, &prev));
+  }
 }
 
 static void test_all(void) {
   test_answers();
+  test_attention();
   test_bad_scores();
   test_bad_selection();
   test_bad_parts();

@@ -14,12 +14,16 @@
 
 namespace {
 
-constexpr int64_t kBatch = 2, kRows = 1200, kDim = 777, kKept = 400;
+constexpr int64_t kBatch = 2, kRows = 1200, kDim = 777, kKept = 400, kHeads = 7, kHeadDim = 111, kPivots = 3;
 
 struct Result {
   std::vector<int64_t> keep = std::vector<int64_t>(kBatch * kKept, -2);
   std::vector<float> rows = std::vector<float>(kBatch * kKept * kDim, -1.0f), scores = std::vector<float>(kBatch * kRows);
-  bool operator==(const Result& other) const { return keep == other.keep && rows == other.rows && scores == other.scores; }
+  std::vector<float> attention[2] = {scores, scores}, norms = scores, cosines = std::vector<float>(kBatch * kPivots * kRows);
+  bool operator==(const Result& other) const {
+    return keep == other.keep && rows == other.rows && scores == other.scores && attention[0] == other.attention[0] &&
+           attention[1] == other.attention[1] && norms == other.norms && cosines == other.cosines;
+  }
 };
 
 v2drop_tensor tensor(void* data, int32_t dtype, int32_t ndim, int64_t rows, int64_t dim) {
@@ -35,6 +39,28 @@ Result drop(std::vector<float>& prev, std::vector<float>& cur, int32_t threads) 
   const v2drop_stretch stretches[] = {{0, 5, kRows - 5, 0, kKept - 5, 0, 0, 0}, {kRows, 0, kRows - 9, 9, kKept - 9, kKept, 0, 0}};
   if (v2drop_drop_tokens(nullptr, &a, &b, nullptr, stretches, 2, V2DROP_COSINE, V2DROP_FLOAT32, &keep, &part, 1, threads) != V2DROP_OK ||
       v2drop_variation_score(&a, &b, V2DROP_L2, V2DROP_FLOAT32, &scores, threads) != V2DROP_OK) {
+    std::printf("%s\n", v2drop_last_error());
+    std::exit(1);
+  }
+  // Hidden states as the keys of heads that lie side by side, and the last queries of twice as many heads.
+  v2drop_tensor k = {cur.data(), V2DROP_FLOAT32, 4, {kBatch, kHeads, kRows, kHeadDim}, {kRows * kDim, kHeadDim, kDim, 1}}, q = k;
+  q.data = prev.data();
+  q.shape[1] = 2 * kHeads;
+  q.shape[2] = 3;
+  q.shape[3] = k.shape[3] = kHeadDim / 2;
+  q.stride[1] = k.stride[3] * (kHeadDim / 2);
+  int64_t numbers[] = {kRows - 1, 700, -1, 3, kRows - 1, -1};
+  const v2drop_tensor at = tensor(numbers, V2DROP_INT64, 2, 3, 1);
+  const v2drop_tensor cosines = tensor(result.cosines.data(), V2DROP_FLOAT32, 3, kPivots, kRows);
+  const v2drop_tensor norms = tensor(result.norms.data(), V2DROP_FLOAT32, 2, kRows, 1);
+  bool ok =
+      v2drop_key_norm(&k, V2DROP_L2, &norms, threads) == V2DROP_OK && v2drop_cosine_to_pivots(&b, &at, &cosines, threads) == V2DROP_OK;
+  for (int i = 0; i < 2; ++i) {
+    const v2drop_tensor to = tensor(result.attention[i].data(), V2DROP_FLOAT32, 2, kRows, 1);
+    ok &= v2drop_attention_score(&q, &k, &at, nullptr, nullptr, 1, 0.3f, V2DROP_SOFTMAX, i ? 5 : V2DROP_HEADS_MEAN,
+                                 i ? V2DROP_QUERIES_L2 : V2DROP_QUERIES_MEAN, &to, threads) == V2DROP_OK;
+  }
+  if (!ok) {
     std::printf("%s\n", v2drop_last_error());
     std::exit(1);
   }

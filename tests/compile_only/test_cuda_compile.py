@@ -79,7 +79,7 @@ every_source = pytest.mark.parametrize("name", [x.name for x in SOURCES])
 
 
 def test_sources_are_those_of_the_build():
-    listed = re.search(r"set\(cuda_sources (.*?)\)", (ROOT / "CMakeLists.txt").read_text()).group(1).split()
+    listed = re.search(r"set\(cuda_sources (.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL).group(1).split()
     assert sorted(listed) == [str(x.relative_to(ROOT)) for x in SOURCES] != []
 
 
@@ -98,7 +98,10 @@ def test_ptx(name, tmp_path):
     assert "griddepcontrol" not in ptx
 
 
-@pytest.mark.parametrize(("source", "name"), [("score_cuda.cu", "score_kernel"), ("compact_cuda.cu", "gather_kernel")])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("score_cuda.cu", "score_kernel"), ("compact_cuda.cu", "gather_kernel"), ("similarity_cuda.cu", "key_norm_kernel")],
+)
 def test_registers(source, name, kernels):
     """64 registers let four blocks of 256 threads live on an SM."""
     for function, kernel in named(kernels(source), name).items():
@@ -115,6 +118,15 @@ def test_score_loads_16_bytes(kernels):
         assert len(re.findall(r"LDG\S*\.128", before_use)) >= 2
 
 
+@pytest.mark.parametrize(("name", "loads"), [("weigh_kernel", 5), ("key_norm_kernel", 4), ("cosine_kernel", 3)])
+def test_keys_are_loaded_by_16_bytes(name, loads, kernels):
+    """Several rows of keys at once (and queries, or pivots), in the instances for aligned rows: every second one."""
+    source = "attention_cuda.cu" if name == "weigh_kernel" else "similarity_cuda.cu"
+    found = named(kernels(source), name).values()
+    wide = [kernel for kernel in found if kernel.accesses("LDG").count("128") >= loads]
+    assert len(wide) == len(found) // 2
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [("compact_cuda.cu", "gather_kernel"), ("drop_cuda.cu", "select_and_gather_kernel"), ("drop_cuda.cu", "drop_kernel")],
@@ -126,6 +138,7 @@ def test_gather_moves_16_bytes(source, name, kernels):
 
 
 def test_dependent_launch(kernels):
-    """On sm_90 the gather waits for the kernel before it by programmatic dependent launch."""
-    for kernel in named(kernels("drop_cuda.cu"), "select_and_gather_kernel").values():
-        assert "ACQBULK" in kernel.sass
+    """On sm_90 the second kernel of a call waits for the one before it by programmatic dependent launch."""
+    for source, name in (("drop_cuda.cu", "select_and_gather_kernel"), ("attention_cuda.cu", "reduce_kernel")):
+        for kernel in named(kernels(source), name).values():
+            assert "ACQBULK" in kernel.sass

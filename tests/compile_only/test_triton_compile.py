@@ -281,3 +281,100 @@ def test_new_lengths_do_not_recompile(plan):
             drop(n, everything(n, layers=2), plan(n))
         sources.append([specialize(SM90, x)[0].hash() for x in launches])
     assert sources[0] == sources[1] == sources[2]
+
+
+ATTENTIONS = [  # B, H, Hkv, Q, S, Dh
+    (1, 32, 32, 1, 576, 128),
+    (1, 28, 4, 1, 65536, 128),
+    (2, 32, 8, 1, 6272, 64),
+    (1, 28, 4, 24, 6272, 128),
+    (1, 8, 2, 1, 900, 80),
+    (1, 1, 1, 1, 577, 1024),
+]
+
+
+def attend(b, h, h_kv, n, s, d, dtype=torch.bfloat16, mode="softmax", heads="mean", queries="mean", masks=True):
+    flags = torch.empty(b, s, dtype=torch.bool) if masks else None
+    q, k = torch.empty(b, h, n, d, dtype=dtype), torch.empty(b, h_kv, s, d, dtype=dtype)
+    vt.attention_score(q, k, torch.empty(b, n, dtype=torch.int64), flags, flags, True, 0.1, mode, heads, queries)
+
+
+@every_target
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_attention_score(target, shape, dtype):
+    """One launch reads the keys, by 16 bytes; one reduces."""
+    with recorded(target) as launches:
+        attend(*shape, dtype=dtype)
+    assert [x.name for x in launches] == ["attention_logits_fwd", "attention_score_fwd"]
+    logits, score = (compile_for(target, x) for x in launches)
+    assert {has_pdl(logits), has_pdl(score)} == {target in (SM90, SM100, SM120)}
+    if target.backend != "cuda":
+        return
+    # Keys and queries go to shared memory by 16 bytes, past the registers; loads to these are masks (8) and row numbers (64).
+    assert set(logits.accesses("LDGSTS.E")) == {"128"}
+    assert set(logits.accesses("LDG")) <= {"8", "64"}
+    assert set(logits.accesses("STG")) == set(score.accesses("STG")) == {"32"}
+
+
+@every_target
+@pytest.mark.parametrize("mode", ["softmax", "dot"])
+def test_attention_score_of_the_best_heads(target, mode):
+    with recorded(target) as launches:
+        attend(1, 32, 8, 4, 6272, 128, mode=mode, heads=14, queries="l2", masks=False)
+    assert [x.name for x in launches] == ["attention_logits_fwd", "attention_shares_fwd", "attention_score_fwd"]
+    for item in launches:
+        assert has_pdl(compile_for(target, item)) == (target in (SM90, SM100, SM120))
+
+
+@every_target
+@pytest.mark.parametrize("mode", ["softmax", "dot"])
+def test_attention_score_of_the_largest_head(target, mode):
+    with recorded(target) as launches:
+        attend(1, 32, 8, 1, 576, 128, mode=mode, heads="max")
+    for item in launches:
+        compile_for(target, item)
+
+
+def test_attention_score_works_off_many_queries_in_chunks():
+    """256 queries of 32 heads would leave 2 GB of logits of 65536 keys; at most 64 MB, or one query's, are there at a time."""
+    with recorded(SM90) as launches:
+        attend(1, 32, 8, 256, 65536, 128)
+    assert len(launches) == 2 * 32
+    assert max(x.args[0].numel() for x in launches[::2]) <= 1 << 24
+
+
+@every_target
+@pytest.mark.parametrize(("dtype", "norm"), [(torch.bfloat16, "l1"), (torch.float32, "l2")], ids=str)
+@pytest.mark.parametrize("d", [64, 128, 80])
+def test_key_norm(target, dtype, norm, d):
+    with recorded(target) as launches:
+        vt.key_norm(torch.empty(1, 8, 6272, d, dtype=dtype), norm)
+    assert [x.name for x in launches] == ["key_norm_fwd"]
+    compiled = compile_for(target, launches[0])
+    if target.backend == "cuda":
+        assert set(compiled.accesses("LDG")) == {"128"}
+
+
+@every_target
+@pytest.mark.parametrize(
+    ("dtype", "p", "d"), [(torch.bfloat16, 8, 4096), (torch.float32, 8, 3584), (torch.float16, 40, 1152)], ids=str
+)
+def test_cosine_to_pivots(target, dtype, p, d):
+    with recorded(target) as launches:
+        vt.cosine_to_pivots(hidden(6272, d, dtype), torch.empty(1, p, dtype=torch.int64))
+    assert [x.name for x in launches] == ["cosine_to_pivots_fwd"]
+    compiled = compile_for(target, launches[0])
+    if target.backend == "cuda":
+        assert set(compiled.accesses("LDG", "LDGSTS.E")) <= {"128", "64"}  # the rows; the pivots' numbers
+
+
+def test_new_attention_lengths_do_not_recompile():
+    sources = []
+    for n, s in ((1, 576), (1, 601), (1, 640)):
+        with recorded(SM90) as launches:
+            attend(1, 28, 4, n, s, 128)
+            vt.cosine_to_pivots(hidden(s), torch.empty(1, 8, dtype=torch.int64))
+            vt.key_norm(torch.empty(1, 8, s, 128), "l1")
+        sources.append([specialize(SM90, x)[0].hash() for x in launches])
+    assert sources[0] == sources[1] == sources[2]

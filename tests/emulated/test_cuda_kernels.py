@@ -2,6 +2,7 @@
 
 # ruff: noqa: F403
 from test_array import cupy, test_arrays_in_two_places, test_arrays_on_a_gpu  # noqa: F401
+from test_attention_score import *
 from test_autograd import *
 from test_compact import *
 from test_compact_inplace import *
@@ -15,5 +16,6 @@ from test_out import *
 from test_poison import *
 from test_properties import *
 from test_segmented_topk import *
+from test_similarity import *
 from test_variation_score import *
 from test_variation_topk import *

@@ -70,6 +70,33 @@ def test_launches_of_the_other_ops(on, started):
     assert launches(started, lambda: vk.variation_topk(prev, cur, 5, backend=on.backend)) == 2
 
 
+def attention(on, heads="mean", queries=3, rows=300):
+    q, k = normal((2, 6, queries, 24), torch.bfloat16, "q"), normal((2, 2, rows, 24), torch.bfloat16, "k")
+    droppable = torch.arange(rows).expand(2, -1) % 3 > 0
+    return vk.attention_score(q, k, droppable=droppable, heads=heads, queries="l2", backend=on.backend)
+
+
+@pytest.mark.parametrize(("queries", "want"), [(1, 2), (170, 2), (171, 4)])
+def test_launches_of_attention(on, started, queries, want):
+    """The logits, then their reduction; 1024 pairs of a query and one of six heads fit one step."""
+    assert launches(started, lambda: attention(on, queries=queries, rows=180)) == want
+
+
+def test_launches_of_the_other_scores(on, started):
+    k, x = normal((2, 2, 40, 24), torch.float16, "k"), normal((2, 40, 24), torch.float16, "x")
+    assert launches(started, lambda: vk.key_norm_score(k, backend=on.backend)) == 1
+    assert launches(started, lambda: vk.cosine_to_pivots(x, torch.tensor([[3, -1], [0, 5]]), backend=on.backend)) == 1
+
+
+@pytest.mark.parametrize("heads", ["mean", "max", 2])
+def test_little_scratch_memory_changes_no_bit_of_attention(on, heads, monkeypatch, started):
+    """One query in a step in place of all of them."""
+    want = attention(on, heads)
+    one = _cuda._attention_bytes(2, 6, 1, 300)
+    monkeypatch.setattr(_cuda, "_attention_bytes", lambda *shape: one)
+    assert launches(started, lambda: same(attention(on, heads), want)) == 6
+
+
 DESIGNS = pytest.mark.parametrize("design", ["cooperative", "two", "three"])
 IN_EVERY_ORDER = pytest.mark.parametrize("order", ["forward", "reverse", "7"])
 
@@ -82,6 +109,19 @@ def test_the_order_of_threads_changes_no_bit(on, metric, monkeypatch):
     for order in ("forward", "reverse", "7"):
         monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
         found.append(everything(on, prev, cur, metric, k=30))
+    same(found[1:], found[:1] * 2)
+
+
+@pytest.mark.parametrize("heads", ["mean", "max", 2])
+def test_the_order_of_threads_changes_no_score(on, heads, monkeypatch):
+    k, x = normal((2, 2, 70, 24), torch.float16, "k"), normal((2, 70, 200), torch.float16, "x")
+    found = []
+    for order in ("forward", "reverse", "7"):
+        monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
+        pivots = torch.tensor([[3, -1, 69], [0, 5, 5]])
+        found.append(
+            [attention(on, heads), vk.key_norm_score(k, backend=on.backend), vk.cosine_to_pivots(x, pivots, backend=on.backend)]
+        )
     same(found[1:], found[:1] * 2)
 
 

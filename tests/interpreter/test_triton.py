@@ -2,6 +2,7 @@
 ``cases.cross``)."""
 
 # ruff: noqa: F403
+from test_attention_score import *
 from test_autograd import *
 from test_compact import *
 from test_compact_inplace import *
@@ -12,5 +13,6 @@ from test_large_offsets import *
 from test_poison import *
 from test_properties import *
 from test_segmented_topk import *
+from test_similarity import *
 from test_variation_score import *
 from test_variation_topk import *

@@ -5,16 +5,21 @@ atomics; nothing synchronises with the host. Device tables of a plan are copied 
 outside a CUDA graph capture.
 """
 
+from .attention_score import attention_score
 from .compact import compact, compact_, compact_backward
 from .drop import drop
 from .score import variation_score, variation_score_backward
 from .select import topk
+from .similarity import cosine_to_pivots, key_norm
 
 __all__ = [
+    "attention_score",
     "compact",
     "compact_",
     "compact_backward",
+    "cosine_to_pivots",
     "drop",
+    "key_norm",
     "topk",
     "variation_score",
     "variation_score_backward",

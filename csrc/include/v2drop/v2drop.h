@@ -74,6 +74,16 @@ typedef enum v2drop_order {
   V2DROP_ORDER_SCORE = 1     /* scores descend, equal scores by index */
 } v2drop_order;
 
+/* What attention gives a key: its share among the visible keys, or no more than the scaled product with the query. */
+typedef enum v2drop_mode { V2DROP_SOFTMAX = 0, V2DROP_DOT = 1 } v2drop_mode;
+
+/* From the weights of all heads to one. A number n > 0 in place of these: the mean of the n heads whose weights on droppable rows sum to
+ * most (NaN first; equal sums: the lower head), chosen for every query. */
+typedef enum v2drop_heads { V2DROP_HEADS_MEAN = 0, V2DROP_HEADS_SUM = -1, V2DROP_HEADS_MAX = -2 } v2drop_heads;
+
+/* From the queries of an item to one score: the mean, or the square root of the sum of squares. */
+typedef enum v2drop_queries { V2DROP_QUERIES_MEAN = 0, V2DROP_QUERIES_L2 = 1 } v2drop_queries;
+
 #define V2DROP_MAX_DIMS 8
 
 /* A strided view. `data` may be NULL when an extent is zero. */
@@ -156,6 +166,28 @@ V2DROP_API v2drop_status v2drop_compact_backward(const v2drop_tensor* keep, int6
  * entry, move to the front of row_dim; later rows keep what they held. dst and fill are ignored; src must not overlap itself. */
 V2DROP_API v2drop_status v2drop_compact_inplace(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, int32_t threads);
 
+/* How much attention the queries pay to each key: q [batch, heads, queries, dim] and k [batch, kv_heads, rows, dim] of one float dtype,
+ * stride[dim] == 1, heads a multiple of kv_heads; head h reads the keys of kv_head h / (heads / kv_heads). query_rows (INT64, [batch,
+ * queries]): the row of a query among the keys, negative where there is none. key_mask (optional, BOOL, [batch, rows]): keys where it is
+ * false are invisible. causal: so are those after the row of the query. droppable (optional, BOOL, [batch, rows]): rows where it is false
+ * score 0. The products are multiplied by `scale`; mode is a v2drop_mode, heads a v2drop_heads, queries a v2drop_queries. Invisible keys
+ * weigh 0, a query that sees nothing gives 0, and so do no queries at all; the mean is over those that are there. scores: float32,
+ * [batch, rows]. Reads the keys once for every 64 MB of float32 weights, or once for every query where
+ * its weights alone are more; that is also the scratch memory. */
+V2DROP_API v2drop_status v2drop_attention_score(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
+                                                const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, float scale,
+                                                int32_t mode, int32_t heads, int32_t queries, const v2drop_tensor* scores, int32_t threads);
+
+/* The norm (V2DROP_L2 or V2DROP_L1) of a row of k [batch, kv_heads, rows, dim] over its heads and dim together; stride[dim] == 1.
+ * scores: float32, [batch, rows]. */
+V2DROP_API v2drop_status v2drop_key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores, int32_t threads);
+
+/* The cosine of every row of x [batch, rows, dim] with some of them: pivots (INT64, [batch, n]), where a number
+ * outside the rows is no pivot. cosines: float32, [batch, n, rows], stride[rows] == 1; 0 where either row is zero, or there is no pivot.
+ * All three may do without the batch. */
+V2DROP_API v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
+                                                 int32_t threads);
+
 /* ---------------------------------------------------------------------------------------------------------------------------------
  * CUDA. The twins take the same arguments, and in place of `threads` a v2drop_cuda. All data lies in memory of the current device,
  * tables and descriptions on the host. A call checks what the host can see, enqueues on the stream and returns: it allocates nothing,
@@ -226,6 +258,23 @@ V2DROP_API v2drop_status v2drop_compact_backward_cuda(const v2drop_tensor* keep,
 
 V2DROP_API v2drop_status v2drop_compact_inplace_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts,
                                                      const v2drop_cuda* on);
+
+/* Scratch memory for v2drop_attention_score_cuda of q [batch, heads, queries, dim] and `rows` keys: the weights of all queries up to
+ * 256 MB, else of as many as fit in those, and of one at the least. With less than that the call works too, as long as it is enough for
+ * one query, in more and smaller steps; the results are the same. */
+V2DROP_API int64_t v2drop_attention_workspace_bytes_cuda(int64_t batch, int64_t heads, int64_t queries, int64_t rows);
+
+/* At most 1024 heads. */
+V2DROP_API v2drop_status v2drop_attention_score_cuda(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
+                                                     const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal,
+                                                     float scale, int32_t mode, int32_t heads, int32_t queries, const v2drop_tensor* scores,
+                                                     const v2drop_cuda* on);
+
+/* Both do without a workspace. */
+V2DROP_API v2drop_status v2drop_key_norm_cuda(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores, const v2drop_cuda* on);
+
+V2DROP_API v2drop_status v2drop_cosine_to_pivots_cuda(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
+                                                      const v2drop_cuda* on);
 
 #ifdef __cplusplus
 } /* extern "C" */

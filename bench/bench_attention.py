@@ -1,0 +1,144 @@
+"""attention_score and key_norm_score on the CPU: beside one reading of the keys, and beside eager PyTorch.
+
+``python bench/bench_attention.py`` prints a line for each ratio, ``--csv FILE`` writes them with their conditions; ``--dry`` runs
+everything on tiny shapes (no measurement), ``--ungated`` believes noisy attempts too. Measured as the bars are (see bars.py): two
+calls in turns in one process, minima, one thread, only while the machine is quiet. The keys fill four last-level caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import bars
+import harness
+import numpy
+import torch
+from harness import ALL_CORES, LLC
+from providers import WrongResult
+from run import _words
+
+import v2drop_kernels as vk
+from v2drop_kernels import _backend, reference
+
+
+class Case(NamedTuple):
+    """One query, that of the last row, over cached keys ``[batch, kv_heads, rows, 128]``."""
+
+    heads: int
+    kv_heads: int
+    rows: int
+    dtype: torch.dtype
+    batch: int = 1
+    dim: int = 128
+
+    @property
+    def input_bytes(self) -> int:
+        return self.batch * self.kv_heads * self.rows * self.dim * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"B{self.batch}-H{self.heads}-Hkv{self.kv_heads}-S{self.rows}-Dh{self.dim}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def cases(dry: bool) -> Iterator[Case]:
+    for heads, kv_heads in ((32, 8), (32, 32), (28, 4)):
+        for dtype in (torch.bfloat16, torch.float32):
+            row_bytes = kv_heads * 128 * dtype.itemsize
+            yield Case(heads, kv_heads, 33 if dry else -(-4 * LLC // row_bytes // 1024) * 1024, dtype)
+
+
+def ratios(dry: bool) -> Iterator[bars.Bar]:
+    """The bars of the one-query case, asserted for the usual groups of four heads and for none; the rest is reported."""
+    for case in cases(dry):
+        asserted = case.kv_heads != 4
+        for threads in (1, ALL_CORES) if ALL_CORES > 1 else (1,):
+            read, eager = (1.25, 3.0) if asserted else (None, None)
+            yield bars.Bar("attention_score against reading the keys once", "attention", case, read, "at most", _read, threads)
+            yield bars.Bar("attention_score over repeat_kv and softmax", "attention", case, eager, "at least", _eager, threads)
+            yield bars.Bar("key_norm_score against reading the keys once", "norm", case, None, "at most", _read, threads)
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(case.batch, case.heads, 1, case.dim, generator=g).to(case.dtype)
+    block = torch.randn(case.batch, case.kv_heads, min(1009, case.rows), case.dim, generator=g).to(case.dtype)
+    return q, block[:, :, torch.arange(case.rows) % block.shape[2]].contiguous()
+
+
+def _repeat_kv(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """As transformers computes attention weights when it is asked for them, of one query; then their mean over heads."""
+    b, h_kv, s, d = k.shape
+    k = k[:, :, None].expand(b, h_kv, q.shape[1] // h_kv, s, d).reshape(b, q.shape[1], s, d)
+    return (q @ k.transpose(2, 3) * d**-0.5).softmax(-1, dtype=torch.float32).mean(1)[:, 0]
+
+
+def _ours(bar: bars.Bar) -> bars.Call:
+    q, k = _inputs(bar.case)  # type: ignore[arg-type]
+    if why := _backend.why_not("cpu", "cpu", k.dtype):
+        raise bars.Unavailable(f"native: {why}")
+    if bar.op == "norm":
+        call, want = functools.partial(vk.key_norm_score, k, norm="l2", backend="cpu"), reference.key_norm(k, "l2")
+    else:
+        call, want = functools.partial(vk.attention_score, q, k, backend="cpu"), reference.attention_score(q, k)
+    for got in (call(), call()):  # the second call finds memory that has been used
+        _same(got, want, 1e-4, "native")
+    return call
+
+
+def _same(got: torch.Tensor, want: torch.Tensor, relative: float, name: str) -> None:
+    """``relative``: float32 sums of 128 products in another order move a logit, and so its exponential, by some 1e-5."""
+    off = ((got - want).abs() / want).max().item()
+    if not off <= relative:
+        raise WrongResult(f"{name}: scores are off by {off:.1e}")
+
+
+def _read(bar: bars.Bar) -> tuple[str, bars.Call, str, bars.Call]:
+    ours, flat = _ours(bar), _inputs(bar.case)[1].view(-1)  # type: ignore[arg-type]
+    as_float, as_int = flat.view(torch.float32), flat.view(torch.int64)
+    candidates: dict[str, bars.Call] = {"torch.sum float32": as_float.sum, "torch.sum int64": as_int.sum}
+    if bar.threads == 1:  # numpy has one thread
+        candidates["numpy.sum int64"] = functools.partial(numpy.add.reduce, as_int.numpy())
+    return "native", ours, *bars._fastest(candidates)
+
+
+def _eager(bar: bars.Bar) -> tuple[str, bars.Call, str, bars.Call]:
+    q, k = _inputs(bar.case)  # type: ignore[arg-type]
+    # It rounds logits to the dtype of the keys: 2^-9 of a logit of up to 5 or so.
+    _same(_repeat_kv(q, k), reference.attention_score(q, k), 1e-4 if k.dtype == torch.float32 else 0.05, "eager")
+    return "native", _ours(bar), "eager", functools.partial(_repeat_kv, q, k)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="tiny shapes: no measurement")
+    parser.add_argument("--ungated", action="store_true", help="believe noisy attempts too, on a busy machine")
+    parser.add_argument("--csv", type=Path, help="write the rows to this file")
+    parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where an asserted ratio does not pass")
+    options = parser.parse_args()
+    run = "dry" if options.dry else "ungated" if options.ungated else "full"
+    harness.recycle_memory()
+    gate = harness.Gate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if options.dry else 0)
+    rows = []
+    for bar in ratios(options.dry):
+        rows.append(bars.measure(bar, gate, options.dry))
+        row = rows[-1]
+        print(f"{row['status']:>8}  {row['bar']}, {row['case']}, {row['threads']} thread(s): {_words(row)}", flush=True)
+    if options.csv:
+        conditions = harness.conditions(run)
+        with options.csv.open("w", newline="") as file:
+            out = csv.DictWriter(file, bars.COLUMNS, restval="", lineterminator="\n")
+            out.writeheader()
+            out.writerows({**row, **conditions} for row in rows)
+    wrong = [row for row in rows if row["status"].startswith("wrong")]
+    return 1 if wrong or (options.strict and any(row["asserted"] == "yes" and row["status"] != "pass" for row in rows)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Norms of keys, and cosines with pivot rows, on the GPU.
+#include <algorithm>
+
+#include "dots_cuda.cuh"
+#include "launch.cuh"
+
+namespace v2drop {
+namespace {
+
+struct Norms {
+  DeviceHeads k;
+  int32_t dim, heads, squares;
+  int64_t rows, all;  // of an entry, of all entries
+  char* scores;
+  int64_t scores_batch, scores_row;
+};
+
+template <class T>
+__device__ float add_norm(float sum, const Vector<T>& x, int squares) {
+#pragma unroll
+  for (int e = 0; e < Vector<T>::kElements; ++e) {
+    const float value = T::widen(x.elements[e]);
+    sum = squares ? __fmaf_rn(value, value, sum) : sum + fabsf(value);
+  }
+  return sum;
+}
+
+// A group of lanes takes kDotRows rows, and all their heads.
+template <class T, int LANES, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm) key_norm_kernel(const __grid_constant__ Norms n) {
+  constexpr int kElements = Vector<T>::kElements;
+  const int lane = thread_id() % LANES;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * (kThreads / LANES) + thread_id() / LANES) * kDotRows;
+  const char* row[kDotRows];
+  float sums[kDotRows] = {};
+#pragma unroll
+  for (int r = 0; r < kDotRows; ++r) {
+    const int64_t at = first + r < n.all ? first + r : n.all - 1;
+    row[r] = n.k.at(at / n.rows, 0, at % n.rows);
+  }
+  for (int head = 0; head < n.heads; ++head) {
+    for (int j = lane * kElements; j < n.dim; j += LANES * kElements) {
+      Vector<T> x[kDotRows];
+#pragma unroll
+      for (int r = 0; r < kDotRows; ++r) x[r] = load_vector<T, ALIGNED, false>(row[r] + head * n.k.head_stride, j, n.dim);
+#pragma unroll
+      for (int r = 0; r < kDotRows; ++r) sums[r] = add_norm<T>(sums[r], x[r], n.squares);
+    }
+  }
+  sum_over_lanes<LANES>(sums);
+  constexpr int kShare = LANES / kDotRows;
+  const int64_t at = first + lane / kShare;
+  if (lane % kShare != 0 || at >= n.all) return;
+  *reinterpret_cast<float*>(n.scores + at / n.rows * n.scores_batch + at % n.rows * n.scores_row) =
+      n.squares ? __fsqrt_rn(sums[0]) : sums[0];
+}
+
+struct Cosines {
+  DeviceRows x;
+  const char* pivots;
+  int64_t pivots_batch, pivots_row;
+  int32_t dim, n_pivots;
+  int64_t rows, all;
+  char* cosines;
+  int64_t cosines_batch, cosines_pivot;
+};
+
+// A warp takes two rows, with eight pivots at a time.
+constexpr int kCosineRows = 2, kCosinePivots = 8;
+
+template <class T, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, kDotBlocksOfSm) cosine_kernel(const __grid_constant__ Cosines c) {
+  constexpr int kElements = Vector<T>::kElements;
+  // The rows of a warp lie in one entry.
+  const int64_t pairs = (c.rows + kCosineRows - 1) / kCosineRows;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
+  if (warp >= c.all) return;
+  const int64_t entry = warp / pairs, first = warp % pairs * kCosineRows;
+  const char* row[kCosineRows];
+#pragma unroll
+  for (int r = 0; r < kCosineRows; ++r) row[r] = c.x.at(entry, first + r < c.rows ? first + r : first);
+  for (int p0 = 0; p0 < c.n_pivots; p0 += kCosinePivots) {
+    const char* pivot[kCosinePivots];
+    unsigned there = 0;
+#pragma unroll
+    for (int p = 0; p < kCosinePivots; ++p) {
+      int64_t at = -1;
+      if (p0 + p < c.n_pivots) {
+        at = *reinterpret_cast<const int64_t*>(c.pivots + entry * c.pivots_batch + (p0 + p) * c.pivots_row);
+      }
+      const bool valid = at >= 0 && at < c.rows;
+      there |= static_cast<unsigned>(valid) << p;
+      pivot[p] = c.x.at(entry, valid ? at : 0);
+    }
+    float products[kCosineRows * kCosinePivots] = {}, squares[kCosineRows] = {}, of_pivots[kCosinePivots] = {};
+    for (int j = lane_id() * kElements; j < c.dim; j += 32 * kElements) {
+      Vector<T> x[kCosineRows];
+#pragma unroll
+      for (int r = 0; r < kCosineRows; ++r) x[r] = load_vector<T, ALIGNED, true>(row[r], j, c.dim);
+#pragma unroll
+      for (int r = 0; r < kCosineRows; ++r) squares[r] = add_dot<T>(squares[r], x[r], x[r]);
+#pragma unroll
+      for (int p = 0; p < kCosinePivots; ++p) {
+        const Vector<T> y = load_vector<T, ALIGNED, true>(pivot[p], j, c.dim);
+        of_pivots[p] = add_dot<T>(of_pivots[p], y, y);
+#pragma unroll
+        for (int r = 0; r < kCosineRows; ++r) products[p * kCosineRows + r] = add_dot<T>(products[p * kCosineRows + r], x[r], y);
+      }
+    }
+    // Afterwards lane 2 i holds product i, lanes 4 p what is of pivot p, and lanes 16 r what is of row r.
+    sum_over_lanes<32>(products);
+    sum_over_lanes<32>(of_pivots);
+    sum_over_lanes<32>(squares);
+    const int i = lane_id() / 2, p = i / kCosineRows, r = i % kCosineRows;
+    const float of_pivot = __shfl_sync(kAllLanes, of_pivots[0], 4 * p), of_row = __shfl_sync(kAllLanes, squares[0], 16 * r);
+    if (lane_id() % 2 != 0 || p0 + p >= c.n_pivots || first + r >= c.rows) continue;
+    const bool none = !(there >> p & 1) || of_pivot == 0 || of_row == 0;
+    const float cosine = none ? 0.0f : __fdiv_rn(products[0], __fsqrt_rn(of_row) * __fsqrt_rn(of_pivot));
+    *reinterpret_cast<float*>(c.cosines + entry * c.cosines_batch + (p0 + p) * c.cosines_pivot + (first + r) * 4) = cosine;
+  }
+}
+
+}  // namespace
+}  // namespace v2drop
+
+using namespace v2drop;
+
+v2drop_status v2drop_key_norm_cuda(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores, const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const HeadRows keys = check_heads("k", k);
+    check_norm(norm);
+    const Rows out = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", keys.batch, keys.rows);
+    check_writable("scores", *scores);
+    check_dim("k", keys.dim);
+    if (keys.heads > INT32_MAX) fail("k: more than 2^31 heads");
+    if (keys.batch == 0 || keys.rows == 0) return;
+    if (keys.batch > kMaxRows / keys.rows) fail("k: more than 2^30 rows");
+    const Norms n = {device_heads(keys),
+                     static_cast<int32_t>(keys.dim),
+                     static_cast<int32_t>(keys.heads),
+                     norm == V2DROP_L2,
+                     keys.rows,
+                     keys.batch * keys.rows,
+                     out.data,
+                     out.batch_stride,
+                     out.row_stride};
+    for_row_type(keys.dtype, keys.dim, is_aligned(keys), [&](auto type, auto lanes, auto aligned) {
+      constexpr int kLanes = decltype(lanes)::value, kRows = kThreads / kLanes * kDotRows;
+      launch(key_norm_kernel<decltype(type), kLanes, decltype(aligned)::value>, (n.all + kRows - 1) / kRows, kThreads, Edge::kNone,
+             cuda.stream, n);
+    });
+  });
+}
+
+v2drop_status v2drop_cosine_to_pivots_cuda(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
+                                           const v2drop_cuda* on) {
+  return guard([&] {
+    const v2drop_cuda& cuda = check_on(on);
+    const Pivots p = check_pivots(x, pivots, cosines);
+    check_dim("x", p.x.dim);
+    if (p.pivots.rows > INT32_MAX / 2) fail("pivots: more than 2^30 for an entry");
+    if (p.x.batch == 0 || p.x.rows == 0 || p.pivots.rows == 0) return;
+    if (p.x.batch > kMaxRows / p.x.rows) fail("x: more than 2^30 rows");
+    const int64_t warps = (p.x.rows + kCosineRows - 1) / kCosineRows * p.x.batch;
+    const Cosines c = {device_rows(p.x),
+                       p.pivots.data,
+                       p.pivots.batch_stride,
+                       p.pivots.row_stride,
+                       static_cast<int32_t>(p.x.dim),
+                       static_cast<int32_t>(p.pivots.rows),
+                       p.x.rows,
+                       warps,
+                       p.cosines.data,
+                       p.cosines.batch_stride,
+                       p.cosines.row_stride};
+    for_row_type(p.x.dtype, p.x.dim, is_aligned(p.x), [&](auto type, auto, auto aligned) {
+      launch(cosine_kernel<decltype(type), decltype(aligned)::value>, (warps + kThreads / 32 - 1) / (kThreads / 32), kThreads, Edge::kNone,
+             cuda.stream, c);
+    });
+  });
+}
