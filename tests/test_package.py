@@ -107,7 +107,8 @@ def test_modules_say_what_they_hold(name):
     source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     doc = ast.get_docstring(ast.parse(source))
     assert doc, f"{name} has no docstring"
-    assert len(doc.splitlines()) <= 12
+    # A policy says its paper, formula, layers, presets and deviations there.
+    assert len(doc.splitlines()) <= (40 if ".policies." in name else 12)
 
 
 @pytest.mark.parametrize("name", ["v2drop_kernels", *(m for m in MODULES if "demo" not in m)])

@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from v2drop_kernels import plot
+from v2drop_kernels.models import Ilvas
 
 
 def _saved(figure):
@@ -123,6 +124,22 @@ def test_no_common_line_for_different_budgets():
 def test_wrong_positional_bias(kept, n, options, message):
     with pytest.raises(ValueError, match=message):
         plot.positional_bias(kept, n, **options)
+
+
+def test_ilvas_draws_curves_and_filters():
+    nan = float("nan")
+    near, far = Ilvas((nan, 0.5, 0.75, 0.25, 0.5, 0.25, nan), n=1, top=5), (nan, 0.5, 0.25, 0.5, nan, nan, nan)
+    figure = plot.ilvas({"n = 1": near, "n = 2": far}, filters=near.filters(), title="here")
+    drawn = figure.axes[0].get_lines()
+    np.testing.assert_array_equal(drawn[0].get_ydata(), near.values)
+    np.testing.assert_array_equal(drawn[1].get_ydata(), far)
+    assert [line.get_xdata()[0] for line in drawn[2:]] == [2, 4]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["n = 1", "n = 2", "filter layers"]
+    assert figure.axes[0].get_title() == "here"
+    with pytest.raises(ValueError, match="curves must be at least one, all of them over the same layers"):
+        plot.ilvas({"a": [1.0], "b": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="filters must name layers, 0 to 6, got 7"):
+        plot.ilvas({"a": near}, filters=[7])
 
 
 def test_matplotlib_is_named_with_its_extra(monkeypatch):

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from v2drop_kernels.models import policies
 from v2drop_kernels.schedule import (
     METRICS,
-    POLICIES,
     Schedule,
     Stage,
     layer_of,
@@ -21,6 +21,7 @@ from v2drop_kernels.schedule import (
     prefill_flops,
     preset,
     presets,
+    pyramid,
     solve,
 )
 
@@ -43,10 +44,13 @@ quiet = settings(deadline=None, derandomize=True, database=None)
         ("one-time-64", (3,), (14,), 32, 66.6875),
         ("fastv", (3,), (288,), 32, 315.0),
         ("pdrop", (8, 16, 24), (288, 144, 72), 32, 270.0),
+        ("hidivdrop-64", (10, 14, 16, 18, 24), (215, 10, 5, 1, 0), 32, 64.0),
+        ("hidivdrop-48", (10, 14, 16, 18, 24), (87, 10, 5, 1, 0), 32, 48.0),
+        ("hidivdrop-80", (10, 13, 16, 19, 24), (453, 10, 5, 1, 0), 32, 80.03125),
     ],
 )
 def test_presets(name, layers, counts, depth, average):
-    schedule = preset(name)
+    schedule = policies.preset(name)
     assert schedule.name == name
     assert schedule.source
     assert schedule.layers == layers
@@ -56,7 +60,17 @@ def test_presets(name, layers, counts, depth, average):
 
 def test_presets_are_all_listed_above():
     (mark,) = test_presets.pytestmark
-    assert presets() == tuple(row[0] for row in mark.args[1])
+    own = ("variation", "random", "given", "fastv", "pdrop", "hidivdrop")
+    assert presets() == tuple(row[0] for row in mark.args[1][:-5])
+    assert [x.name for name in own for x in policies.find(name).method.presets] == [row[0] for row in mark.args[1]]
+    for name, policy in policies.known().items():
+        for schedule in policy.method.presets:
+            assert policies.preset(schedule.name) is schedule
+            assert schedule.source
+            assert Schedule.from_json(schedule.to_json()) == schedule
+            for stage in schedule.stages:
+                policies.make(stage.policy, stage.options)
+            assert name in {stage.policy for stage in schedule.stages} or name == "variation"
 
 
 def test_qwen2_vl_keeps_the_share_of_its_ratios():
@@ -68,9 +82,10 @@ def test_qwen2_vl_keeps_the_share_of_its_ratios():
     ("schedule", "sizes", "printed"),
     [  # HiDivDrop, table 2, in tera
         (UNDROPPED, LLAVA, 3.82),
-        (preset("pdrop"), LLAVA, 1.78),
+        (policies.preset("pdrop"), LLAVA, 1.78),
         (UNDROPPED, MOBILE, 1.52),
-        (preset("pdrop"), MOBILE, 0.70),
+        (policies.preset("pdrop"), MOBILE, 0.70),
+        (policies.preset("hidivdrop-64"), LLAVA, 0.42),
     ],
 )
 def test_flops_that_hidivdrop_prints(schedule, sizes, printed):
@@ -151,7 +166,7 @@ def test_layers_as_the_papers_number_them():
     assert Schedule.from_paper("sparsevlm", {2: 48, 6: 33}).layers == (3, 7)
     # Not 1 - 95 / 100, which is 0.050000000000000044.
     assert [s.keep for s in Schedule.from_paper("v2drop", {3: 72, 17: 95, 22: 100}).stages] == [0.28, 0.05, 0.0]
-    assert Schedule.from_paper("fastv", {3: 50}, policy="attention").stages == preset("fastv").stages
+    assert Schedule.from_paper("fastv", {3: 50}, policy="fastv").stages == policies.preset("fastv").stages
     with pytest.raises(ValueError, match="number must be >= 0"):
         layer_of("hidivdrop-exit", 0)
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'mine'"):
@@ -172,7 +187,18 @@ STAGE = {"layer": 3, "keep": 0.5}
         (lambda: Stage(3, float("nan")), ValueError, "keep as a share"),
         (lambda: Stage(3, True), TypeError, "keep must be an int"),
         (lambda: Stage(3, "half"), TypeError, "keep must be an int"),
-        (lambda: Stage(3, 0.5, policy="best"), ValueError, "policy must be one of 'variation', 'attention', 'random', got 'best'"),
+        (lambda: Stage(3, 0.5, policy=""), ValueError, "policy must be the name of one, such as 'variation', got ''"),
+        (lambda: Stage(3, 0.5, policy=3), ValueError, "policy must be the name of one"),
+        (lambda: Stage(3, 0.5, options=3), TypeError, "options must be a mapping by name, got 3"),
+        (lambda: Stage(3, 0.5, options={3: 1}), TypeError, "options must be a mapping by name"),
+        (lambda: Stage(3, 0.5, options={"a": {1, 2}}), TypeError, "options must hold what JSON can, but "),
+        (lambda: Schedule((), inject=-1), ValueError, "inject must be >= 0"),
+        (lambda: Schedule((Stage(3, 0.5),), inject=4), ValueError, "stages must not lie before the injection at 4, got layer 3"),
+        (lambda: Schedule((Stage(4, 0.5),), inject=4), ValueError, "stages must not rank by variation at layer 4, where"),
+        (lambda: Schedule((), inject=4).tokens(9, 4), ValueError, "inject must lie inside the model: layer 4, but it has 4 blocks"),
+        (lambda: pyramid(9, 1, 0, layers=(3,)), ValueError, "p must be greater than 0, got 0"),
+        (lambda: pyramid(9, 10, 1, layers=(3,)), ValueError, "stop must lie between 0 and start = 9, got 10"),
+        (lambda: pyramid(9, 1, 1, layers=()), ValueError, "layers must name at least one layer"),
         (lambda: Stage(3, 0.5, metric="l3"), ValueError, "metric must be one of"),
         (lambda: Stage(3, 0.5, rounding="up"), ValueError, "rounding must be"),
         (lambda: Stage(3, 0.5, at_least=-1), ValueError, "at_least must be"),
@@ -215,10 +241,11 @@ stages = st.builds(
     Stage,
     layer=st.integers(1, 40),
     keep=st.one_of(st.integers(0, 5000), st.floats(0, 1)),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(("variation", "random", "mine")),
     metric=st.sampled_from(METRICS),
     rounding=st.sampled_from(("floor", "round", "ceil")),
     at_least=st.integers(0, 3),
+    options=st.dictionaries(st.text(), st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.lists(st.booleans()))),
 )
 
 
@@ -230,7 +257,8 @@ def schedules(draw):
         if isinstance(stage.keep, int):
             least = min(least, stage.keep)
             drawn[i] = dataclasses.replace(stage, keep=least)
-    return Schedule(tuple(drawn), draw(st.text()), draw(st.text()))
+    most = max(0, drawn[0].layer - 1) if drawn else 40
+    return Schedule(tuple(drawn), draw(st.text()), draw(st.text()), draw(st.integers(0, most)))
 
 
 @quiet
@@ -249,10 +277,32 @@ def test_json_round_trip(schedule):
 def test_counts_never_grow(schedule, n):
     tokens = schedule.tokens(n, 41)
     assert len(tokens) == 41
-    assert list(tokens) == sorted(tokens, reverse=True)
+    assert tokens[: schedule.inject] == (0,) * schedule.inject
+    assert list(tokens[schedule.inject :]) == sorted(tokens[schedule.inject :], reverse=True)
     counts = schedule.counts(n)
     assert [tokens[layer] for layer in schedule.layers] == list(counts)
-    assert [tokens[layer - 1] for layer in schedule.layers] == [n, *counts][: len(counts)]
+    assert [tokens[layer - 1] for layer in schedule.layers if layer > schedule.inject] == [n, *counts][: len(counts)]
+
+
+def test_options_are_a_copy_that_looks_as_json_does():
+    given = {"b": (1, 2), "a": 0.5}
+    stage = Stage(3, 0.5, options=given)
+    given["b"] = 4
+    assert stage.options == {"a": 0.5, "b": [1, 2]}
+    assert stage == Stage(3, 0.5, options={"a": 0.5, "b": [1, 2]}) != Stage(3, 0.5)
+    assert len({stage, Stage(3, 0.5, options={"a": 0.5, "b": [1, 2]}), Stage(3, 0.5)}) == 2
+
+
+@pytest.mark.parametrize(("p", "counts"), [(1.0, (432, 288, 145, 1)), (0.5, (324, 145, 37, 1)), (0.15, (85, 7, 1, 1))])
+def test_pyramid(p, counts):
+    """Straight for p = 1; the smaller p, the steeper at first: drops shrink from stage to stage."""
+    schedule = pyramid(576, 1, p, layers=(10, 14, 16, 18), leave=24, inject=8, policy="hidivdrop")
+    assert schedule.counts(576) == (*counts, 0)
+    assert (schedule.inject, schedule.layers) == (8, (10, 14, 16, 18, 24))
+    steps = [a - b for a, b in zip((576, *counts), counts, strict=False)]
+    assert all(a >= b - 1 for a, b in zip(steps, steps[1:], strict=False))  # but for rounding
+    # By hand: between stages the share of the way that is left is (1 - i / 4) ** (1 / p).
+    assert counts == tuple(round(1 + 575 * (1 - i / 4) ** (1 / p)) for i in (1, 2, 3, 4))
 
 
 def test_json_defaults_may_be_left_out():
@@ -298,6 +348,6 @@ def test_solve_takes_the_shortest_share():
 
 
 def test_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from v2drop_kernels.schedule import preset; print(preset('fastv').counts(576))"
+    code = "import sys; sys.modules['torch'] = None; from v2drop_kernels.schedule import preset; print(preset('v2drop-64').layers)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.stdout == "(288,)\n", found.stderr
+    assert found.stdout == "(3, 17, 22)\n", found.stderr

@@ -145,11 +145,8 @@ def positional_bias(
     shares = {name: retention(prompts, n, intervals=intervals) for name, prompts in kept.items()}
     overall = {float(retention(prompts, n, intervals=1)[0]) for prompts in kept.values()}
 
-    figure = _figure_class()(figsize=(6.4, 3.8), dpi=150, facecolor="white", layout="constrained")
-    axis = figure.subplots()
     at = np.arange(1, intervals + 1)
-    for i, (name, values) in enumerate(shares.items()):
-        axis.plot(at, values, label=name, marker="os^Dv"[i % 5], markersize=4, linewidth=1.5)
+    figure, axis = _lines(shares, at)
     if len(overall) == 1:
         axis.axhline(overall.pop(), color="#888888", linewidth=0.8, linestyle="--", zorder=0, label="no bias")
     axis.set_xlabel(
@@ -158,12 +155,59 @@ def positional_bias(
     axis.set_ylabel("share kept", fontsize=9)
     axis.set_ylim(-0.02, 1.02)
     axis.set_xticks(at)
-    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
     if title:
         axis.set_title(title, fontsize=10)
     return figure
+
+
+def ilvas(curves: Mapping[str, Any], *, filters: Sequence[int] = (), title: str | None = None) -> Any:
+    """Draw ILVAS over the layers, one line per curve, and the filter layers: HiDivDrop's figure 6.
+
+    Parameters
+    ----------
+    curves : mapping
+        Per curve, as the legend shall call it, an :class:`v2drop_kernels.models.Ilvas`, or its values.
+    filters : sequence of int
+        Layers to mark, such as ``curve.filters(4)``.
+    title : str, optional
+        Above.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> figure = ilvas({"n = 4": [float("nan"), 0.5, 0.75, 0.25]}, filters=[2])
+    >>> figure.axes[0].get_lines()[0].get_ydata().tolist()
+    [nan, 0.5, 0.75, 0.25]
+    """
+    values = {name: list(getattr(curve, "values", curve)) for name, curve in curves.items()}
+    if len({len(x) for x in values.values()}) != 1:
+        raise ValueError("curves must be at least one, all of them over the same layers")
+    depth = len(next(iter(values.values())))
+    figure, axis = _lines(values, np.arange(depth))
+    for i, layer in enumerate(filters):
+        if not 0 <= layer < depth:
+            raise ValueError(f"filters must name layers, 0 to {depth - 1}, got {layer}")
+        axis.axvline(layer, color="#888888", linewidth=0.8, linestyle="--", zorder=0, label="" if i else "filter layers")
+    axis.set_xlabel("layer, 0-based", fontsize=9)
+    axis.set_ylabel("ILVAS", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    if title:
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def _lines(series: Mapping[str, Any], at: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    figure = _figure_class()(figsize=(6.4, 3.8), dpi=150, facecolor="white", layout="constrained")
+    axis = figure.subplots()
+    for i, (name, values) in enumerate(series.items()):
+        axis.plot(at, values, label=name, marker="os^Dv"[i % 5], markersize=4, linewidth=1.5)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
 
 
 def savable(suffix: str) -> bool:

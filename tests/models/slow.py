@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from v2drop_kernels.layout import n_keep
+from v2drop_kernels.soft_topk import soft_topk
 
 
 def captured(model, inputs):
@@ -45,6 +46,10 @@ def block(layer, h, cos, sin, seen):
     return h + layer.mlp(layer.post_attention_layernorm(h))
 
 
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def best(scores, k):
     """Indices of the ``k`` highest, ascending; equal scores keep the earlier one."""
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k])
@@ -63,7 +68,7 @@ def attention_scores(layer, h, cos, sin, last):
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     weights = []
     for head in range(q.shape[0]):
-        scores = q[head, last].float() @ k[head // (q.shape[0] // k.shape[0])].float().T * attn.scaling
+        scores = wide(q[head, last]) @ wide(k[head // (q.shape[0] // k.shape[0])]).T * attn.scaling
         weights.append(scores[: last + 1].softmax(-1))
     return torch.stack(weights).mean(0)
 
@@ -74,12 +79,17 @@ def count(stage, n):
     return n_keep(n, stage.keep, stage.rounding, stage.at_least)
 
 
-def run(model, embeds, ids, schedule, vision, *, positions="persistent", prompt=None, hide=(), chance=None, forced=None):
+def run(
+    model, embeds, ids, schedule, vision, *,
+    positions="persistent", prompt=None, hide=(), chance=None, forced=None, score=None, ratios=None,
+):  # fmt: skip
     """Run ``embeds [N, D]`` with ids ``[1 or 3, N]``; return logits ``[rows, V]``, the rows at the end, and each stage's rows.
 
     ``vision`` are the droppable rows; ``prompt`` is where the prompt ends (later rows were generated); ``hide`` are rows that
     generated tokens see nowhere; ``chance(stage, n)`` gives the random scores of the ``n`` droppable rows that are left; ``forced``
-    are the rows to keep at every stage, whatever their scores.
+    are the rows to keep at every stage, whatever their scores; ``score(layer, h, cos, sin, rows)`` gives the scores ``[n]`` of all
+    the rows that are left to stages of other policies; ``ratios`` are the learnable shares that stages drop, by layer, for which
+    the kept rows are multiplied by the mask of ``soft_topk``.
     """
     decoder = model.get_decoder()
     prompt = len(embeds) if prompt is None else prompt
@@ -90,20 +100,39 @@ def run(model, embeds, ids, schedule, vision, *, positions="persistent", prompt=
         number = {r: i for i, r in enumerate(list(vision) + text)}
         ids = torch.tensor([[number.get(r, r) for r in rows]])
     at = ids
+    if schedule.inject:  # the text alone, under its own ids
+        rows = [r for r in rows if r not in vision]
+        h, at = embeds[rows], ids[:, rows]
     for index, layer in enumerate(decoder.layers):
+        if index == schedule.inject > 0:
+            text, h, at = dict(zip(rows, h, strict=True)), embeds, ids
+            rows = list(range(len(embeds)))
+            h = torch.stack([text.get(r, embeds[r]) for r in rows])
         left = [i for i, r in enumerate(rows) if r in vision]
-        if index in stages and count(stages[index], len(left)) < len(left):
+        ratio = (ratios or {}).get(index)
+        k = count(stages[index], len(left)) if index in stages else len(left)
+        if index in stages and (k < len(left) or (left and ratio is not None)):
             stage = stages[index]
             if forced is not None:
                 scores = [float(rows[i] in forced[len(stage_rows)]) for i in left]
             elif stage.policy == "variation":
-                scores = variation(before[left].float(), h[left].float(), stage.metric).tolist()
-            elif stage.policy == "attention":
+                scores = variation(wide(before[left]), wide(h[left]), stage.metric)
+            elif stage.policy == "fastv":
                 cos, sin = tables(decoder, before, at)
-                scores = attention_scores(decoder.layers[index - 1], before, cos, sin, rows.index(prompt - 1))[left].tolist()
-            else:
+                scores = attention_scores(decoder.layers[index - 1], before, cos, sin, rows.index(prompt - 1))[left]
+            elif stage.policy == "pdrop" or (stage.policy == "hidivdrop" and score is None):
+                cos, sin = tables(decoder, h, at)
+                scores = attention_scores(layer, h, cos, sin, rows.index(prompt - 1))[left]
+            elif stage.policy == "random":
                 scores = chance(stage, len(left))
-            chosen = {left[i] for i in best(scores, count(stage, len(left)))}
+            else:
+                scores = score(layer, h, *tables(decoder, h, at), rows)[left]
+            if ratio is not None:
+                mask = soft_topk(scores[None], ratio)[0]
+                h = h.index_copy(0, torch.tensor(left), h[left] * mask[:, None])
+                k = int(mask.sum())
+            scores = scores.tolist() if isinstance(scores, torch.Tensor) else scores
+            chosen = {left[i] for i in best(scores, k)}
             keep = [i for i in range(len(rows)) if i not in left or i in chosen]
             rows, h = [rows[i] for i in keep], h[keep]
             at = torch.arange(len(rows))[None].expand(ids.shape[0], -1) if positions == "compacted" else at[:, keep]

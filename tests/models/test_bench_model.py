@@ -18,7 +18,7 @@ def test_dry_run():
     assert [row["policy"] for row in rows[:2]] == ["none", "hooks, no drop"]
     whole = rows[2:]
     assert {(row["policy"], row["batch"], row["new"]) for row in whole} == {
-        (policy, batch, new) for policy in ("none", "variation", "attention") for batch in (1, 2) for new in (1, 3)
+        (policy, batch, new) for policy in ("none", "variation", "fastv") for batch in (1, 2) for new in (1, 3)
     }
     assert {row["schedule"] for row in whole} == {"v2drop-192", "v2drop-128", "v2drop-64", "v2drop-qwen2-vl", "25 %"}
     # Published figures stand beside the shapes that they are of, and nowhere else.

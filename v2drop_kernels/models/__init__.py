@@ -4,6 +4,19 @@ Use ``with vk.models.TokenDropper(schedule)(model) as dropping: model.generate(.
 """
 
 from .dropper import Dropping, TokenDropper
+from .ilvas import Ilvas, ilvas
+from .policy import Method, Policy, Stop
 from .report import Kept, LayerReport, Report
 
-__all__ = ["Dropping", "Kept", "LayerReport", "Report", "TokenDropper"]
+__all__ = [
+    "Dropping",
+    "Ilvas",
+    "Kept",
+    "LayerReport",
+    "Method",
+    "Policy",
+    "Report",
+    "Stop",
+    "TokenDropper",
+    "ilvas",
+]

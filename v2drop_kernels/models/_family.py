@@ -40,6 +40,14 @@ class Family:
     token_ids: tuple[int, ...]
 
     @property
+    def vision_tokens(self) -> int | None:
+        """Tokens of an image, where all images have the same number."""
+        if self.kind != "llava" or self.config.vision_feature_select_strategy != "default":
+            return None
+        vision = self.config.vision_config
+        return (int(vision.image_size) // int(vision.patch_size)) ** 2
+
+    @property
     def attention(self) -> str:
         return str(self.decoder.config._attn_implementation)
 

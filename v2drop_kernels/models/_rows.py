@@ -47,14 +47,43 @@ class CacheRows:
     prompt : int
         Rows of the prompt as the model counts them.
     layers : tuple
-        Per layer its :class:`Rows`; None where all rows are there.
-    moved : Rows | None
-        With ``compact_earlier_kv``: what every layer's cache now holds.
+        Per layer the :class:`Rows` that its cache holds; None where all rows are there.
+    seen : Tensor | None
+        bool ``[B, prompt]``: which rows are no padding, where the prompt came with a 4-D mask, as ``generate`` makes it for
+        static caches.
     """
 
     prompt: int
     layers: tuple[Rows | None, ...]
-    moved: Rows | None = None
+    seen: torch.Tensor | None = None
+
+    @property
+    def short(self) -> bool:
+        """Whether rows are missing in the first layer already, whose length the model takes for that of the text."""
+        return self.layers[0] is not None
+
+
+def step_mask(mask: torch.Tensor | None, first: int, new: int, hidden: torch.Tensor, attention: str, *, static: bool) -> Any:
+    """The mask of ``new`` tokens behind ``first`` others, for all rows of the prompt, as the model would make it; or None.
+
+    ``mask`` is the caller's: ``[B, first + new]``, or ``[B, 1, new, first + new]`` and final, or None. As transformers does, one
+    for a single token is read, to do without where nothing is padded.
+    """
+    if mask is not None and mask.dim() == 4:
+        return mask
+    if mask is not None:
+        if mask.shape[1] != first + new:
+            raise ValueError(f"attention_mask must be [B, {first + new}], the prompt and all that follows, got {list(mask.shape)}")
+        mask = mask.bool()
+    if not static and attention != "eager" and (new == 1 or attention != "sdpa") and (mask is None or bool(mask.all())):
+        return None
+    if attention.startswith("flash"):
+        return mask
+    seen = torch.ones(new, first + new, dtype=torch.bool, device=hidden.device).tril(first)[None, None]
+    seen = (seen if mask is None else seen & mask[:, None, None]).expand(hidden.shape[0], -1, -1, -1)
+    if attention == "eager":
+        return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+    return seen
 
 
 def cut_mask(mask: torch.Tensor | None, rows: Rows, prompt: int, *, prefill: bool, length: int, flash: bool) -> torch.Tensor | None:
@@ -88,6 +117,15 @@ def cut_mask(mask: torch.Tensor | None, rows: Rows, prompt: int, *, prefill: boo
     if not prefill:
         cut = torch.cat([cut, mask[..., prompt:]], dim=-1)
     return torch.nn.functional.pad(cut, (0, length - cut.shape[-1]), value=hidden) if cut.shape[-1] < length else cut
+
+
+def injected(hidden: torch.Tensor, rows: Rows, embeds: torch.Tensor) -> torch.Tensor:
+    """``embeds [B, N, D]`` with the rows that are there already, ``hidden [B, S, D]``, in their places: one gather."""
+    keep = rows.keep.to(hidden.device)
+    (batch, width), n = keep.shape, embeds.shape[1]
+    source = torch.arange(width, width + n + 1, device=keep.device).repeat(batch, 1)  # one more, for what is padding
+    source.scatter_(1, torch.where(keep >= 0, keep, n), torch.arange(width, device=keep.device).expand(batch, -1))
+    return torch.cat([hidden, embeds], dim=1).gather(1, source[:, :n, None].expand(-1, -1, hidden.shape[2]))
 
 
 def spread(hidden: torch.Tensor, rows: Rows, kept: tuple[int, ...], left: bool, prompt: int) -> torch.Tensor:

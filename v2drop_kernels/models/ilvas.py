@@ -1,0 +1,132 @@
+"""ILVAS: how far the vision tokens that a block attends to most are attended to alike some blocks later; where to filter."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..schedule import Schedule
+from .dropper import Dropping, TokenDropper
+from .policy import project
+
+
+@dataclass(frozen=True)
+class Ilvas:
+    """The curve of a model.
+
+    Attributes
+    ----------
+    values : tuple of float
+        ILVAS of every 0-based block, in [0, 1]; NaN where it or the block ``n`` later does not hold all vision tokens.
+    n, top : int
+        As given to :func:`ilvas`.
+    """
+
+    values: tuple[float, ...]
+    n: int
+    top: int
+
+    def filters(self, count: int | None = None) -> tuple[int, ...]:
+        """Blocks at local maxima, ascending: the ``layers`` of a schedule; the ``count`` highest of them, or all."""
+        inner = range(1, len(self.values) - 1)  # no comparison with NaN holds
+        found = [x for x in inner if self.values[x - 1] < self.values[x] >= self.values[x + 1]]
+        found.sort(key=lambda x: -self.values[x])
+        return tuple(sorted(found[:count]))
+
+
+@torch.no_grad()
+def ilvas(
+    model: Any,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    n: int = 4,
+    top: int = 50,
+    schedule: Schedule | None = None,
+    spans: Any = None,
+) -> Ilvas:
+    """Inter-layer visual attention similarity of a model over a few prompts: a diagnostic that suggests where to filter.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        As :class:`TokenDropper` takes it.
+    inputs : mapping | sequence of mapping
+        What the model is called with: one batch, or several. Items without images do not count.
+    n : int
+        How many blocks later.
+    top : int
+        The paper's K: of an item's vision tokens those that block ``l`` attends to most, or all if there are fewer.
+    schedule : Schedule, optional
+        Of the model in the runs: the paper's has late injection and early exit,
+        ``Schedule((Stage(24, 0, "hidivdrop"),), inject=8)``. Where it has dropped tokens there is no value.
+    spans : optional
+        As in :class:`TokenDropper`.
+
+    Returns
+    -------
+    Ilvas
+        The mean over all items; ``.filters(4)`` are the four highest local maxima.
+
+    Raises
+    ------
+    ValueError
+        ``n`` or ``top`` below 1; no item with images.
+
+    Notes
+    -----
+    ``ILVAS(l, l + n, K) = 1/K sum_i cos(A_i^l, A_i^(l+n))`` over the K vision tokens ``i`` with the highest mean over heads in
+    block ``l``, where ``A_i^l`` is the vector, head by head, of the softmax attention that the last token pays to ``i`` in block
+    ``l``: the block with whose projections the policy "hidivdrop" ranks before it. Source: HiDivDrop, section 3.2; which token
+    asks is not printed there: it is the last one here, which also ranks. Runs one prefill per batch, and reads the result on the
+    host.
+    """
+    for name, value in (("n", n), ("top", top)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    curves = []
+    with TokenDropper(schedule or Schedule(()), spans=spans)(model) as dropping:
+        weights: list[list[torch.Tensor]] = []
+        see = functools.partial(_see, dropping, weights)
+        handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in model.get_decoder().layers]
+        try:
+            for batch in [inputs] if isinstance(inputs, Mapping) else inputs:
+                weights.clear()
+                model(**{**batch, "use_cache": False})
+                for item, image in enumerate(dropping.totals()):
+                    if image:
+                        curves.append(_curve([layer[item] for layer in weights], image, n, top))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not curves:
+        raise ValueError("inputs must have an item with images")
+    return Ilvas(tuple(map(statistics.fmean, zip(*curves, strict=True))), n, top)
+
+
+def _see(dropping: Dropping, weights: list[list[torch.Tensor]], block: Any, args: Any, kwargs: Any) -> None:
+    """Per item ``[H, V]``: the attention of its last token to the vision tokens that are here."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    layout = dropping.layout
+    last = torch.tensor([[max(hi - 1, 0)] for _, hi in layout.bounds], device=hidden.device)
+    query, keys = project(block, hidden, last, kwargs["position_embeddings"])
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    logits = (query.float() @ keys.float().transpose(2, 3))[:, :, 0] * block.self_attn.scaling
+    seen = layout.real_rows(hidden.device) & (torch.arange(hidden.shape[1], device=hidden.device) <= last)
+    shares = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    weights.append([x[:, here] for x, here in zip(shares, layout.droppable_rows(hidden.device), strict=True)])
+
+
+def _curve(weights: list[torch.Tensor], image: int, n: int, top: int) -> list[float]:
+    """The values of one item, of whose ``image`` tokens all must be there."""
+    values = [math.nan] * len(weights)
+    for x, (a, b) in enumerate(zip(weights, weights[n:], strict=False)):
+        if a.shape[1] == b.shape[1] == image:
+            best = a.mean(0).topk(min(top, image)).indices
+            values[x] = float(torch.cosine_similarity(a[:, best], b[:, best], dim=0).mean())
+    return values

@@ -1,0 +1,75 @@
+"""Cross-modal weighted pruning: text-to-vision attention, which at the first layer the vision tower's [CLS] attention corrects.
+
+In a stage before block 1 (``calibrated``: the last such block) ``s_v = lambda I(V, T) alpha_tv + alpha_CLSv``, in later ones
+``s_v = alpha_tv``. ``alpha_tv`` is the softmax attention in block ``L - 1`` of the text behind the image to token v, mean over
+heads and text tokens, the drop being before block ``L``: the first stage comes before block 1, with the weights of block 0.
+``alpha_CLSv`` is the attention of [CLS] in block ``tower`` of the CLIP tower, mean over heads (FasterVLM's); newline tokens have
+none. Source: cross-modal weighted pruning, supplement D, equation 1.
+
+The paper leaves open: ``I(V, T)``, here ``alignment``, a number, or "cosine": of the mean vision with the mean text embedding,
+negative ones being 0; the reduction over heads and text tokens; later stages; the layers, for which see
+:mod:`.cross_modal_flash`, whose presets are the same. Needs a CLIP tower (LLaVA, LLaVA-NeXT) unless ``calibrated`` is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...attention_score import cross_modal_score
+from .._text import numbers, prompt_rows, text_rows
+from .._tower import Tiles, watch_cls
+from ..policy import Method, Policy, Stop
+from .cross_modal_flash import BUDGETS, solved
+
+if TYPE_CHECKING:
+    from .._family import Family
+
+
+@dataclass(frozen=True)
+class CrossModal(Policy):
+    """``alignment`` is I(V, T), ``scale`` is lambda; ``calibrated``: the last layer with [CLS]; ``tower``: its block there."""
+
+    alignment: float | str = "cosine"
+    scale: float = 1.0
+    calibrated: int = 1
+    tower: int = -2
+
+    method = Method(
+        paper="cross-modal weighted pruning, supplement D",
+        where="decoder",
+        score="text's attention, at the first layer weighed against the tower's [CLS] attention",
+        needs_weights=True,
+        deviations="I(V, T), reductions, later stages and layers, which the paper does not give",
+        presets=tuple(solved("cross_modal", "cross-modal", *budget) for budget in BUDGETS),
+    )
+
+    def __post_init__(self) -> None:
+        if self.alignment != "cosine" and (isinstance(self.alignment, bool) or not isinstance(self.alignment, int | float)):
+            raise ValueError(f"alignment must be a number or 'cosine', got {self.alignment!r}")
+
+    def watch(self, family: Family, seen: dict[str, Any]) -> Iterator[Any]:
+        return watch_cls(family, seen, (self.tower,)) if self.calibrated else iter(())
+
+    def score(self, at: Stop) -> torch.Tensor:
+        if at.before is None:
+            raise ValueError("the policy 'cross_modal' needs the attention of a block before it: not where tokens enter the model")
+        text = text_rows(at)
+        drawn = at.attention(at.layer - 1, at.before, numbers(at, text))
+        if at.layer > self.calibrated:
+            return drawn
+        tiles = Tiles(at)
+        seen = tiles.cls(self.tower, "mean")  # [T, W]
+        cls = tiles.score(seen, torch.zeros_like(seen), extra=0.0)  # as they are, by row
+        return cross_modal_score(drawn, cls, self._alignment(at, text), self.scale)
+
+    def _alignment(self, at: Stop, text: torch.Tensor) -> float | torch.Tensor:
+        if not isinstance(self.alignment, str):
+            return self.alignment
+        embeds = prompt_rows(at, at.embeds).float()
+        # Sums do for means: a cosine knows no length.
+        vision, asked = ((embeds * rows[..., None]).sum(1) for rows in (at.droppable, text))
+        return torch.nn.functional.cosine_similarity(vision, asked, dim=-1).clamp(min=0)

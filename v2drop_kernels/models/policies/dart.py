@@ -1,0 +1,82 @@
+"""DART: keep a few pivots, and the tokens that are least like them: duplication counts, not importance.
+
+Before block ``L``, with the post-RoPE keys of block ``L - 1`` (L1 norm over all heads together) and the final-normed input ``x`` of
+block ``L``: the ``pivots`` vision tokens and the ``text_pivots`` tokens of the text behind them with the largest key norms are
+pivots. In ascending row order each pivot takes from the vision tokens that are left the ``m`` with the lowest cosine to it:
+``m = floor((k - pivots) / (pivots + text_pivots))``. Kept: the vision pivots and what was taken, which is ``pivots + m (pivots +
+text_pivots)`` and may be a few less than asked (124 for 128); of a budget below ``pivots``, the first pivots. Equal norms and
+cosines: the lower row first. Source: DART, EMNLP 2025 (as ports of its code compute it): L = 2 for LLaVA-1.5-7B.
+
+Deviations: the code goes through a Python set of pivots, whose order is arbitrary; ours ascends. It reads ids on the host some 120
+times and serves one item; this reads none and serves a batch. An item with fewer text tokens than ``text_pivots`` splits its
+budget among the pivots that it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...reference.order import ranked
+from ...schedule import Schedule, Stage
+from ...similarity import cosine_to_pivots, key_norm_score
+from .._text import text_rows
+from ..policy import Method, Policy, Stop
+
+
+def _preset(k: int, kept: int) -> Schedule:
+    source = f"DART, LLaVA-1.5-7B: {k} of 576 asked, {kept} kept before block 2, average {(2 * 576 + 30 * kept) / 32:g}"
+    return Schedule((Stage(2, kept, policy="dart"),), f"dart-{k}", source)
+
+
+@dataclass(frozen=True)
+class DART(Policy):
+    """``pivots`` vision and ``text_pivots`` text pivots, 4 and 4 as published."""
+
+    pivots: int = 4
+    text_pivots: int = 4
+
+    method = Method(
+        paper="DART, EMNLP 2025",
+        where="decoder",
+        score="least cosine to pivots of large key norm",
+        needs_weights=False,
+        order="pivot by pivot",
+        deviations="pivots in ascending order, where the code's is arbitrary",
+        presets=(_preset(192, 188), _preset(128, 124), _preset(64, 60)),
+    )
+
+    def __post_init__(self) -> None:
+        if self.pivots < 0 or self.text_pivots < 0 or not self.pivots + self.text_pivots:
+            raise ValueError(f"pivots must be at least one in all, got {self.pivots} and text_pivots {self.text_pivots}")
+
+    def count(self, n: int, k: int) -> int:
+        total = self.pivots + self.text_pivots
+        return k if k >= n or k <= self.pivots else self.pivots + total * ((k - self.pivots) // total)
+
+    def score(self, at: Stop) -> torch.Tensor:
+        if at.before is None:
+            raise ValueError("the policy 'dart' needs the keys of a block before it: not where tokens enter the model")
+        _, keys = at.project(at.layer - 1, at.before, at.last)
+        norms, vision = key_norm_score(keys, norm="l1", backend=at.backend), at.droppable
+        eyes, asking = _top(norms, vision, self.pivots), _top(norms, text_rows(at), self.text_pivots)
+        pivots = torch.cat([at.rows_of(eyes, self.pivots), at.rows_of(asking, self.text_pivots)], 1)
+        # The hooks of the norm belong to the engine: its forward alone is what is meant.
+        cosines = cosine_to_pivots(at.family.decoder.norm.forward(at.hidden), pivots, backend=at.backend)
+        left = torch.tensor(at.keep, device=norms.device)[:, None] - eyes.sum(1, keepdim=True)
+        share = -(-left // (pivots >= 0).sum(1, keepdim=True).clamp(min=1))  # all pivots there: exact, by `count`
+        pool, scores = vision & ~eyes, torch.where(eyes, 3.0 * pivots.shape[1] + 3, -1.0)
+        place = torch.arange(pool.shape[1], device=pool.device)
+        for i, cosine in enumerate(cosines.unbind(1)):  # earlier takers first, whose cosines lie in 2 of the 3 between them
+            order = cosine.masked_fill(~pool, torch.inf).argsort(dim=1, stable=True)
+            taken = torch.zeros_like(pool).scatter_(1, order, place < share) & pool
+            scores = torch.where(taken, 3.0 * (pivots.shape[1] - i) - cosine, scores)
+            pool &= ~taken
+        return scores
+
+
+def _top(norms: torch.Tensor, among: torch.Tensor, n: int) -> torch.Tensor:
+    """bool ``[B, N]``: the ``n`` rows of ``among`` with the largest norms."""
+    first = torch.arange(norms.shape[1], device=norms.device) < n
+    return torch.zeros_like(among).scatter_(1, ranked(norms, among), first.expand(among.shape)) & among

@@ -1,0 +1,75 @@
+"""DyCoke, stage 1: of three frames in four the patches that differ least from an earlier frame go, before the decoder.
+
+Frames 1 and 3 of every four are compared with frames 0 and 2, frame 2 with frame 0, patch by patch by the cosine of the
+embeddings; each keeps ``floor((1 - K) P)`` of its ``P`` patches, the least similar. LLaVA-OneVision has 196 patches per frame and
+one newline behind the video, which stays. Source: DyCoke (CVPR 2025), section 3.2. Positions are counted anew there
+(``positions="compacted"``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...layout import require_int
+from ...reference.order import ranked
+from ...schedule import Schedule, Stage
+from ...similarity import frame_similarity
+from ..policy import Method, Policy, Stop
+
+
+@dataclass(frozen=True)
+class DyCoke(Policy):
+    """``per_frame``: tokens of a frame. One video per item, its frames in order, at the start of the item's vision tokens."""
+
+    method = Method(
+        paper="DyCoke, CVPR 2025, section 3.2",
+        where="before the decoder",
+        score="1 - cosine with the same patch of an earlier frame",
+        needs_weights=False,
+        order="similarity in pruned frames",
+        positions="compacted",
+        deviations="position order; frames of an incomplete last four are pruned too; stage 2, which re-reads the whole "
+        "cache while decoding, is left out",
+        presets=(
+            Schedule(
+                (Stage(0, 0.473, "dycoke"),),
+                "dycoke",
+                "DyCoke with K = 0.7 in LLaVA-OneVision: 58 of 196 patches in three frames of four, 370 of 784 tokens",
+            ),
+        ),
+    )
+    per_frame: int = 196
+
+    def __post_init__(self) -> None:
+        require_int("per_frame", self.per_frame)
+        if not self.per_frame:
+            raise ValueError("per_frame must be at least 1, got 0")
+
+    def _frames(self, n: int) -> tuple[int, int]:
+        """Frames in ``n`` tokens, and tokens that are never dropped: every fourth frame, and what follows the last."""
+        frames = n // self.per_frame
+        return frames, -(-frames // 4) * self.per_frame + n % self.per_frame
+
+    def count(self, n: int, k: int) -> int:
+        """As many of each pruned frame as ``k`` pays for."""
+        frames, fixed = self._frames(n)
+        pruned = frames - -(-frames // 4)
+        return fixed + max(k - fixed, 0) // pruned * pruned if pruned else n
+
+    def score(self, at: Stop) -> torch.Tensor:
+        spans = at.layout.spans
+        if at.layer or at.layout.counts is not None or any(len(item) > 1 for item in spans):
+            raise ValueError("the policy 'dycoke' takes items of one video, where they enter the model (layer 0)")
+        found = torch.zeros(at.hidden.shape[:2], device=at.hidden.device)
+        for item, ((start, stop),) in ((i, x) for i, x in enumerate(spans) if x and x[0][1] - x[0][0] >= self.per_frame):
+            frames = (stop - start) // self.per_frame
+            end = start + frames * self.per_frame
+            video = at.hidden[item, start:end].unflatten(0, (frames, self.per_frame))
+            order = ranked(frame_similarity(video, pairs="dycoke", backend=at.backend))
+            rank = torch.empty_like(order).scatter_(1, order, torch.arange(self.per_frame, device=order.device).expand_as(order))
+            rank[::4] = -1
+            found[item, start:end] = -rank.flatten().float()
+            found[item, end:stop] = 1
+        return found

@@ -1,0 +1,39 @@
+"""FastV: attention of the last prompt token in the block before the stage, mean over heads.
+
+``s_i = 1/H sum_h softmax(q_last K^T / sqrt(d))[i]`` in block ``L - 1``, over all keys that the last token sees; the drop is before
+block ``L`` (the paper's K, 0-based). Source: FastV (ECCV 2024), section 4. The code takes the last token's row, as here, where
+the text says the mean over all tokens; and it lets one layer run eagerly for its weights, where here one query is made again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...schedule import Schedule, Stage
+from ..policy import Method, Policy, Stop
+
+
+@dataclass(frozen=True)
+class FastV(Policy):
+    """No options."""
+
+    method = Method(
+        paper="FastV, ECCV 2024, section 4",
+        where="decoder",
+        score="last token's attention in the block before, mean over heads",
+        needs_weights=True,
+        presets=(
+            Schedule(
+                (Stage(3, 0.5, policy="fastv"),),
+                "fastv",
+                "FastV, K = 3 and R = 50 %: half of the tokens before layer 3, scored by the last token's attention",
+            ),
+        ),
+    )
+
+    def score(self, at: Stop) -> torch.Tensor:
+        if at.before is None:
+            raise ValueError("the policy 'fastv' needs the attention of a block before it: not where tokens enter the model")
+        return at.attention(at.layer - 1, at.before)

@@ -1,0 +1,22 @@
+"""Scores from outside: ``TokenDropper(schedule, scores=callable)``, for a model of one's own that ranks, or for experiments.
+
+The callable gets the :class:`~v2drop_kernels.models.policy.Stop` and returns float ``[B, N]``, higher means keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..policy import Method, Policy, Stop
+
+
+@dataclass(frozen=True)
+class Given(Policy):
+    """No options."""
+
+    method = Method(paper="-", where="decoder", score="the caller's", needs_weights=False)
+
+    def score(self, at: Stop) -> torch.Tensor:
+        return at.given_scores()

@@ -1,0 +1,68 @@
+"""HiDivDrop: attention of the last text token, or of one per round, in a pass of its own with one query each.
+
+``s_i = 1/H sum_h softmax(q K^T / sqrt(d))[i]`` with block ``L``'s norm and projections on its own input, before which the drop
+is; then the mean over the queries, or their L2 norm. Source: HiDivDrop, section 3.3 and appendix F.3. The paper's filter layers 10,
+14, 16 and 18 are these blocks, 0-based; its injection at 9 and exit at 25 are before blocks 8 and 24 in the released code. Presets:
+the released scripts' counts, which give the averages 64.0, 48.0 and 80.03 of 576; that of 80 has filter layers of its own there.
+Train it with ``TokenDropper("hidivdrop-64", soft=True)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...schedule import Schedule, Stage
+from ..policy import Method, Policy, Stop
+
+
+def _preset(average: int, *counts: int, layers: tuple[int, ...] = (10, 14, 16, 18)) -> Schedule:
+    stages = [Stage(layer, k, policy="hidivdrop") for layer, k in zip((*layers, 24), (*counts, 0), strict=True)]
+    source = f"HiDivDrop's released scripts for LLaVA-1.5-7B (32 blocks): {list(counts)} tokens before layers {list(layers)}"
+    return Schedule(tuple(stages), f"hidivdrop-{average}", source, inject=8)
+
+
+@dataclass(frozen=True)
+class HiDivDrop(Policy):
+    """Options.
+
+    Attributes
+    ----------
+    tokens : {"rounds", "last", "all"}
+        Which tokens ask: the one before each answer, where labels tell (training; reads on the host how many there are), else the
+        last one; the last one always; all text tokens.
+    queries : {"mean", "l2"}
+        How the queries of an item become one.
+    """
+
+    tokens: str = "rounds"
+    queries: str = "mean"
+
+    method = Method(
+        paper="HiDivDrop, section 3",
+        where="decoder",
+        score="last token's attention by the next block's projections, mean over heads and rounds",
+        needs_weights=False,
+        deviations="the published top-k passes no gradient on; soft=True does",
+        presets=(
+            _preset(64, 215, 10, 5, 1),
+            _preset(48, 87, 10, 5, 1),
+            _preset(80, 453, 10, 5, 1, layers=(10, 13, 16, 19)),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("rounds", "last", "all"):
+            raise ValueError(f"tokens must be 'rounds', 'last' or 'all', got {self.tokens!r}")
+        if self.queries not in ("mean", "l2"):
+            raise ValueError(f"queries must be 'mean' or 'l2', got {self.queries!r}")
+
+    def score(self, at: Stop) -> torch.Tensor:
+        rows = at.last
+        if self.tokens == "all":
+            most = max(hi - lo - n for (lo, hi), n in zip(at.layout.bounds, at.counts, strict=True))
+            rows = at.rows_of(at.real & ~at.droppable, most)
+        elif self.tokens == "rounds" and at.labels is not None:
+            rows = at.answers()
+        return at.attention(at.layer, at.hidden, rows, queries=self.queries)

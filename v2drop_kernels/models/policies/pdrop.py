@@ -1,0 +1,40 @@
+"""PyramidDrop: attention of the last prompt token, with the projections of the stage's own block.
+
+``s_i = 1/H sum_h softmax(q_last K^T / sqrt(d))[i]`` with block ``L``'s norm and projections on its own input; the drop is before
+block ``L``. Source: PyramidDrop (CVPR 2025), section 3, and its released code: half of what is left before blocks 8, 16 and 24
+of 32. Published with compacted ids, which here are ``TokenDropper("pdrop", positions="compacted")``: positions are the
+dropper's option, persistent by default for all methods, so that rankings alone can be compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...schedule import Schedule, Stage
+from ..policy import Method, Policy, Stop
+
+
+@dataclass(frozen=True)
+class PDrop(Policy):
+    """No options."""
+
+    method = Method(
+        paper="PyramidDrop, CVPR 2025, section 3",
+        where="decoder",
+        score="last token's attention by the next block's projections, mean over heads",
+        needs_weights=False,
+        positions="compacted",
+        deviations="weights stay in float32, where the code rounds them to the model's dtype",
+        presets=(
+            Schedule(
+                tuple(Stage(layer, 0.5, policy="pdrop") for layer in (8, 16, 24)),
+                "pdrop",
+                "PyramidDrop's released code (32 blocks): half of the tokens before layers 8, 16 and 24",
+            ),
+        ),
+    )
+
+    def score(self, at: Stop) -> torch.Tensor:
+        return at.attention(at.layer, at.hidden)

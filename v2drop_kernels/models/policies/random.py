@@ -1,0 +1,26 @@
+"""Seeded chance: the control that a ranking has to beat.
+
+Draws depend on the run's seed, the layer and the item's tokens alone, not on its neighbours in the batch or on padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ...similarity import random_score
+from ..policy import Method, Policy, Stop
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """No options; ``TokenDropper(seed=)``."""
+
+    method = Method(paper="control", where="decoder", score="seeded chance", needs_weights=False)
+    seeded: ClassVar[bool] = True
+
+    def score(self, at: Stop) -> torch.Tensor:
+        number = at.droppable.cumsum(1).sub(1).clamp(min=0)  # whatever lies before it
+        return random_score(at.hidden, item_seeds=at.seeds).gather(1, number)

@@ -1,0 +1,136 @@
+"""SparseVLM: text tokens that the image is drawn to rate its tokens; in version 1 what falls out is partly recycled.
+
+*Raters*, once per prompt, on the input embeddings: the text tokens behind the image whose mean over the vision tokens of
+``softmax(v . t)`` exceeds the average (:func:`v2drop_kernels.text_raters`); where none does, all. *Score*, before block ``L`` with
+the attention of block ``L - 1``: softmax weights of the raters, mean over heads and raters. The papers' layers 2, 6 and 15 are
+blocks whose **output** is dropped: stages before blocks 3, 7 and 16 here.
+
+Version 1 re-takes the best 30 % of the dropped and clusters them around ``n // 10 + 1`` density peaks; a centre's row then holds
+its cluster's mean (:func:`v2drop_kernels.merge_dropped`). A stage's count **includes** the centres: 309 rows are 300 tokens and
+9 means. Version 2 (SparseVLM+) merges nothing, divides every weight by ``g = R_r 1 . R_v 1 / sqrt(d)``, the product of two vectors
+of ones rotated to the rater's and the token's positions (RoPE's pull to near rows, "gravity"), and takes the mean over the
+``heads`` heads with the largest total over all raters.
+
+Presets (LLaVA-1.5-7B) by the released tables. Averages here count what enters a block; the names count what leaves one: "192" is
+206.5 against 192.0. Source: SparseVLM (ICML 2025); SparseVLM+, its second version. Deviations: the code appends the
+means behind the image with compacted ids, here they stand at their centres' rows; its densities carry random noise, here the lower
+row breaks ties; it drops at least one token (``min(k, n - 1)``), here a budget of ``n`` or more keeps all; this serves batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from ...attention_score import text_raters
+from ...merge import merge_dropped, recycled_clusters
+from ...reference.attention_score import chunks
+from ...reference.order import ranked
+from ...schedule import Schedule, Stage
+from .._text import numbers, prompt_rows, text_rows, visible_rows
+from ..policy import Method, Policy, Stop
+
+RECYCLED = 0.3
+
+
+def _preset(name: str, asked: tuple[int, int, int], keep: tuple[int, int, int], **options: int) -> Schedule:
+    stages = tuple(Stage(layer, k, policy="sparsevlm", options=options) for layer, k in zip((3, 7, 16), keep, strict=True))
+    entering = Schedule(stages).average_tokens(576, 32)
+    means = "" if keep == asked else f" and the means of their clusters, {keep} rows"
+    source = (
+        f"SparseVLM, LLaVA-1.5-7B: {asked} tokens behind blocks 2, 6 and 15{means}; average {entering:g} counted on what enters "
+        f"a block, {entering - (576 - keep[-1]) / 32:g} on what leaves it"
+    )
+    return Schedule(stages, name, source)
+
+
+@dataclass(frozen=True)
+class SparseVLM(Policy):
+    """``version`` 1 (recycling) or 2 (gravity and the ``heads`` best heads)."""
+
+    version: int = 1
+    heads: int = 14
+
+    method = Method(
+        paper="SparseVLM, ICML 2025",
+        where="decoder",
+        score="attention of text raters in the block before, mean over heads",
+        needs_weights=True,
+        order="position, then means",
+        positions="compacted (version 2: persistent)",
+        deviations="means at their centres' rows; no noise in the clustering",
+        presets=(
+            _preset("sparsevlm-192", (300, 200, 110), (309, 204, 113)),
+            _preset("sparsevlm-128", (303, 110, 36), (312, 117, 39)),
+            _preset("sparsevlm-64", (66, 30, 17), (82, 32, 18)),
+            _preset("sparsevlm2-192", (300, 200, 118), (300, 200, 118), version=2),
+            _preset("sparsevlm2-128", (238, 108, 60), (238, 108, 60), version=2),
+            _preset("sparsevlm2-64", (66, 34, 20), (66, 34, 20), version=2),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        if self.version not in (1, 2):
+            raise ValueError(f"version must be 1 or 2, got {self.version!r}")
+        if self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads!r}")
+
+    def score(self, at: Stop) -> torch.Tensor:
+        if at.before is None:
+            raise ValueError("the policy 'sparsevlm' needs the attention of a block before it: not where tokens enter the model")
+        raters = _raters(at)
+        if self.version == 2:
+            return self._gravity_free(at, at.before, raters)
+        scores, droppable = at.attention(at.layer - 1, at.before, raters), at.droppable
+        most = [_tokens(n, k) for n, k in zip(at.counts, at.keep, strict=True)]
+        first = torch.arange(scores.shape[1], device=scores.device) < torch.tensor(most, device=scores.device)[:, None]
+        kept = torch.zeros_like(droppable).scatter_(1, ranked(scores, droppable), first) & droppable
+        clusters = at.seen["clusters"] = recycled_clusters(at.hidden, scores, droppable & ~kept, share=RECYCLED)
+        centre = clusters == torch.arange(scores.shape[1], device=scores.device)
+        return torch.where(kept, 3.0, torch.where(centre, 2.0, scores))  # weights are at most 1
+
+    def merge(self, at: Stop, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if self.version == 2:
+            return hidden
+        clusters = at.seen.pop("clusters")
+        return merge_dropped(at.hidden, kept, "sparsevlm", clusters=clusters, droppable=at.droppable, backend=at.backend)
+
+    def _gravity_free(self, at: Stop, hidden: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
+        """Plain PyTorch, some raters at a time: heads are chosen by their totals over all raters, after the division."""
+        query, keys = at.project(at.layer - 1, hidden, raters)
+        attn = at.blocks[at.layer - 1].self_attn
+        batch, n_heads, _, d = query.shape
+        n, per_key = keys.shape[2], n_heads // keys.shape[1]
+        rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
+        ones = torch.ones(batch, 1, n, d, device=keys.device)
+        pulled = rotate(ones, ones, *(x.expand(batch, -1, -1).float() for x in at.rope))[0][:, 0]
+        pull = pulled[torch.arange(batch, device=keys.device)[:, None], raters.clamp(min=0)] @ pulled.transpose(1, 2) * attn.scaling
+        seen = visible_rows(at)[:, None] & (torch.arange(n, device=keys.device) <= raters[..., None])  # [B, Q, N]
+        rated, total = seen & at.droppable[:, None], torch.zeros(batch, n_heads, n, device=keys.device)
+        for part in chunks(query, keys):
+            q = query[:, :, part].float()
+            logits = q.reshape(batch, keys.shape[1], -1, d) @ keys.float().transpose(2, 3) * attn.scaling
+            logits = logits.reshape(batch, keys.shape[1] * per_key, -1, n)
+            weights = logits.masked_fill(~seen[:, None, part], -torch.inf).softmax(-1) / pull[:, None, part]
+            total += weights.masked_fill(~rated[:, None, part], 0).sum(2)
+        best = total.sum(2).argsort(dim=1, descending=True, stable=True)[:, : self.heads, None]
+        return total.gather(1, best.expand(-1, -1, n)).mean(1) / (raters >= 0).sum(1, keepdim=True).clamp(min=1)
+
+
+def _raters(at: Stop) -> torch.Tensor:
+    """int64 ``[B, Q]``: rows of the raters, -1 for text that does not rate; who rates is found at the first stop and remembered."""
+    text = numbers(at, text_rows(at))
+    if "rates" not in at.seen:
+        found = text_raters(at.droppable, text, prompt_rows(at, at.embeds)) >= 0
+        at.seen["rates"] = found | ~found.any(1, keepdim=True)
+    # Text is never dropped and keeps its order; only the width of the table may differ from stop to stop.
+    rates = torch.nn.functional.pad(at.seen["rates"], (0, text.shape[1] - at.seen["rates"].shape[1]))
+    return torch.where(rates, text, -1)
+
+
+def _tokens(n: int, rows: int) -> int:
+    """How many of ``n`` tokens stay as they are, so that with the means of those recycled ``rows`` rows are left."""
+    means = lambda m: int(RECYCLED * m) // 10 + 1 if int(RECYCLED * m) else 0
+    return max((k for k in range(rows + 1) if k + means(n - k) <= rows), default=0)

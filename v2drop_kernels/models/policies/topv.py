@@ -1,0 +1,97 @@
+"""TopV: keep the vision tokens that supply most in a transport of the vision tokens onto themselves.
+
+For the ``n`` droppable tokens of an item, with hidden states ``x`` (the input of block ``L``) and places ``p`` in the image,
+centred and scaled so that a corner lies at distance 1, the cost of serving token j from token i is ::
+
+    C_ij = 1 - cos(x_i, x_j) + spatial |p_i - p_j| / 2 + central |p_i|
+    P = argmin_P  <P, C> - epsilon H(P) + relax KL(P 1 | 1)   with  P^T 1 = 1,  all P_ij >= 0
+    s_i = sum_j P_ij
+
+so feature similarity, relative spatial distance and absolute central distance enter as the paper names them: a token that many
+others can be had from at low cost supplies much. ``iterations`` Sinkhorn steps in float32 from ``v = 1``: ``u = (1 / K v)^(relax
+/ (relax + epsilon))``, ``v = 1 / K^T u`` with ``K = exp(-C / epsilon)``. The demand side is met exactly; were the supply side too,
+every token would supply the same and rank nothing, so it is held by ``relax`` only.
+
+Source: TopV (CVPR 2025), by its abstract: Sinkhorn transport once, before block 2, with those three terms, no attention weights.
+No code is published and its formulas were not at hand: the weights, the relaxed supply and the score are **this package's
+reading**, and numbers made with it are not the paper's. ``p`` is the token's cell in ``Stop.grids`` (a video's frames are a third
+axis) when all tokens of one image are there, else its number in a row. The ``n x n`` cost and kernel are in memory, over droppable
+tokens only: inherent to the method, and why it is no method for long videos.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ...schedule import Schedule, Stage
+from ..policy import Method, Policy, Stop
+
+
+@dataclass(frozen=True)
+class TopV(Policy):
+    """Weights of the cost, of the entropy and of the supply, and the number of Sinkhorn steps."""
+
+    spatial: float = 0.5
+    central: float = 0.5
+    epsilon: float = 0.1
+    relax: float = 0.1
+    iterations: int = 20
+
+    method = Method(
+        paper="TopV, CVPR 2025, abstract",
+        where="decoder",
+        score="supply in an entropic transport of the vision tokens onto themselves",
+        needs_weights=False,
+        deviations="all but the three terms, Sinkhorn and the layer: formulas were not at hand",
+        presets=(
+            Schedule(
+                (Stage(2, 0.46, policy="topv"),),
+                "topv",
+                "TopV, once before block 2 of LLaVA-1.5-7B; the share that leaves 49 % of the FLOPs, as compared with VTW",
+            ),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("spatial", "central", "relax", "iterations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        # exp(-80) is the least that the diagonal of K may be, lest a corner token's demand leave float32.
+        if self.epsilon <= 0 or self.epsilon < self.central / 80:
+            raise ValueError(f"epsilon must be positive and at least central / 80, got {self.epsilon}")
+
+    def score(self, at: Stop) -> torch.Tensor:
+        droppable, most = at.droppable, max(at.counts, default=0)
+        rows = at.rows_of(droppable, most)
+        there, items = rows >= 0, torch.arange(len(rows), device=rows.device)[:, None]
+        x = torch.nn.functional.normalize(at.hidden[items, rows.clamp(min=0)].float(), dim=-1)
+        p = torch.stack([_places(at, item, n, most) for item, n in enumerate(at.counts)]).to(x.device)
+        cost = 1 - x @ x.transpose(1, 2) + self.spatial / 2 * torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist")
+        cost = cost + self.central * p.norm(dim=-1)[..., None]
+        both = there[:, :, None] & there[:, None]
+        kernel = (-cost / self.epsilon).exp().masked_fill(~both, 0)
+        u = v = there.float()
+        for _ in range(self.iterations):
+            u = _inverse(kernel @ v[..., None]).pow(self.relax / (self.relax + self.epsilon))[..., 0]
+            v = _inverse(u[:, None] @ kernel)[:, 0]
+        supply = u * (kernel @ v[..., None])[..., 0]
+        n = droppable.shape[1]
+        return torch.zeros(len(rows), n + 1, device=x.device).scatter_(1, torch.where(there, rows, n), supply)[:, :n]
+
+
+def _inverse(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, 1 / x, 0)
+
+
+def _places(at: Stop, item: int, n: int, most: int) -> torch.Tensor:
+    """float32 ``[most, 3]``: the cell of each of ``n`` tokens, from the middle, in half diagonals; padding at 0."""
+    grid = at.grids[item]
+    sizes = grid if grid is not None and at.origin is None and math.prod(grid) == n else (n,)
+    cells = torch.cartesian_prod(*(torch.arange(size) - (size - 1) / 2 for size in sizes)).reshape(n, len(sizes))
+    found = torch.zeros(most, 3)
+    if n > 1:
+        found[:n, : cells.shape[1]] = cells / cells[0].norm()
+    return found
