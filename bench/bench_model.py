@@ -26,7 +26,7 @@ from v2drop_kernels.models import TokenDropper
 from v2drop_kernels.schedule import Schedule, Stage, preset, solve
 
 SYSTEM, QUESTION = 35, 29  # text tokens around the vision tokens
-POLICIES = ("none", "variation", "attention")
+POLICIES = ("none", "variation", "fastv")
 
 
 class Shape(NamedTuple):

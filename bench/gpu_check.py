@@ -1,10 +1,10 @@
 """Test and measure on the GPU that is here, and write it down as it comes: called by gpu_check.sh, which built the library.
 
-Of it come env.json, tests.jsonl, results.csv (every time), bars.csv (every bar), report.md and two plots; ncu.csv and model.json
-where there is time for them and they can be had. A figure is on disk as soon as it is known, most important first; what the time
-given did not reach is named. A candidate is timed only after its
-result equalled the reference's, and only while no test of its backend and op is red. ``--dry``: the same on the CPU with tiny
-shapes, by wall clock; its rows say so, and it never writes to bench/results.
+Of it come env.json, tests.jsonl, results.csv (every time), bars.csv (every bar), report.md and two plots; ncu.csv, model.json,
+policies.csv and policies.md where there is time for them and they can be had. A figure is on disk as soon as it is known, most
+important first; what the time given did not reach is named. A candidate is timed only after its result equalled the reference's,
+and only while no test of its backend and op is red. ``--dry``: the same on the CPU with tiny shapes, by wall clock; its rows say
+so, and it never writes to bench/results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GROUP_SECONDS = 1.5  # of runs, for one mode of a group at most
 LEAST_SECONDS = 8.0  # no group is begun with less than this: it would have to be compiled, checked and timed
 MANY_BYTES = 1 << 32  # beyond which a graph holds 3 calls instead of 20
 MODEL = HERE / "bench_model.py"  # prints a JSON list of flat objects, one for a row of the report
-
+POLICIES = HERE / "bench_policies.py"  # writes policies.csv and policies.md into the folder that it is given
 
 REFUSED = "a cooperative drop takes at most"  # what the library says where that design does not apply
 
@@ -109,31 +109,45 @@ class Check:
         """The model level, by a program of its own, into model.json; MODEL_LEVEL says in bars.csv what became of it."""
         if not MODEL.exists():
             return  # expect() said so
-        seconds = self.deadline - time.monotonic()
-        command = [sys.executable, str(MODEL), "--json", *(["--dry"] if self.dry else [])]
-        why = "see the model level of the report"
+
+        def write(printed: str) -> None:
+            rows = json.loads(printed)
+            if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+                raise RuntimeError(f"{MODEL.name} printed no list of rows")
+            (self.out / "model.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+        why = self._program(MODEL, ["--json"], write) or "see the model level of the report"
+        print(f"model level: {why}", flush=True)
+        for bar in MODEL_LEVEL:
+            self._bar(bar, "", bar, None, why)
+
+    def policies(self) -> str:
+        """Every policy on one model, by a program of its own, into policies.csv and policies.md; what became of it, in words."""
+        why = self._program(POLICIES, ["--out", str(self.out)], lambda printed: None) or "measured"
+        print(f"policies: {why}", flush=True)
+        return why
+
+    def _program(self, program: Path, arguments: Sequence[str], use: Callable[[str], None]) -> str | None:
+        """Run a program in the time that is left and ``use`` what it prints; why nothing came of it, or None."""
+        command = [sys.executable, str(program), *arguments, *(["--dry"] if self.dry else [])]
         try:
             if self.late():
                 raise TimeoutError
+            seconds = self.deadline - time.monotonic()
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
             last = (done.stderr.strip().splitlines() or ["-"])[-1]
             if done.returncode and last.startswith("ModuleNotFoundError: "):
                 raise ModuleNotFoundError(last.removeprefix("ModuleNotFoundError: "))
             if done.returncode:
-                raise RuntimeError(f"{MODEL.name} ended with code {done.returncode}: {last}")
-            rows = json.loads(done.stdout)
-            if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-                raise RuntimeError(f"{MODEL.name} printed no list of rows")
-            (self.out / "model.json").write_text(json.dumps(rows, indent=1) + "\n")
+                raise RuntimeError(f"{program.name} ended with code {done.returncode}: {last}")
+            use(done.stdout)
         except (TimeoutError, subprocess.TimeoutExpired):
-            why = "not reached in the time given"
+            return "not reached in the time given"
         except ModuleNotFoundError as error:  # transformers is an extra
-            why = f"not there: {error}"
+            return f"not there: {error}"
         except Exception as error:
-            why = self._broke(error)
-        print(f"model level: {why}", flush=True)
-        for bar in MODEL_LEVEL:
-            self._bar(bar, "", bar, None, why)
+            return self._broke(error)
+        return None
 
     def _judged(self) -> Sequence[str]:
         return own_backends(self.meter)
@@ -390,6 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gpu_report.write(out, env, outcomes.words())
     gpu_ncu.collect(out, deadline - time.monotonic(), options.dry)
     check.model()
+    env["policies"] = check.policies()
+    write("env.json", env)
     gpu_report.plot(out)
     gpu_report.write(out, env, outcomes.words())
     print(f"{out}: report.md; {check.broken} broken", flush=True)

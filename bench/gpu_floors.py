@@ -47,7 +47,7 @@ def us(nbytes: float, gb_s: float) -> float:
 
 def floor_us(row: Row, c: Constants) -> float:
     """Bytes that must move, once each: both hidden states in, the kept rows out; or what the group says that its op moves."""
-    if row["op"] == "score":
+    if row["op"] in ("score", "attention"):
         return us(float(row["bytes"]), c.read)
     if row["op"] != "drop":
         return us(float(row["bytes"]), c.copy)

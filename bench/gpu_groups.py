@@ -120,7 +120,7 @@ def rotated(x: Inputs, meter: HostMeter, size: int) -> list[Inputs]:
     return [x, *(Inputs(*(t.clone() for t in x)) for _ in range(copies - 1))]
 
 
-def bind(fn: Callable[..., Any], xs: Sequence[Inputs]) -> list[Call]:
+def bind(fn: Callable[..., Any], xs: Sequence[Any]) -> list[Call]:
     return [functools.partial(fn, x) for x in xs]
 
 
@@ -208,17 +208,17 @@ def one_block(meter: HostMeter) -> Candidate:
     return Candidate("one-block", [functools.partial(torch.mul, source, 1.0, out=target)], same(source, "copied floats"))
 
 
-def reads(xs: Sequence[Inputs], meter: HostMeter) -> list[Candidate]:
-    """Reductions that read both hidden states and write next to nothing."""
-    pairs = [[t.view(-1).view(FP32) for t in (x.h_prev, x.h_cur)] for x in xs]
+def reads(xs: Sequence[Sequence[torch.Tensor]]) -> list[Candidate]:
+    """Reductions that read all tensors of an ``x`` and write next to nothing."""
+    sets = [[t.view(-1).view(FP32) for t in x] for x in xs]
     makers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "read-sum": torch.sum, "read-norm": torch.linalg.vector_norm, "read-max": torch.amax,
     }  # fmt: skip
 
-    def call(reduce: Callable[[torch.Tensor], torch.Tensor], pair: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [reduce(t) for t in pair]
+    def call(reduce: Callable[[torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [reduce(t) for t in tensors]
 
-    return [Candidate(name, [functools.partial(call, fn, p) for p in pairs]) for name, fn in makers.items()]
+    return [Candidate(name, [functools.partial(call, fn, s) for s in sets]) for name, fn in makers.items()]
 
 
 def eager_score(x: Inputs) -> torch.Tensor:
@@ -322,7 +322,39 @@ def score(case: Case, meter: HostMeter) -> list[Candidate]:
     xs = rotations(case, meter)
     check = lambda found: _same_scores(found, xs[0].scores.cpu(), EXACT)
     run = lambda backend, x: vk.variation_score(x.h_prev, x.h_cur, backend=backend)
-    return [*ours(case, meter, xs, run, check), *reads(xs, meter), *copies(meter, moved_bytes("score", case), len(xs))]
+    both = [(x.h_prev, x.h_cur) for x in xs]
+    return [*ours(case, meter, xs, run, check), *reads(both), *copies(meter, moved_bytes("score", case), len(xs))]
+
+
+def attention(case: Case, meter: HostMeter, heads: int, kv_heads: int) -> list[Candidate]:
+    """What one query per head gives to all keys, mean over heads; its row is a table that the layers of a model share."""
+    g = torch.Generator(meter.device).manual_seed(0)
+    # Of -1, 0 and 1, every logit is exact in any order of summation, and in bfloat16 too until it is scaled; scaled, it stays below
+    # 8 (12 standard deviations). So a weight's exponent is below 16 and rounded three times: 3 * 16 * 2**-24 of the weight, and of
+    # their sum, are 6e-6 of EXACT. The rest is for sums in blocks, whence float64: PyTorch's own over 65536 keys is 8e-6 off.
+    q, k = (
+        torch.randint(-1, 2, (case.batch, h, n, case.d), generator=g, device=meter.device, dtype=torch.int8).to(case.dtype)
+        for h, n in ((heads, 1), (kv_heads, case.n))
+    )
+    rows = torch.full((case.batch, 1), case.n - 1, device=meter.device)
+    keys = [k, *(k.clone() for _ in range(-(-meter.cold_bytes // k.nbytes) - 1))]
+    expected = reference.attention_score(q.double(), k.double(), rows).float().cpu()
+
+    def run(backend: str, k: torch.Tensor) -> torch.Tensor:
+        return vk.attention_score(q, k, query_rows=rows, backend=backend)
+
+    def eager(k: torch.Tensor) -> torch.Tensor:  # as transformers attends, with the logits of one query
+        b, h, n, d = k.shape
+        repeated = k[:, :, None].expand(b, h, heads // h, n, d).reshape(b, heads, n, d)
+        weights = torch.matmul(q, repeated.transpose(2, 3)) * d**-0.5
+        return weights.softmax(-1, dtype=FP32).mean(1)[:, 0]
+
+    # Eager rounds scaled logits to bfloat16: 8 * 2**-8 of a weight, and of their sum.
+    return [
+        *ours(case, meter, keys, run, lambda found: _same_scores(found, expected, EXACT)),
+        *reads([[k] for k in keys]),
+        Candidate("eager", bind(eager, keys), lambda found: _same_scores(found, expected, 2.0**-4)),
+    ]
 
 
 def select(case: Case, meter: HostMeter) -> list[Candidate]:
@@ -624,6 +656,14 @@ def _score_group(d: int, dtype: torch.dtype) -> Group:
     )  # fmt: skip
 
 
+def _attention_group(batch: int, n: int, heads: int, kv_heads: int, *bars: Bar) -> Group:
+    case = Case(batch, n, 128, Fraction(1))
+    modes = ("cold", "warm") if n < 8192 else ("cold",)
+    build = functools.partial(attention, heads=heads, kv_heads=kv_heads)
+    moved = batch * n * (kv_heads * case.row_bytes + 4)  # the keys in, float32 scores out
+    return Group(f"attention {heads}/{kv_heads} {case}", "attention", case, build, modes, bars, moved)
+
+
 def _gather_group(heads: int) -> Group:
     case, layers = (Case(1, 16384, 128, QUARTER), 4) if heads else (Case(1, 16384, 4096, QUARTER), 1)
     what, limit = (f"K and V of {layers} layers [1, {heads}, N, 128]", 1.15) if heads else ("gather of given rows", 1.10)
@@ -691,6 +731,11 @@ def others() -> list[Group | Trial]:
         _gather_group(8),
         _drop_group(big, _copy_bar(1.15, "B=32 N=576")),
         _drop_group(LONG, _copy_bar(1.08, "B=1 N=65536"), eager(1.6, "B=1 N=65536")),
+        _attention_group(
+            1, 65536, 28, 4,
+            at_most("13", "attention of one query, GQA 28/4, N=65536, over reading K once", 1.25, within(*READS)),
+            at_least("13", "attention of one query, GQA 28/4, N=65536, over eager with repeated K", 3.0, faster("eager")),
+        ),
         Group(
             "eager drop", "drop", IMAGE, drop, ("eager", "host"),
             (at_least("6", "image, wall time: drop over view-based eager", 5.0, faster("eager"), "eager"),),
@@ -730,8 +775,10 @@ def others() -> list[Group | Trial]:
             for case, where in ((Case(1, 16384, 4096, QUARTER), "N=16384"), (LONG, "N=65536"))
         ),
     ]  # fmt: skip
-    # No bar, but asked for: other keep ratios, batches, widths, and the strongest torch.compile.
+    # No bar, but asked for: other sizes, keep ratios, batches, widths, and the strongest torch.compile.
     third = [
+        *(_attention_group(b, n, 28, 4) for b, n in ((1, 576), (1, 6272), (8, 6272))),
+        *(_attention_group(b, n, 32, 32) for b, n in ((1, 576), (1, 6272), (8, 6272), (1, 65536))),
         _drop_group(Case(32, 6272, 3584, QUARTER)),
         *(_drop_group(case._replace(ratio=ratio)) for ratio in (Fraction(1, 20), Fraction(1, 2)) for case in (IMAGE, VIDEO, LONG)),
         _drop_group(Case(64, 576, 4096, QUARTER)),
@@ -752,16 +799,12 @@ MODEL_LEVEL = (
 
 
 def not_there(model: Path) -> list[tuple[Bar, str]]:
-    """What is asked for and nothing here can judge yet, each with the reason."""
-    text = "attention scores of one query, GQA 28/4, N=65536, over"
-    bars = at_most("13", f"{text} reading K once", 1.25, None, ""), at_least("13", f"{text} eager with repeated K", 3.0, None, "")
-    op = "no group measures it" if hasattr(vk, "attention_score") else "the package has no op that scores by attention"
-    found = [(bar, f"not there yet: {op}") for bar in bars]
-    if not model.exists():
-        package = importlib.util.find_spec("v2drop_kernels.models")
-        missing = f"bench/{model.name}" if package else "v2drop_kernels.models"
-        found += [(bar, f"not there yet: {missing} does not exist") for bar in MODEL_LEVEL]
-    return found
+    """What is asked for and nothing here can judge, each with the reason."""
+    if model.exists():
+        return []
+    package = importlib.util.find_spec("v2drop_kernels.models")
+    missing = f"bench/{model.name}" if package else "v2drop_kernels.models"
+    return [(bar, f"not there yet: {missing} does not exist") for bar in MODEL_LEVEL]
 
 
 def tiny(case: Case) -> Case:

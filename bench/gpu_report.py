@@ -92,6 +92,13 @@ def model_table(rows: list[dict[str, Any]]) -> str:
     return table(names, [[str(row.get(name, "-")) for name in names] for row in rows])
 
 
+def policies(out: Path, env: dict[str, Any]) -> str:
+    """What policies.md says below its title, and what became of it in this run."""
+    why = env.get("policies", "not run yet")
+    path = out / "policies.md"
+    return f"In this run: {why}." + (f"\n\n{path.read_text().partition(chr(10))[2].strip()}" if path.exists() else "")
+
+
 def readme(folder: Path) -> str:
     """The README's part on one GPU."""
     results, bars = read(folder / "results.csv"), read(folder / "bars.csv")
@@ -164,6 +171,8 @@ def write(out: Path, env: dict[str, Any], tests: str) -> None:
         "[tune.md](tune/tune.md)" if (out / "tune" / "tune.md").exists() else "Not run yet: `bench/gpu_check.sh --tune`.",
         "## Models",
         model_table(model) if model else "No figures: see the bars of the model level.",
+        "## Policies",
+        policies(out, env),
         "## drop_tokens",
         drop_table(results) if results else "None yet.",
         "![GB/s over bytes](gpu_roofline.png)" if (out / "gpu_roofline.png").exists() else "",

@@ -41,10 +41,15 @@ def test_a_budget_is_the_mean_share_from_the_first_drop_on(bench, depth, n):
         schedule = method.schedule(layers, n, depth)
         left = schedule.tokens(n, depth)[layers[0] :]
         # solve() comes within half a token of the average over all blocks; the token that always stays can add one more.
-        assert abs(statistics.mean(left) - n * method.budget / 100) <= 1 + 0.5 * depth / (depth - layers[0])
-        assert schedule.layers == (layers[:1] if method.shape == "one-time" else layers)
+        share = method.budget / 100
+        if method.shape == bench.measure.ENTRY:  # as many in the mean over all blocks as the others
+            share = (layers[0] + share * (depth - layers[0])) / depth
+        assert abs(statistics.mean(left) - n * share) <= 1 + 0.5 * depth / (depth - layers[0])
+        assert schedule.layers == {"one-time": layers[:1], bench.measure.ENTRY: (0,)}.get(method.shape, layers)
         assert (schedule.counts(n)[-1] == 1) or "exit" not in method.shape
-        assert {s.policy for s in schedule.stages} == {bench.measure.POLICIES[method.policy]["policy"]}
+        assert schedule.inject == (method.shape == bench.measure.LATE)
+        stage = bench.measure.POLICIES.get(method.policy) or bench.measure.PAPERS[method.policy][2]
+        assert {s.policy for s in schedule.stages} == {stage["policy"]}
 
 
 def test_layers_are_v2drops_in_other_depths(bench):
@@ -56,9 +61,10 @@ def test_layers_are_v2drops_in_other_depths(bench):
 
 def test_methods_cover_the_comparison(bench):
     methods = list(bench.measure.methods())
-    assert len(set(map(str, methods))) == len(methods) == 7 * (3 * 2 * 4 + 1)
+    papers = len(bench.measure.PAPERS) + 2  # one of them is random, with three seeds
+    assert len(set(map(str, methods))) == len(methods) == 7 * (3 * 2 * 4 + 1) + papers * 4 - 2  # ToMe has two budgets
     assert sum(m.policy == "random" for m in methods) == 3 * 25
-    few = list(bench.measure.methods(["random"], ["one-time"], ["persistent"], [11.0], 2))
+    few = list(bench.measure.methods(["random"], ["one-time"], ["persistent"], [11.0], 2, []))
     assert [(m.budget, m.seed) for m in few] == [(11.0, 0), (11.0, 1), (50.0, 0), (50.0, 1)]
 
 
@@ -201,12 +207,14 @@ def test_a_drop_that_does_not_fire_is_an_error(bench, make, monkeypatch):
 def test_report(bench, make, tmp_path):
     task = make()
     undropped = bench.measure.run(task, None)
-    chosen = bench.measure.methods(["variation L2", "random"], ["progressive", "one-time"], ["persistent"], [33.0, 5.0], 2)
+    chosen = bench.measure.methods(
+        ["variation L2", "random"], ["progressive", "one-time"], ["persistent"], [33.0, 5.0], 2, ["PDrop"]
+    )
     runs = [bench.measure.run(task, method) for method in chosen]
     bench.report.write(tmp_path, task, undropped, runs, {"run": "dry"}, "the command")
     with (tmp_path / "accuracy.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 1 + len(runs) == 1 + 3 * 5
+    assert len(rows) == 1 + len(runs) == 1 + 3 * 5 + 2
     assert rows[0]["policy"] == "none"
     for row, done in zip(rows[1:], runs, strict=True):
         assert float(row["accuracy"]) == pytest.approx(100 * statistics.mean(done.right), abs=1e-3)
@@ -224,7 +232,11 @@ def test_report(bench, make, tmp_path):
             assert float(cell) == pytest.approx(statistics.mean(each), abs=0.051)
     points, error = bench.measure.difference(of("variation L2", "progressive", 5.0), of("variation L2", "one-time", 5.0))
     assert f"| {points:+.1f} ± {error:.1f} " in text
-    for name in ("accuracy.png", "bias.png"):
+    (line,) = re.findall(r"\| PDrop: progressive, compacted ids \| ([\d.]+) \[[\d.]+\] \| ([\d.]+) \[[\d.]+\] \|", text)
+    assert [float(x) for x in line] == [
+        pytest.approx(100 * statistics.mean(of("PDrop", "progressive", b)[0].right), abs=0.051) for b in (33.0, 5.0)
+    ]
+    for name in ("accuracy.png", "bias.png", "methods.png"):
         assert f"({name})" in text
         with Image.open(tmp_path / name) as image:
             assert len(image.getcolors(1 << 20)) > 20
@@ -262,13 +274,16 @@ def test_the_program_on_a_checkpoint(bench, net, tmp_path, capsys, monkeypatch):
     program.loader.exec_module(module)
     given = ["--model", tmp_path / "model", "--images", tmp_path, "--questions", tmp_path / "q.jsonl", "--dtype", "float32",
              "--device", "cpu", "--out", tmp_path / "out", "--budgets", "25", "--shapes", "one-time", "--positions", "persistent",
-             "--seeds", "1", "--max-new-tokens", "2", "--policies", "variation L2", "random"]  # fmt: skip
+             "--seeds", "1", "--max-new-tokens", "2", "--policies", "variation L2", "random", "--papers", "FastV",
+             "FasterVLM"]  # fmt: skip
     assert module.main(list(map(str, given))) == 0
-    assert "written: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "written: " in printed
     with (tmp_path / "out" / "accuracy.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["policy"], row["kept"], row["of"], row["relevant_first"]) for row in rows] == [
         ("none", "", "100", ""), ("variation L2", "25", "100", ""), ("random", "25", "100", ""), ("variation L2", "50", "100", ""),
-        ("random", "50", "100", ""),
+        ("random", "50", "100", ""), ("FastV", "25", "100", ""),
     ]  # fmt: skip
+    assert "FasterVLM, before the decoder, compacted ids, 25 %: layer must be one of the 1 blocks" in printed
     assert "do not say which tokens are relevant" in (tmp_path / "out" / "accuracy.md").read_text()

@@ -78,7 +78,7 @@ def check(modules: Any, tmp_path: Path) -> Any:
 def test_a_dry_run_leaves_every_file_and_breaks_nothing(dry: Path):
     assert {f.name for f in dry.iterdir()} == {
         "env.json", "tests.jsonl", "tests.log", "results.csv", "bars.csv", "report.md", "gpu_roofline.png", "gpu_bars.png",
-        "ncu.csv", *(["model.json"] if importlib.util.find_spec("transformers") else []),
+        "ncu.csv", *(["model.json", "policies.csv", "policies.md"] if importlib.util.find_spec("transformers") else []),
     }  # fmt: skip
     results, bars = rows(dry / "results.csv"), rows(dry / "bars.csv")
     assert {row["run"] for row in [*results, *bars]} == {"dry"}
@@ -96,10 +96,10 @@ def test_a_dry_run_judges_every_bar_of_the_list_on_the_reference_and_the_interpr
     judged = {
         backend: {row["bar"] for row in bars if row["backend"] == backend and row["value"]} for backend in ("reference", "triton")
     }
-    # 13 is not there yet, the model level has a table of its own, 16 is the CPU's.
-    assert judged["reference"] == {"1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "14", "15"}
+    # The model level has a table of its own, 16 is the CPU's.
+    assert judged["reference"] == {str(number) for number in range(1, 16)}
     assert judged["triton"] >= judged["reference"] - {"3", "6", "7"}
-    assert {row["bar"] for row in bars if row["status"].startswith("not there yet: ")} >= {"13"}
+    assert not [row for row in bars if row["status"].startswith("not there yet: ")]
     exact = [row for row in bars if row["value"] and row["bar"] == "14"]
     assert {float(row["value"]) for row in exact} == {0.0}
     assert {row["status"] for row in bars if row["value"]} == {"dry"}
@@ -174,6 +174,10 @@ def of(modules: Any, op: str) -> Any:
         ("tests/test_variation_score.py::test_values[reference-l2]", "drop", True),
         ("tests/test_variation_score.py::test_values[triton-l2]", "score", False),
         ("tests/test_compact.py::test_rows[reference]", "score", False),
+        ("tests/test_attention_score.py::test_values[reference]", "attention", True),
+        ("tests/test_attention_score.py::test_values[reference]", "drop", False),
+        ("tests/test_variation_score.py::test_values[reference]", "attention", False),
+        ("tests/test_merge.py::test_values[reference]", "drop", False),
         ("tests/test_determinism.py::test_bits[reference-l2]", "score", True),
         ("tests/test_device_lengths.py::test_replays", "score", True),
     ],
@@ -193,12 +197,18 @@ def test_no_figure_where_a_test_is_red(modules: Any, check: Any, tmp_path: Path,
         assert (test in row["status"]) == red
 
 
-@pytest.mark.parametrize("fault", ["score", "raises"])
-def test_a_wrong_result_gets_no_figure(modules: Any, check: Any, tmp_path: Path, fault: str):
-    group = of(modules, "score")
+def test_only_tests_that_exist_speak_for_an_op(modules: Any):
+    """A file that was renamed would speak for everything, or for nothing."""
+    for name in modules.gpu_outcomes.SPEAKS_FOR:
+        assert (BENCH.parent / "tests" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize(("op", "fault"), [("score", "score"), ("score", "raises"), ("attention", "score")])
+def test_a_wrong_result_gets_no_figure(modules: Any, check: Any, tmp_path: Path, op: str, fault: str):
+    group = of(modules, op)
 
     def build(case: Any, meter: Any) -> list[Any]:
-        made = modules.gpu_groups.score(case, meter)
+        made = group.build(case, meter)
 
         def spoilt(call: Any) -> Any:
             if fault == "raises":
@@ -337,7 +347,10 @@ def test_every_shape_that_was_asked_for_has_a_group(modules: Any):
     assert asked <= drops
     assert {s.case.dtype for s in steps if s.op == "score"} == {torch.bfloat16, torch.float16, torch.float32}
     assert {s.build.keywords["layers"] for s in steps if s.name.startswith("extras")} == {1, 4, 32}
-    assert {s.op for s in steps} == {"score", "select", "compact", "drop", "backward"}
+    attention = {(*s.case[:2], s.build.keywords["heads"], s.build.keywords["kv_heads"]) for s in steps if s.op == "attention"}
+    shapes = [(1, 576), (1, 6272), (8, 6272), (1, 65536)]
+    assert attention == {(*shape, *heads) for shape in shapes for heads in ((28, 4), (32, 32))}
+    assert {s.op for s in steps} == {"score", "select", "compact", "drop", "backward", "attention"}
     assert any(s.name == "ragged" for s in steps)
     assert max(s.needs for s in steps) > 100e9  # what an 80 GB device must refuse
 
@@ -392,6 +405,36 @@ def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path
         assert "| model | args |" in modules.gpu_report.model_table(written)
     else:
         assert not (tmp_path / "model.json").exists()
+
+
+# --- the policies
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "why"),
+    [
+        ("import pathlib, sys; pathlib.Path(sys.argv[2], 'policies.md').write_text(f'# Title\\n\\n{sys.argv}\\n')", 60, "measured"),
+        ("import sys; sys.exit('no memory')", 60, "broken: RuntimeError: bench_policies.py ended with code 1: no memory"),
+        ("import a_package_that_is_not_here", 60, "not there: No module named 'a_package_that_is_not_here'"),
+        ("import time; time.sleep(60)", 1, "not reached in the time given"),
+        ("", -1, "not reached in the time given"),
+    ],
+)
+def test_the_policies_are_measured_in_the_time_that_is_left(
+    modules: Any, check: Any, tmp_path: Path, monkeypatch: Any, script: str, seconds: float, why: str
+):
+    program = tmp_path / "bench_policies.py"
+    program.write_text(script)
+    monkeypatch.setattr(modules.gpu_check, "POLICIES", program)
+    done = check(deadline=modules.gpu_check.time.monotonic() + seconds)
+    assert done.policies() == why
+    assert done.broken == why.startswith("broken")
+    told = modules.gpu_report.policies(tmp_path, {"policies": why})
+    given = [str(program), "--out", str(tmp_path), "--dry"]
+    assert told == (f"In this run: {why}." + (f"\n\n{given}" if why == "measured" else ""))
+    # What an earlier run left in the folder stays, below what became of this one.
+    (tmp_path / "policies.md").write_text("# Title\n\nearlier\n")
+    assert modules.gpu_report.policies(tmp_path, {}) == "In this run: not run yet.\n\nearlier"
 
 
 # --- Nsight Compute
@@ -513,6 +556,8 @@ def test_floors_are_bytes_over_what_was_measured(modules: Any):
     text = floors.floors_table([row, select, copy], constants)
     line = "| drop one | 2.65 us | 8.27 us | 8.52 us | 9.02 us | 4.50 us | triton | 12.5 us | 21 % |"
     assert line in text
+    # Keys are read, not copied.
+    assert floors.floor_us({**row, "op": "attention", "bytes": "9000000"}, c) == pytest.approx(2.0)
     # What was not measured is a dash, and never a guess.
     assert "| drop one | - | - | - | - | 4.50 us | triton | 12.5 us | - |" in floors.floors_table([row, select, copy], {})
 

@@ -15,14 +15,42 @@ from tasks import Task
 from v2drop_kernels.plot import retention
 from v2drop_kernels.schedule import Schedule, solve
 
-POLICIES: dict[str, dict[str, str]] = {
+# What V2Drop's tables compare: rankings that take turns over all shapes and modes of position ids.
+POLICIES: dict[str, dict[str, Any]] = {
     "variation L2": {"policy": "variation", "metric": "l2"},
     "variation L1": {"policy": "variation", "metric": "l1"},
     "variation cosine": {"policy": "variation", "metric": "cosine"},
-    "last-token attention": {"policy": "attention"},
+    "last-token attention": {"policy": "fastv"},
     "random": {"policy": "random"},
 }
 SHAPES = ("progressive", "progressive, then exit", "one-time")
+ENTRY, LATE = "before the decoder", "late injection, then exit"
+# Methods of the papers in the shape and with the ids that they were published with, at the same budgets: (shape, ids, stage).
+PAPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "FastV": ("one-time", "persistent", {"policy": "fastv"}),
+    "PDrop": ("progressive", "compacted", {"policy": "pdrop"}),
+    "HiDivDrop": (LATE, "persistent", {"policy": "hidivdrop"}),
+    "HiDivDrop, not injected late": ("progressive, then exit", "persistent", {"policy": "hidivdrop"}),
+    "cross-modal": ("progressive", "persistent", {"policy": "cross_modal", "options": {"calibrated": 2}}),
+    "cross-modal, flash": ("progressive", "persistent", {"policy": "cross_modal_flash"}),
+    "SparseVLM v1": ("progressive", "compacted", {"policy": "sparsevlm", "options": {"version": 1}}),
+    "SparseVLM v2": ("progressive", "persistent", {"policy": "sparsevlm", "options": {"version": 2}}),
+    "DART": ("one-time", "persistent", {"policy": "dart"}),
+    "TopV": ("one-time", "persistent", {"policy": "topv"}),
+    "VisionZip": (ENTRY, "compacted", {"policy": "visionzip"}),
+    "FasterVLM": (ENTRY, "compacted", {"policy": "fastervlm"}),
+    "PruMerge": (ENTRY, "compacted", {"policy": "prumerge"}),
+    "HiRED": (ENTRY, "compacted", {"policy": "hired"}),
+    "ToMe": (ENTRY, "compacted", {"policy": "tome"}),
+    "random, at entry": (ENTRY, "compacted", {"policy": "random"}),
+}
+LEAST = {"ToMe": 22.0}  # the tiny model's tower has two blocks, each of which can merge half of its tokens at most
+NEEDS_MORE = {
+    "TwigVLM": "its scores come from a trained twig",
+    "DyCoke": "it compares the frames of a video",
+    "VTW": "it drops everything at one layer, so that it has no budget to choose",
+    "VoCo-LLaMA": "its mask needs a model that was trained with it",
+}
 POSITIONS = ("persistent", "compacted")
 BUDGETS = (33.0, 22.0, 11.0, 5.0)
 BIAS_BUDGET = 50.0  # V2Drop's figure on positional bias drops half of the tokens at once
@@ -39,22 +67,29 @@ class Method:
     budget: float
     seed: int = 0
 
+    @property
+    def random(self) -> bool:
+        return self.policy.startswith("random")
+
     def schedule(self, layers: Sequence[int], n: int, depth: int) -> Schedule:
         """Drops that leave the budget: the mean share of the tokens that enters a block, from the first drop on.
 
         The blocks before the first drop see all tokens whatever the method does; over all blocks, 5 % could not be reached
         in a model of eight. One token always stays, as in V2Drop's code.
         """
-        first = layers[0]
+        stages = {"one-time": layers[:1], ENTRY: (0,)}.get(self.shape, tuple(layers))
+        # Before the decoder too: the same mean over all blocks, so that a column compares equal costs.
+        first, stage = layers[0], POLICIES.get(self.policy) or PAPERS[self.policy][2]
         average = n * (first + self.budget / 100 * (depth - first)) / depth
-        stages = {"one-time": layers[:1]}.get(self.shape, layers)
         last = 0.0 if self.shape.endswith("exit") else None
-        return solve(
-            average=average, layers=stages, n=n, depth=depth, last=last, at_least=1, name=str(self), **POLICIES[self.policy]
-        )
+        found = solve(average=average, layers=stages, n=n, depth=depth, last=last, at_least=1, name=str(self), **stage)
+        if stage["policy"] == "tome":  # merges in the tower, before any stage
+            merging = [dataclasses.replace(x, options={"tokens": x.count(n)}) for x in found.stages]
+            found = dataclasses.replace(found, stages=tuple(merging))
+        return dataclasses.replace(found, inject=1) if self.shape == LATE else found
 
     def __str__(self) -> str:
-        seed = f", seed {self.seed}" if self.policy == "random" else ""
+        seed = f", seed {self.seed}" if self.random else ""
         return f"{self.policy}, {self.shape}, {self.positions} ids, {self.budget:g} %{seed}"
 
 
@@ -64,13 +99,19 @@ def methods(
     positions: Iterable[str] = POSITIONS,
     budgets: Iterable[float] = BUDGETS,
     seeds: int = SEEDS,
+    papers: Iterable[str] = tuple(PAPERS),
 ) -> Iterator[Method]:
     """All that is compared, and one run per policy for the figure on positional bias."""
-    policies = list(policies)
+    policies, budgets = list(policies), list(budgets)
     settings = [*itertools.product(shapes, positions, budgets), ("one-time", "persistent", BIAS_BUDGET)]
-    for (shape, ids, budget), policy in itertools.product(dict.fromkeys(settings), policies):
-        for seed in range(seeds if policy == "random" else 1):
-            yield Method(policy, shape, ids, budget, seed)
+    found = [Method(policy, *setting) for setting, policy in itertools.product(dict.fromkeys(settings), policies)]
+    found += [
+        Method(name, *PAPERS[name][:2], budget)
+        for name, budget in itertools.product(papers, budgets)
+        if budget >= LEAST.get(name, 0)
+    ]
+    for method in found:
+        yield from (dataclasses.replace(method, seed=seed) for seed in range(seeds if method.random else 1))
 
 
 @dataclass(frozen=True)
@@ -102,12 +143,24 @@ def run(task: Task, method: Method | None) -> Run:
                 for row, i in enumerate(chosen):
                     kept[i] = [[int(x) for x in stage] for stage in dropper.kept(row).stages]
                     # A drop that did not fire would look like a method that costs nothing.
-                    if [len(stage) for stage in kept[i]] != list(schedule.counts(task.vision_tokens[i])):
+                    if [len(stage) for stage in kept[i]] != counts(schedule, task.vision_tokens[i]):
                         raise RuntimeError(f"question {i}: kept {[*map(len, kept[i])]} of {task.vision_tokens[i]} with {schedule}")
         for row, i in enumerate(chosen):
             answers[i] = task.decode(ids[row])
     right = [task.right(given, item.answer) for given, item in zip(answers, task.items, strict=True)]
     return Run(method, schedule, answers, right, kept)
+
+
+def counts(schedule: Schedule, n: int) -> list[int]:
+    """What every stage leaves of ``n`` tokens; some methods cannot keep any number (DART)."""
+    from v2drop_kernels.models import policies
+
+    left = []
+    for stage in schedule.stages:
+        k = stage.count(n)
+        n = policies.make(stage.policy, stage.options).count(n, k) if k else 0
+        left.append(n)
+    return left
 
 
 def _generate(task: Task, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -127,7 +180,7 @@ def row(task: Task, done: Run, undropped: Run) -> dict[str, Any]:
         "accuracy": round(100 * statistics.mean(done.right), 3),
         "agreement": round(100 * statistics.mean(agree), 3),
         "layers": " ".join(map(str, done.schedule.layers)),
-        "kept": " ".join(map(str, done.schedule.counts(n[0]))),
+        "kept": " ".join(map(str, counts(done.schedule, n[0]))),
         "of": n[0],
         "average_share": round(100 * statistics.mean(averages), 3),
     }

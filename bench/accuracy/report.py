@@ -6,11 +6,11 @@ import csv
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import measure
-from measure import BIAS_BUDGET, COLUMNS, POLICIES, POSITIONS, SHAPES, Run
+from measure import BIAS_BUDGET, COLUMNS, NEEDS_MORE, PAPERS, POLICIES, POSITIONS, SHAPES, Run
 from tasks import Task
 
 from v2drop_kernels import plot
@@ -34,7 +34,7 @@ Key = tuple[str, str, str]
 
 
 def write(folder: Path, task: Task, undropped: Run, runs: Sequence[Run], conditions: dict[str, str], command: str) -> None:
-    """accuracy.csv, accuracy.md, accuracy.png and bias.png."""
+    """accuracy.csv, accuracy.md, accuracy.png, methods.png and bias.png."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "accuracy.csv").open("w", newline="") as file:
         out = csv.DictWriter(file, (*COLUMNS, *conditions), restval="", lineterminator="\n")
@@ -44,6 +44,8 @@ def write(folder: Path, task: Task, undropped: Run, runs: Sequence[Run], conditi
     pictures = []
     if accuracy_plot(runs, undropped, task, folder / "accuracy.png"):
         pictures.append("![Accuracy over the budget](accuracy.png)")
+    if methods_plot(runs, undropped, task, folder / "methods.png"):
+        pictures.append("![Methods of the papers](methods.png)")
     if bias_plot(runs, task, folder / "bias.png"):
         pictures.append("![Positional bias](bias.png)")
     sections = [
@@ -56,7 +58,8 @@ def write(folder: Path, task: Task, undropped: Run, runs: Sequence[Run], conditi
         "and prompts of one length run together, so neither sampling nor padding plays a part.",
         "## Accuracy, percent",
         "In brackets: answers equal to those of the undropped model. Random: mean over the seeds, and their range.",
-        _table(runs, undropped),
+        _table(_keys(runs), runs, undropped, _name),
+        *_papers(runs, undropped),
         *pictures,
         "## Relevant tokens kept, percent",
         "Of the vision tokens that a question is about: left after the first drop / after the last. Random keeps the share of "
@@ -84,6 +87,11 @@ def _of(runs: Iterable[Run], key: Key, budget: float) -> list[Run]:
 def _keys(runs: Iterable[Run]) -> list[Key]:
     present = {(r.method.policy, r.method.shape, r.method.positions) for r in runs if r.method and r.method.budget != BIAS_BUDGET}
     return [(p, s, i) for s in SHAPES for i in POSITIONS for p in POLICIES if (p, s, i) in present]
+
+
+def _paper_keys(runs: Iterable[Run]) -> list[Key]:
+    present = {r.method.policy for r in runs if r.method}
+    return [(name, *home[:2]) for name, home in PAPERS.items() if name in present]
 
 
 def _budgets(runs: Iterable[Run]) -> list[float]:
@@ -114,7 +122,21 @@ def _name(key: Key) -> str:
     return f"{key[1]}, {key[2]} ids, {key[0]}"
 
 
-def _table(runs: Sequence[Run], undropped: Run) -> str:
+def _papers(runs: Sequence[Run], undropped: Run) -> list[str]:
+    keys = _paper_keys(runs)
+    if not keys:
+        return []
+    return [
+        "## Methods of the papers, percent",
+        "Each where it drops and with the ids that it was published with, at the budgets above. Methods before the decoder keep as "
+        "many tokens as the others have in the mean over all blocks, so that a column compares equal costs. Not here: "
+        + "; ".join(f"{name} ({why})" for name, why in NEEDS_MORE.items())
+        + ".",
+        _table(keys, runs, undropped, lambda key: f"{key[0]}: {key[1]}, {key[2]} ids"),
+    ]
+
+
+def _table(keys: Sequence[Key], runs: Sequence[Run], undropped: Run, name: Callable[[Key], str]) -> str:
     def cell(key: Key, budget: float) -> str:
         found = _of(runs, key, budget)
         if not found:
@@ -123,9 +145,7 @@ def _table(runs: Sequence[Run], undropped: Run) -> str:
         return f"{_accuracy(found)} [{statistics.mean(agree):.1f}]"
 
     budgets = _budgets(runs)
-    return _markdown(
-        ["method", *(f"{b:g} %" for b in budgets)], ([_name(key), *(cell(key, b) for b in budgets)] for key in _keys(runs))
-    )
+    return _markdown(["method", *(f"{b:g} %" for b in budgets)], ([name(key), *(cell(key, b) for b in budgets)] for key in keys))
 
 
 def _relevant(task: Task, runs: Sequence[Run]) -> str:
@@ -189,6 +209,33 @@ def bias_plot(runs: Sequence[Run], task: Task, path: Path) -> bool:
     kept = {policy: [stages[0] for stages in some[0].kept] for policy, some in found.items()}
     title = f"kept at layer {task.layers[0]}, of each tenth of the vision tokens"
     plot.positional_bias(kept, list(task.vision_tokens), title=title, caption=task.about).savefig(path, dpi=110)
+    return True
+
+
+def methods_plot(runs: Sequence[Run], undropped: Run, task: Task, path: Path) -> bool:
+    """Accuracy of the papers' methods over the budget; False when there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    keys, budgets = _paper_keys(runs), _budgets(runs)
+    if not keys:
+        return False
+    figure = Figure(figsize=(8, 4.6), dpi=110, facecolor="white", layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(100 * statistics.mean(undropped.right), color="0.5", linestyle="--", linewidth=0.8, label="nothing dropped")
+    shapes = list(dict.fromkeys(key[1] for key in keys))
+    for number, key in enumerate(keys):
+        found = [(b, statistics.mean(_each(some))) for b in budgets if (some := _of(runs, key, b))]
+        style = ("-", "--", ":", "-.")[shapes.index(key[1]) % 4]
+        axis.plot(
+            *zip(*found, strict=True), style, label=f"{key[0]} ({key[1]})", color=f"C{number % 10}", marker="os^Dv"[number // 10]
+        )
+    axis.set(
+        xlabel="mean share of the vision tokens from the first drop on, %", ylabel="accuracy, %", ylim=(-2, 102), title=task.about
+    )
+    axis.set_xticks(budgets, [f"{b:g}" for b in budgets])
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    figure.savefig(path)
     return True
 
 
