@@ -53,7 +53,7 @@ def test_as_a_process():
 
 
 def test_a_backend_that_cannot_serve_is_one_line():
-    done = _run("demo", "--width", "128", "--device", "cpu", "--backend", "triton", TRITON_INTERPRET="0")
+    done = _run("demo", "china", "--width", "128", "--device", "cpu", "--backend", "triton", TRITON_INTERPRET="0")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("python -m v2drop_kernels demo: error: backend 'triton' cannot serve cpu tensors")

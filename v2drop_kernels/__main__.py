@@ -1,4 +1,4 @@
-"""The command line: ``python -m v2drop_kernels info | demo | bench | config``.
+"""The command line: ``python -m v2drop_kernels info | demo | methods | bench | config``.
 
 Exit codes: 0 well, 1 a result is wrong, 2 a wrong argument or something missing (one line on stderr); ``bench`` passes its own on.
 """
@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, backends with reasons, instruction set, GPU", description="What runs here.")
     demo_parser = commands.add_parser(
         "demo",
-        help="drop the vision tokens of a photo, check and time every stage, write a picture",
-        description="Run a photo through a LLaVA-shaped decoder (random weights) that drops its vision tokens at three layers; "
-        "check every stage against the PyTorch reference, time it, and write a picture of what was kept. "
-        "Exit code 1 if a stage differs from the reference.",
+        help="ask the small trained model about a picture, with and without drops; or drop a photo's tokens",
+        description="Ask the small trained model of a source checkout about a picture, with and without dropping vision tokens. "
+        "With a photo: run it through a LLaVA-shaped decoder (random weights) that drops at three layers, and check and time every "
+        "stage. Both write a picture of what was kept. Exit code 1 if a result differs from the PyTorch reference.",
     )
+    commands.add_parser("methods", help="a table of all methods, in Markdown", description="Print a table of all methods.")
     commands.add_parser("bench", help="run the benchmarks of a source checkout; arguments are passed on", add_help=False)
     config_parser = commands.add_parser(
         "config",
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return info()
         if args.command == "config":
             return config.run(args)
+        if args.command == "methods":
+            from .models import methods
+
+            print(methods.markdown())
+            return 0
         return demo.run(args) if args.command == "demo" else bench(rest)
     except expected as error:
         line = " ".join(str(error).split())

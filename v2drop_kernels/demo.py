@@ -1,16 +1,19 @@
-"""The demo: a photo through a LLaVA-shaped decoder that drops its vision tokens in three stages, each checked and timed.
+"""The demos: ``python -m v2drop_kernels demo [IMAGE]``.
 
-The decoder has seeded random weights, so the picture shows the mechanism and no understanding. Run it with
-``python -m v2drop_kernels demo [IMAGE]``.
+Without a photo, in a source checkout, the small trained model of ``examples/tiny_vlm`` answers a question with and without drops.
+A photo goes through a LLaVA-shaped decoder that drops its vision tokens in three stages, each checked and timed. That decoder
+has seeded random weights, so the picture shows the mechanism and no understanding.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import itertools
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,14 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "image",
         nargs="?",
-        default=SAMPLES[0],
         metavar="IMAGE",
-        help=f"a photo, or one of scikit-learn's samples: {', '.join(SAMPLES)} (default: {SAMPLES[0]})",
+        help=f"a photo, or one of scikit-learn's samples: {', '.join(SAMPLES)}, for a LLaVA-shaped decoder with random weights "
+        "(default: a picture and a question for the small trained model of a source checkout)",
     )
+    parser.add_argument("--question", help="to the trained model, for instance 'row blue' or 'red below right'")
+    parser.add_argument("--ranking", default="variation", help="of the trained model's picture (default: variation)")
     parser.add_argument("--preset", choices=PRESETS, default="192", help="V2Drop's budget for LLaVA-1.5 (default: 192)")
     parser.add_argument("--backend", choices=BACKENDS, help="force a backend (default: the first that can serve)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the random weights (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the model's picture, or of the random weights (default: 0)")
     parser.add_argument("--repeats", type=_positive, default=31, help="timed runs of each drop step (default: 31)")
     parser.add_argument("-o", "--output", type=Path, default=Path("v2drop_demo.png"), help="the picture (default: v2drop_demo.png)")
     # A narrower decoder keeps the tests quick.
@@ -83,9 +88,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo with parsed arguments; 0 when every stage equals the reference, else 1."""
-    began = time.perf_counter()
     _check_output(args.output)
-    name, pixels = load_image(args.image)
+    if args.image is not None:
+        if args.question is not None:
+            raise DemoError("--question is for the trained model; a photo meets random weights, which answer nothing")
+        return run_photo(args)
+    missing = [name for name in ("transformers", "sklearn") if importlib.util.find_spec(name) is None]
+    checkout = Path(__file__).resolve().parents[1]
+    if not missing and (checkout / "examples" / "tiny_vlm" / "demo.py").exists():
+        sys.path.insert(0, str(checkout))
+        return int(importlib.import_module("examples.tiny_vlm.demo").run(args))
+    why = f"{missing[0]} is not installed" if missing else "it comes with a source checkout"
+    if args.question is not None:
+        raise DemoError(f"--question needs the trained model of examples/tiny_vlm, and {why}")
+    print(f"The trained model of examples/tiny_vlm is not here ({why}): a photo and random weights instead.\n")
+    return run_photo(args)
+
+
+def run_photo(args: argparse.Namespace) -> int:
+    """A photo through the decoder with random weights."""
+    began = time.perf_counter()
+    name, pixels = load_image(args.image or SAMPLES[0])
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise DemoError("no GPU was found: torch.cuda.is_available() is False")
