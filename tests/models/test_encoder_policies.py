@@ -181,10 +181,18 @@ def slow_visionzip(seen, i, k, contextual):
     return chosen(tiles, tiers, ranks, k, extra), merged
 
 
-def slow_prumerge(seen, i, k, neighbours, uniform=0.0, extra_token=True):
+def outliers(seen, tile):
+    """How many patches lie above the third quartile by 1.5 interquartile ranges (linear between neighbours)."""
+    weight = sorted(seen.attention(-1, tile, heads=1)[0].tolist())
+    at = lambda share: weight[int(share * 15)] + (share * 15 % 1) * (weight[min(int(share * 15) + 1, 15)] - weight[int(share * 15)])
+    return sum(x > at(0.75) + 1.5 * (at(0.75) - at(0.25)) for x in weight)
+
+
+def slow_prumerge(seen, i, k, neighbours, uniform=0.0, extra_token=True, adaptive=False):
     tiles, extra = tiles_of(seen, i)
     tiers, ranks, merged = {}, {}, {}
-    for (tile, patches), budget in zip(tiles.items(), even(max(k - len(extra), 0), len(tiles)), strict=True):
+    budgets = [outliers(seen, t) + 1 for t in tiles] if adaptive else even(max(k - len(extra), 0), len(tiles))
+    for (tile, patches), budget in zip(tiles.items(), budgets, strict=True):
         weight = seen.attention(-1, tile, heads=1)[0].float().detach()  # rankings carry no gradient
         rank = ranking(weight, patches)
         n = max(budget - extra_token, 0)
@@ -358,6 +366,30 @@ def test_beams_share_what_the_tower_saw(name, family):
         handle.remove()
         assert [dropping.kept(i).stages for i in range(6)] == [x for x in want for _ in range(2)]
         assert torch.equal(into[1], into[0].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_adaptive_prumerge(beams):
+    """Every picture keeps as many patches as are outliers, and the extra token, whatever the stage says."""
+    model, inputs, spans = tiny.batch("llava", ITEMS["llava"])
+    options = {"neighbours": 4, "adaptive": True}
+    with torch.no_grad():
+        seen, into = facts(model, inputs), []
+        found = [sum(outliers(seen, tile) + 1 for tile in tiles_of(seen, i)[0]) for i in range(3)]
+        assert len(set(found)) == 3  # or the test would tell nothing
+        with TokenDropper(Schedule((Stage(0, 0.5, "prumerge", options=options),)))(model) as dropping:
+            handle = entering(model, into)
+            model.generate(**inputs, max_new_tokens=1, num_beams=beams, do_sample=False)
+            handle.remove()
+        for j in range(3 * beams):
+            real, vision = rows_of(inputs, spans, j // beams)
+            kept, merged = slow_prumerge(seen, j // beams, found[j // beams], **options)
+            assert [vision[x] + int(real[0]) for x in dropping.kept(j).stages[0]] == kept
+            behind = [
+                [r for r in range(row, inputs["input_ids"].shape[1]) if r in kept or r - int(real[0]) not in vision] for row in kept
+            ]
+            for row, rows in zip(kept, behind, strict=True):  # padded on the left
+                close(into[0][j, -len(rows)], model.model.multi_modal_projector(merged[row]))
 
 
 @pytest.mark.parametrize("name", ["visionzip", "prumerge", "tome"])
@@ -568,6 +600,8 @@ def test_errors():
         enter("fastervlm", layer=4)
     with pytest.raises(ValueError, match=r"^tokens must leave"):
         enter("tome", tokens=1)
+    with pytest.raises(ValueError, match=r"^adaptive must be False for 'llava_next'"):
+        TokenDropper(stage("prumerge", adaptive=True))(tiny.made("llava_next")).__enter__()
     assert hooks(model) == before
     several = copy.deepcopy(model)
     several.config.vision_feature_layer = [-2, -1]

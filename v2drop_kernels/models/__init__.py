@@ -5,8 +5,10 @@ Use ``with vk.models.TokenDropper(schedule)(model) as dropping: model.generate(.
 
 from .dropper import Dropping, TokenDropper
 from .ilvas import Ilvas, ilvas
+from .policies.twigvlm import twig_schedule
 from .policy import Method, Policy, Stop
 from .report import Kept, LayerReport, Report
+from .voco import voco_mask
 
 __all__ = [
     "Dropping",
@@ -19,4 +21,6 @@ __all__ = [
     "Stop",
     "TokenDropper",
     "ilvas",
+    "twig_schedule",
+    "voco_mask",
 ]

@@ -7,20 +7,10 @@ import torch
 from .policy import Stop
 
 
-def visible_rows(at: Stop) -> torch.Tensor:
-    """bool ``[B, N]``: rows that are neither padding nor hidden from the item's last row by the model's mask."""
-    seen = at.real
-    if at.mask is None:
-        return seen
-    items = torch.arange(seen.shape[0], device=seen.device)
-    row = at.mask.expand(seen.shape[0], -1, -1, -1)[items, 0, at.last[:, 0], : seen.shape[1]]
-    return seen & (row if row.dtype == torch.bool else row >= 0)
-
-
 def text_rows(at: Stop) -> torch.Tensor:
     """bool ``[B, N]``: the text behind an item's first droppable row, which is the text that can see one; else its last row."""
     droppable = at.droppable
-    text = visible_rows(at) & ~droppable & (droppable.cumsum(1) > 0)
+    text = at.visible & ~droppable & (droppable.cumsum(1) > 0)
     last = torch.arange(text.shape[1], device=text.device) == at.last
     return text | (last & ~text.any(1, keepdim=True))
 

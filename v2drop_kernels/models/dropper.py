@@ -200,12 +200,12 @@ class Dropping:
         """What of ``left`` tokens a stage keeps."""
         stage, policy = self._stages[layer], self._policies[layer]
         if ratio is None:
-            return tuple(policy.count(n, stage.count(n)) if n else 0 for n in left)
+            return policy.counts(left, tuple(map(stage.count, left)), self._seen[id(policy)])
         # As soft_topk rounds it.
         share = 1 - torch.tensor(ratio, dtype=torch.float32)
         kept = tuple(int(k) for k in (share * torch.tensor(left)).round().clamp(min=0).tolist())
         kept = tuple(map(min, kept, left))
-        if any(policy.count(n, k) != k for n, k in zip(left, kept, strict=True) if n):
+        if policy.counts(left, kept, self._seen[id(policy)]) != kept:
             raise ValueError(f"soft must not be used with the policy {stage.policy!r}, which cannot keep any number of tokens")
         return kept
 

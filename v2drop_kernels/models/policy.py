@@ -125,6 +125,16 @@ class Stop:
         return self.layout.real_rows(self.hidden.device)
 
     @property
+    def visible(self) -> torch.Tensor:
+        """bool ``[B, N]``: neither padding nor hidden from the item's last row by the model's mask."""
+        seen = self.real
+        if self.mask is None:
+            return seen
+        items = torch.arange(seen.shape[0], device=seen.device)
+        row = self.mask.expand(seen.shape[0], -1, -1, -1)[items, 0, self.last[:, 0], : seen.shape[1]]
+        return seen & (row if row.dtype == torch.bool else row >= 0)
+
+    @property
     def last(self) -> torch.Tensor:
         """int64 ``[B, 1]``: the last real row of every item."""
         return torch.tensor([[max(hi - 1, 0)] for _, hi in self.layout.bounds], device=self.hidden.device)
@@ -168,14 +178,9 @@ class Stop:
         """:func:`v2drop_kernels.attention_score` of the droppable rows in block ``layer``; queries at ``rows``, or the last."""
         rows = self.last if rows is None else rows
         query, keys = self.project(layer, hidden, rows)
-        seen = self.real
-        if self.mask is not None:
-            items = torch.arange(hidden.shape[0], device=hidden.device)
-            row = self.mask.expand(hidden.shape[0], -1, -1, -1)[items, 0, self.last[:, 0]][:, : hidden.shape[1]]
-            seen = seen & (row if row.dtype == torch.bool else row >= 0)
         options.setdefault("scale", self.blocks[layer].self_attn.scaling)
         return attention_score(
-            query, keys, query_rows=rows, key_mask=seen, droppable=self.droppable, backend=self.backend, **options
+            query, keys, query_rows=rows, key_mask=self.visible, droppable=self.droppable, backend=self.backend, **options
         )
 
 
@@ -214,6 +219,13 @@ class Policy:
     def count(self, n: int, k: int) -> int:
         """How many of ``n`` tokens stay when the schedule asks for ``k``: for methods that cannot keep any number."""
         return k
+
+    def counts(self, left: Sequence[int], kept: Sequence[int], seen: dict[str, Any]) -> tuple[int, ...]:
+        """What stays of every item's ``left`` tokens when the schedule asks for ``kept``, before anything is ranked.
+
+        For budgets that depend on what :meth:`watch` saw, which costs one read by the host. Default: :meth:`count`.
+        """
+        return tuple(self.count(n, k) if n else 0 for n, k in zip(left, kept, strict=True))
 
     def watch(self, family: Family, seen: dict[str, Any]) -> Iterator[Any]:
         """Register hooks in the vision tower that write to ``seen``; yield their handles."""

@@ -29,7 +29,7 @@ from ...merge import merge_dropped, recycled_clusters
 from ...reference.attention_score import chunks
 from ...reference.order import ranked
 from ...schedule import Schedule, Stage
-from .._text import numbers, prompt_rows, text_rows, visible_rows
+from .._text import numbers, prompt_rows, text_rows
 from ..policy import Method, Policy, Stop
 
 RECYCLED = 0.3
@@ -107,7 +107,7 @@ class SparseVLM(Policy):
         ones = torch.ones(batch, 1, n, d, device=keys.device)
         pulled = rotate(ones, ones, *(x.expand(batch, -1, -1).float() for x in at.rope))[0][:, 0]
         pull = pulled[torch.arange(batch, device=keys.device)[:, None], raters.clamp(min=0)] @ pulled.transpose(1, 2) * attn.scaling
-        seen = visible_rows(at)[:, None] & (torch.arange(n, device=keys.device) <= raters[..., None])  # [B, Q, N]
+        seen = at.visible[:, None] & (torch.arange(n, device=keys.device) <= raters[..., None])  # [B, Q, N]
         rated, total = seen & at.droppable[:, None], torch.zeros(batch, n_heads, n, device=keys.device)
         for part in chunks(query, keys):
             q = query[:, :, part].float()
