@@ -11,6 +11,7 @@ import torch
 from cases import FLOATS, INTERPRETED, cross, fewer, integers, normal, same, seeded, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_large_offsets import far_apart
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import v2drop_kernels as vk
@@ -181,6 +182,15 @@ def test_attention_score_of_strided_keys(on, dtype, kind, layout):
     within(got, q, k)
     if on.backend != "reference":  # whose product is PyTorch's, in an order that depends on the strides
         same(got, score(on, q, k))
+
+
+@cross(dim=[0, 1, 2], far=["q", "k"])
+def test_attention_score_of_far_keys(on, dim, far):
+    """Items, heads or rows 2^31 elements apart."""
+    given = {"q": normal((2, 4, 2, 8), torch.bfloat16, "q"), "k": normal((2, 2, 3, 8), torch.bfloat16, "k")}
+    want = score(on, **given)
+    moved = {name: x.to(on.device) for name, x in given.items()} | {far: far_apart(given[far], on, dim)}
+    same(vk.attention_score(**moved, backend=on.backend).cpu(), want)
 
 
 def test_attention_score_of_strided_masks(on):

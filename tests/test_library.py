@@ -15,7 +15,10 @@ import v2drop_kernels as vk
 from v2drop_kernels import _library, _plan
 
 ops = torch.ops.v2drop
-OP_NAMES = ["variation_score", "variation_score_backward", "topk", "drop", "compact", "compact_backward", "compact_"]
+OP_NAMES = [
+    "variation_score", "variation_score_backward", "topk", "drop", "compact", "compact_backward", "compact_", "attention_score",
+    "key_norm", "cosine_to_pivots",
+]  # fmt: skip
 PLANS = [
     BATCHES[0],
     BATCHES[1],
@@ -311,6 +314,10 @@ def eager_calls():
     vk.compact_(keep, given["kv"])
     got = vk.drop_tokens(prev, cur.requires_grad_(), 4, **given)
     (got.hidden.sum() + vk.variation_score(prev, cur).sum()).backward()
+    kv = torch.ones(1, 2, 5, 4, requires_grad=True)
+    pivots = torch.zeros(2, 1, dtype=torch.int64)
+    found = vk.attention_score(kv[:, :, :1], kv).sum() + vk.key_norm_score(kv).sum() + vk.cosine_to_pivots(kv[0], pivots).sum()
+    found.backward()
 
 
 @pytest.mark.backends("cpu")

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The public surface that DESIGN.md, section 3, and the issue promise.
 PROMISED = {
     "variation_score", "segmented_topk", "variation_topk", "compact", "compact_", "drop_tokens", "TokenLayout",
-    "n_keep", "explain", "backend", "TopK", "Compacted", "Dropped", "reference", "positions",
+    "n_keep", "explain", "backend", "TopK", "Compacted", "Dropped", "reference", "positions", "attention_score",
+    "cls_attention_score", "text_raters", "text_rater_score", "cross_modal_score", "key_norm_score", "cosine_to_pivots",
+    "frame_similarity", "random_score", "soft_topk", "weighted_merge", "bipartite_merge", "merge_dropped",
 }  # fmt: skip
 FUNCTIONS = [name for name in vk.__all__ if inspect.isfunction(inspect.unwrap(getattr(vk, name)))]
 METHODS = ["padded", "packed", "from_mask", "from_token_ids", "after", "droppable_rows", "real_rows", "segments"]

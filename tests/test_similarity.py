@@ -7,6 +7,7 @@ import torch
 from cases import FLOATS, cross, fewer, integers, normal, same, seeded, strided
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_large_offsets import far_apart
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import v2drop_kernels as vk
@@ -85,6 +86,17 @@ def test_cosine_to_pivots(on, shape, p, dtype):
     got = cosine(on, x, pivots)
     assert ((got - want).abs() <= bound).all()
     assert got[(want == 0).all(-1)].eq(0).all()  # no pivot, or a row of zeros
+
+
+@cross(dim=[0, 1, 2])
+def test_similarity_of_far_rows(on, dim):
+    """Items, heads or rows 2^31 elements apart."""
+    k = integers((2, 2, 3, 8), torch.bfloat16, "k")
+    same(vk.key_norm_score(far_apart(k, on, dim), backend=on.backend).cpu(), norm(on, k))
+    if dim < 2:
+        pivots = torch.tensor([[0, -1], [2, 1]])
+        got = vk.cosine_to_pivots(far_apart(k[:, 0], on, dim), pivots.to(on.device), backend=on.backend)
+        same(got.cpu(), cosine(on, k[:, 0].contiguous(), pivots))
 
 
 @cross(dtype=FLOATS, kind=STRIDES)

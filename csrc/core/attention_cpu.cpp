@@ -80,13 +80,10 @@ class Step {
   int64_t queries(int64_t e) const { return std::min(count(e), queries_); }
 
   void run(int threads, bool last) {
-    // Whatever lies closer together in memory comes first.
-    const bool heads_first = std::abs(a_.k.head_stride) < std::abs(a_.k.row_stride);
-    const int64_t kv = a_.k.heads;
-    parallel_for(entries_ * kv * blocks_, threads, [&](int64_t item) {
-      const int64_t e = item / (kv * blocks_), rest = item % (kv * blocks_);
-      heads_first ? weigh(e, rest % kv, rest / kv) : weigh(e, rest / blocks_, rest % blocks_);
-    });
+    // All key heads of a block before the next block: their weights lie end to end, and so may their keys. One head after the other was
+    // up to 8 % slower (Zen 5, 8 key heads of 65536 rows).
+    parallel_for(entries_ * blocks_ * a_.k.heads, threads,
+                 [&](int64_t item) { weigh(item / (blocks_ * a_.k.heads), item % a_.k.heads, item / a_.k.heads % blocks_); });
     parallel_for(entries_ * queries_, threads, [&](int64_t item) {
       if (item % queries_ < queries(item / queries_)) scale(item / queries_, item % queries_);
     });

@@ -275,10 +275,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSm) reduce_kernel(const __g
 }
 
 int64_t split_keys(int64_t rows) {
-  const int64_t tiles = (rows + kAttentionKeys - 1) / kAttentionKeys;
+  const int64_t tiles = rows / kAttentionKeys + (rows % kAttentionKeys != 0);  // rows may be anything here
   return std::max<int64_t>(1, (tiles + kAttentionSplits - 1) / kAttentionSplits) * kAttentionKeys;
 }
-int64_t splits_of(int64_t rows) { return std::max<int64_t>(1, (rows + split_keys(rows) - 1) / split_keys(rows)); }
+int64_t splits_of(int64_t rows) { return std::max<int64_t>(1, rows / split_keys(rows) + (rows % split_keys(rows) != 0)); }
 
 // Scratch memory of a step with so many queries; saturates, so that no size overflows.
 int64_t step_bytes(int64_t batch, int64_t heads, int64_t queries, int64_t rows) {

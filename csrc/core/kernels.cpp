@@ -391,15 +391,25 @@ inline F32 exponential(F32 x) {
 inline float total_of(const DotLanes& sums) { return totals(sums, sums, sums, sums)[0]; }
 
 void exponentials(float* x, int64_t n, float* max, float* sum) {
-  F32 most = splat(-__builtin_inff());
+  constexpr int kAtOnce = 4;  // comparisons wait for each other less
+  F32 most[kAtOnce];
+  for (F32& m : most) m = splat(-__builtin_inff());
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const F32 y = load<F32>(x + i);
-    most = bits<F32>(select(y > most, bits<U32>(y), bits<U32>(most)));
+  for (; i + kAtOnce * kWidth <= n; i += kAtOnce * kWidth) {
+    V2DROP_UNROLL
+    for (int m = 0; m < kAtOnce; ++m) {
+      const F32 y = load<F32>(x + i + m * kWidth);
+      most[m] = y > most[m] ? y : most[m];
+    }
   }
-  float found = most[0];
-  for (int l = 1; l < kWidth; ++l) found = most[l] > found ? most[l] : found;
-  for (; i < n; ++i) found = x[i] > found ? x[i] : found;
+  float ends[kAtOnce * kWidth];
+  std::memcpy(ends, most, sizeof ends);
+  for (; i < n; ++i) ends[i % kWidth] = x[i] > ends[i % kWidth] ? x[i] : ends[i % kWidth];
+  V2DROP_UNROLL
+  for (int half = kAtOnce * kWidth / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) ends[l] = ends[l + half] > ends[l] ? ends[l + half] : ends[l];
+  }
+  const float found = ends[0];
   const F32 base = splat(found == -__builtin_inff() ? 0.0f : found);
 
   DotLanes sums;

@@ -533,9 +533,11 @@ static void test_no_cuda(void) {
   REFUSES(compact_inplace(&keep, &part, 1));
   {
     const v2drop_tensor k = heads_of(key_data, 1, 4, 2), rows = tensor(row_data, V2DROP_INT64, 4, 0);
+    float found[12];
+    const v2drop_tensor to = tensor(found, V2DROP_FLOAT32, 3, 4);
     REFUSES(attention(&k, &k, &rows, NULL, NULL, 1, 0, 0, 0, &scores));
     REFUSES(key_norm(&k, 0, &scores));
-    REFUSES(cosines(&cur, &keep, &prev));
+    REFUSES(cosines(&cur, &keep, &to));
   }
 }
 

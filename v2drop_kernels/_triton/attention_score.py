@@ -25,7 +25,7 @@ HEADS_AT_ONCE = 32 if INTERPRETED else 8
 
 
 def sizes(rows: int, s: int, d: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """``(ROWS, KEYS, BLOCK_S, BLOCK_D, STEPS)``: rows of queries and keys of a program; keys and channels of a step, unrolled steps.
+    """``(ROWS, KEYS, BLOCK_S, BLOCK_D, STEPS)``: rows of queries and keys of a program; keys and channels of a step, steps at once.
 
     Rows are the heads of a group times the queries; a tensor core multiplies 16 at least, which memory hides even where only one
     is real. KEYS leaves at most 64 partial sums per row, so it depends on ``s`` alone; 65536 keys of 4 heads are then 256 programs,

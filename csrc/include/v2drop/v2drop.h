@@ -224,8 +224,9 @@ V2DROP_API const char* v2drop_cuda_archs(void);
  * reason in v2drop_last_error(). */
 V2DROP_API v2drop_status v2drop_cuda_available(void);
 
-/* Device scratch memory that suffices for any call below with so many rows (batch * rows) and stretches; `width` is the K of the results
- * of v2drop_topk_cuda in V2DROP_ORDER_SCORE, else 0. At most 8 bytes a row + 8 a ranked result + 64 a stretch + 1 KB. */
+/* Device scratch memory that suffices for any call below but v2drop_attention_score_cuda with so many rows (batch * rows) and stretches;
+ * `width` is the K of the results of v2drop_topk_cuda in V2DROP_ORDER_SCORE, else 0. At most 8 bytes a row + 8 a ranked result + 64 a
+ * stretch + 1 KB. */
 V2DROP_API int64_t v2drop_workspace_bytes_cuda(int64_t rows, int64_t n_stretches, int64_t width);
 
 V2DROP_API v2drop_status v2drop_variation_score_cuda(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
