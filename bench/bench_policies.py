@@ -2,8 +2,8 @@
 
 ``python bench/bench_policies.py`` prints a Markdown table; ``--out FOLDER`` writes policies.csv and policies.md there; ``--dry``
 runs everything on tiny shapes (no measurement). A LLaVA-1.5 with random weights, of the true shape on a GPU, an eighth as wide on
-a CPU. Times are medians of calls taken in turns, the vision tower included. Memory is what tensors hold beyond the model and its
-inputs.
+a CPU; or, with ``--small``, the trained model of examples/tiny_vlm. Times are medians of calls taken in turns, the vision tower
+included. Memory is what tensors hold beyond the model and its inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[1:1] = [str(HERE), str(HERE / "accuracy")]
+sys.path[1:1] = [str(HERE), str(HERE / "accuracy"), str(HERE.parent)]
 
 import harness  # noqa: E402
 import measure  # noqa: E402
@@ -71,11 +71,17 @@ def inputs_of(model: Any, batch: int) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def schedules(n: int, depth: int) -> dict[str, tuple[Schedule, str]]:
-    """Every method at the same mean of tokens over all blocks, with its position ids."""
-    from tasks import progressive_layers
+def small(args: argparse.Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The trained model, and held-out questions of one length."""
+    from tasks import tiny
 
-    layers = progressive_layers(depth)
+    task = tiny(28 * args.batch, batch=args.batch, layers=None)
+    _, inputs = next(task.batches())
+    return task.model.to(args.device), {name: x.to(args.device) for name, x in inputs.items()}
+
+
+def schedules(n: int, layers: tuple[int, ...], depth: int) -> dict[str, tuple[Schedule, str]]:
+    """Every method at the same mean of tokens over all blocks, with its position ids."""
     chosen = [measure.Method(name, "progressive", "persistent", BUDGET) for name in ("variation L2", "random")]
     chosen += [measure.Method(name, *home[:2], BUDGET) for name, home in measure.PAPERS.items()]
     return {method.policy: (method.schedule(layers, n, depth), method.positions) for method in chosen}
@@ -84,6 +90,7 @@ def schedules(n: int, depth: int) -> dict[str, tuple[Schedule, str]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry", action="store_true", help="tiny shapes, one repeat: a dry run, not a measurement")
+    parser.add_argument("--small", action="store_true", help="the trained model of examples/tiny_vlm")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
@@ -99,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     import transformers
 
     run = {**harness.conditions("dry" if args.dry else "full"), "transformers": transformers.__version__, "batch": str(args.batch)}
-    text = report(rows, run, " ".join(["python bench/bench_policies.py", *(sys.argv[1:] if argv is None else argv)]))
+    text = report(args, rows, run, " ".join(["python bench/bench_policies.py", *(sys.argv[1:] if argv is None else argv)]))
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -112,11 +119,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
-    model = model_of(args)
-    inputs = inputs_of(model, args.batch)
-    n = int((inputs["input_ids"][0] == 3).sum())
-    sizes = model_sizes(model.config)
-    methods = {"nothing dropped": (Schedule(()), "persistent"), **schedules(n, sizes[0])}
+    from tasks import TINY_LAYERS, progressive_layers
+
+    if args.small:
+        model, inputs = small(args)
+    else:
+        model = model_of(args)
+        inputs = inputs_of(model, args.batch)
+    n = int((inputs["input_ids"][0] == model.config.image_token_index).sum())
+    depth, *_ = model_sizes(model.config)
+    layers = TINY_LAYERS if args.small else progressive_layers(depth)
+    methods = {"nothing dropped": (Schedule(()), "persistent"), **schedules(n, layers, depth)}
     rows, times = {}, {name: [] for name in methods}  # type: ignore[var-annotated]
     for name, (schedule, positions) in methods.items():
         with TokenDropper(schedule, positions=positions)(model) as dropping:
@@ -161,7 +174,7 @@ def seconds(device: str, call: Any) -> float:
     return time.perf_counter() - start
 
 
-def report(rows: list[dict[str, Any]], run: dict[str, str], command: str) -> str:
+def report(args: argparse.Namespace, rows: list[dict[str, Any]], run: dict[str, str], command: str) -> str:
     head = ("method", "drops before", "kept", "tokens per block", "prefill", "speed-up", "by FLOPs", "peak memory", "of undropped")
     lines = [head, ("---", *["---:"] * (len(head) - 1))]
     for row in rows:
@@ -171,12 +184,13 @@ def report(rows: list[dict[str, Any]], run: dict[str, str], command: str) -> str
         ))  # fmt: skip
     about = (
         "Prefill of one prompt, the vision tower included (the FLOPs are the decoder's alone); medians of calls in turns. Peak "
-        "memory: what tensors hold at once beyond the model and its inputs, counted exactly. Random weights: only costs mean "
-        "anything here."
+        "memory: what tensors hold at once beyond the model and its inputs, counted exactly. "
+        + ("So small a model spends its time between the ops, not in them." if args.small else "Random weights: only costs count.")
     )
     made = f"{', '.join(f'{k} {v}' for k, v in run.items())}. Made by `{command}`."
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join(["# All methods on one LLaVA", made, about, table]) + "\n"
+    title = "# All methods on the small trained model" if args.small else "# All methods on one LLaVA"
+    return "\n\n".join([title, made, about, table]) + "\n"
 
 
 if __name__ == "__main__":
