@@ -415,6 +415,7 @@ def test_attention_gives_the_same_bits(on):
         same(score(on, q, k, **options), first)
 
 
+@pytest.mark.backends("reference", "triton", "cpu")  # the scratch of "cuda" is bounded in C++: see the next test
 def test_keys_are_not_expanded_nor_squares_formed(on):
     """No tensor of the call is larger than the logits of the queries that go through at a time, or the keys in float32."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -435,6 +436,17 @@ def test_keys_are_not_expanded_nor_squares_formed(on):
         patch.setattr(SPECIFICATION, "LOGITS_AT_ONCE", 8 * 256)
         vk.attention_score(q, k, heads=3, backend=on.backend)
     assert largest.numel <= max(8 * 256, k.numel()) < 256 * 256
+
+
+@pytest.mark.backends("cuda")
+def test_scratch_on_the_device_is_bounded(on):
+    """Logits of many queries take 64 MB, those of one query all that they need; partial sums and the totals of heads add little."""
+    from v2drop_kernels import _cuda
+
+    for heads, rows in ((32, 6272), (32, 65536), (28, 1 << 20)):
+        held = _cuda._attention_bytes(1, heads, rows, rows)
+        assert held <= 1.25 * max(64 << 20, 4 * heads * rows)
+        assert held < 4 * heads * rows * rows / 8
 
 
 # --- the methods' forms

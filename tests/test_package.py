@@ -16,7 +16,7 @@ import torch
 import v2drop_kernels as vk
 
 ROOT = Path(__file__).resolve().parents[1]
-# The public surface that DESIGN.md, section 3, and the issue promise.
+# The public surface that was promised.
 PROMISED = {
     "variation_score", "segmented_topk", "variation_topk", "compact", "compact_", "drop_tokens", "TokenLayout",
     "n_keep", "explain", "backend", "TopK", "Compacted", "Dropped", "reference", "positions", "attention_score",

@@ -351,3 +351,9 @@ def test_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; from v2drop_kernels.schedule import preset; print(preset('v2drop-64').layers)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout == "(3, 17, 22)\n", found.stderr
+
+
+def test_percentages_of_a_paper_are_the_decimals_they_are_written_as():
+    """1000 tokens and every percentage with one decimal: the count is exact, whatever floats make of the share."""
+    for tenths in range(1001):
+        assert Schedule.from_paper("v2drop", {3: tenths / 10}).counts(1000) == (1000 - tenths,)

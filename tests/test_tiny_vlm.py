@@ -34,6 +34,22 @@ def test_checkpoint():
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == json.loads((model.HERE / "training.json").read_text())["sha256"]
 
 
+def test_readme_has_what_was_evaluated():
+    found = json.loads((model.HERE / "evaluation.json").read_text())
+    assert found["accuracy"] >= 90
+    for before in ("before block 2", "before block 3"):
+        assert found["accuracy"] - found[before]["all dropped"] >= 30
+        assert found["accuracy"] - max(found[before]["random 11% kept, 3 seeds"]) >= 5
+    text = (model.HERE / "README.md").read_text()
+    for line in (
+        f"| all | {found['accuracy']:.1f} % |",
+        f"| {found['orders']['after']:.1f} % / {found['orders']['before']:.1f} % |",
+        f"| {found['before block 2']['all dropped']:.1f} % / {found['before block 3']['all dropped']:.1f} % |",
+        f"({found['kinds, before']['list']:.1f} %; after it {found['kinds, after']['list']:.1f} %)",
+    ):
+        assert line in text
+
+
 def test_architecture(net):
     assert type(net).__name__ == "LlavaForConditionalGeneration"
     assert net.config.text_config.num_hidden_layers >= 8

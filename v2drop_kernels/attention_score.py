@@ -80,7 +80,7 @@ def attention_score(
         k = k.repeat_interleave(H // Hkv, 1)
         (q @ k.transpose(2, 3) * Dh**-0.5).float().softmax(-1).mean(1)[:, 0]
 
-    Source: HiDivDrop, section 3.2 and appendix F.3 (the last text token, one or n rounds, all text tokens, L2 norm); FastV (mean
+    Source: HiDivDrop, section 3.3 and appendix F.3 (the last text token, one or n rounds, all text tokens, L2 norm); FastV (mean
     over heads); SparseVLM (raters, top heads); cross-modal pruning, appendix C (dot products).
 
     Not for models that run FlashAttention throughout and can spare no projection: :func:`variation_score` needs none.

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from .layout import n_keep, require_int
@@ -215,7 +216,9 @@ class Schedule:
         for percent in dropped.values():
             if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent <= 100:
                 raise ValueError(f"dropped must give percentages in [0, 100], got {percent!r}")
-        return cls(tuple(Stage(layer_of(method, x), (100 - p) / 100, at_least=at_least, **stage) for x, p in dropped.items()))
+        # By the decimals that were written: (100 - 6.4) / 100 is a hair below 0.936, and a floor would take a token for it.
+        kept = {x: float(1 - Fraction(str(p)) / 100) for x, p in dropped.items()}
+        return cls(tuple(Stage(layer_of(method, x), share, at_least=at_least, **stage) for x, share in kept.items()))
 
 
 def layer_of(method: str, number: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from tasks import Task
 
 from v2drop_kernels.plot import retention
-from v2drop_kernels.schedule import Schedule, solve
+from v2drop_kernels.schedule import Schedule, Stage, solve
 
 # What V2Drop's tables compare: rankings that take turns over all shapes and modes of position ids.
 POLICIES: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random": {"policy": "random"},
 }
 SHAPES = ("progressive", "progressive, then exit", "one-time")
-ENTRY, LATE = "before the decoder", "late injection, then exit"
+ENTRY, LATE, EXIT = "before the decoder", "late injection, then exit", "exit alone"
 # Methods of the papers in the shape and with the ids that they were published with, at the same budgets: (shape, ids, stage).
 PAPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "FastV": ("one-time", "persistent", {"policy": "fastv"}),
@@ -37,6 +37,7 @@ PAPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "SparseVLM v2": ("progressive", "persistent", {"policy": "sparsevlm", "options": {"version": 2}}),
     "DART": ("one-time", "persistent", {"policy": "dart"}),
     "TopV": ("one-time", "persistent", {"policy": "topv"}),
+    "VTW": (EXIT, "persistent", {"policy": "vtw"}),
     "VisionZip": (ENTRY, "compacted", {"policy": "visionzip"}),
     "FasterVLM": (ENTRY, "compacted", {"policy": "fastervlm"}),
     "PruMerge": (ENTRY, "compacted", {"policy": "prumerge"}),
@@ -48,7 +49,6 @@ LEAST = {"ToMe": 22.0}  # the tiny model's tower has two blocks, each of which c
 NEEDS_MORE = {
     "TwigVLM": "its scores come from a trained twig",
     "DyCoke": "it compares the frames of a video",
-    "VTW": "it drops everything at one layer, so that it has no budget to choose",
     "VoCo-LLaMA": "its mask needs a model that was trained with it",
 }
 POSITIONS = ("persistent", "compacted")
@@ -81,6 +81,8 @@ class Method:
         # Before the decoder too: the same mean over all blocks, so that a column compares equal costs.
         first, stage = layers[0], POLICIES.get(self.policy) or PAPERS[self.policy][2]
         average = n * (first + self.budget / 100 * (depth - first)) / depth
+        if self.shape == EXIT:  # all tokens up to the block that makes the mean right, rounded to a whole one
+            return Schedule((Stage(max(1, round(depth * average / n)), 0, **stage),), str(self))
         last = 0.0 if self.shape.endswith("exit") else None
         found = solve(average=average, layers=stages, n=n, depth=depth, last=last, at_least=1, name=str(self), **stage)
         if stage["policy"] == "tome":  # merges in the tower, before any stage

@@ -128,8 +128,9 @@ def _papers(runs: Sequence[Run], undropped: Run) -> list[str]:
         return []
     return [
         "## Methods of the papers, percent",
-        "Each where it drops and with the ids that it was published with, at the budgets above. Methods before the decoder keep as "
-        "many tokens as the others have in the mean over all blocks, so that a column compares equal costs. Not here: "
+        "Each in the shape and with the ids that it was published with, at the layers and budgets above. Methods before the "
+        "decoder keep as many tokens as the others have in the mean over all blocks, so that a column compares equal costs; two "
+        "can only come near: DART keeps 4 + 8 m tokens, at most as many as it may, and VTW leaves at the nearest block. Not here: "
         + "; ".join(f"{name} ({why})" for name, why in NEEDS_MORE.items())
         + ".",
         _table(keys, runs, undropped, lambda key: f"{key[0]}: {key[1]}, {key[2]} ids"),

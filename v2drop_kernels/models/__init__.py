@@ -5,6 +5,7 @@ Use ``with vk.models.TokenDropper(schedule)(model) as dropping: model.generate(.
 
 from .dropper import Dropping, TokenDropper
 from .ilvas import Ilvas, ilvas
+from .policies import preset, presets
 from .policies.twigvlm import twig_schedule
 from .policy import Method, Policy, Stop
 from .report import Kept, LayerReport, Report
@@ -21,6 +22,8 @@ __all__ = [
     "Stop",
     "TokenDropper",
     "ilvas",
+    "preset",
+    "presets",
     "twig_schedule",
     "voco_mask",
 ]

@@ -58,7 +58,7 @@ class TokenDropper:
         Where the droppable tokens are, when the model sees ``inputs_embeds`` only or has no image placeholder: one
         ``(start, stop)`` for every item, or a list with the spans of each item, counted along the padded prompt.
     scores : callable, optional
-        For the policy "given": gets the :class:`Stop` and returns float ``[B, N]``, higher means keep.
+        For the policies "given" and "twigvlm": gets the :class:`Stop` and returns float ``[B, N]``, higher means keep.
     soft : bool | int
         Training with learnable budgets (HiDivDrop's differentiable top-k, :func:`v2drop_kernels.soft_topk`): ``dropping.ratios``
         holds for every stage that keeps something the share that it drops, at first the schedule's; hand them to the optimiser.
@@ -620,13 +620,16 @@ def _lengths(mask: Any, rows: int) -> tuple[list[int] | None, str]:
         return None, "left"
     else:
         real = mask.bool()
-    facts = torch.stack([real.sum(1), *(x.sum(1) for x in (real[:, 1:] & ~real[:, :-1], real[:, :-1] & ~real[:, 1:]))])
-    lengths, rises, falls = facts.tolist()
-    if not any(rises) and not any(falls):
+    # How much padding lies in front and behind; holes inside are rows that stay, and stay masked.
+    facts = torch.stack([real.any(1), real.int().argmax(1), real.flip(1).int().argmax(1)])
+    full, lead, trail = facts.tolist()
+    if not any(lead) and not any(trail) and all(full):
         return None, "left"
-    if any(rises) and any(falls):
-        return None, "left"  # both sides, or gaps
-    return lengths, "left" if any(rises) else "right"
+    if not any(trail):
+        return [rows - n if some else 0 for some, n in zip(full, lead, strict=True)], "left"
+    if not any(lead):
+        return [rows - n if some else 0 for some, n in zip(full, trail, strict=True)], "right"
+    return None, "left"
 
 
 def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, device: torch.device) -> TokenLayout:

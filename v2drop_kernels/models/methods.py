@@ -17,9 +17,6 @@ def rows() -> list[tuple[str, ...]]:
     "attention weights" says whether the published code reads those of whole layers; "FlashAttention" and "trainable" are of this
     implementation. FLOPs is the share that the first preset leaves of the vision tokens' in LLaVA-1.5-7B, by the papers' formula.
     """
-    found: list[tuple[str, Method]] = [(name, policy.method) for name, policy in policies.known().items()]
-    found.append(("voco_mask", voco.method))
-    order = ("decoder", "before the decoder", "vision tower", "mask")
     return [
         (
             name,
@@ -33,14 +30,23 @@ def rows() -> list[tuple[str, ...]]:
             _yes(method.trainable),
             _flops(method),
         )
-        for name, method in sorted(found, key=lambda x: (order.index(x[1].where), x[0]))
+        for name, method in _methods()
     ]
 
 
+def _methods() -> list[tuple[str, Method]]:
+    found: list[tuple[str, Method]] = [(name, policy.method) for name, policy in policies.known().items()]
+    found.append(("voco_mask", voco.method))
+    order = ("decoder", "before the decoder", "vision tower", "mask")
+    return sorted(found, key=lambda x: (order.index(x[1].where), x[0]))
+
+
 def markdown() -> str:
-    """The table as it stands in README."""
+    """The table and what differs from the published code, as they stand in README."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    differ = [f"- `{name}`: {method.deviations}." for name, method in _methods() if method.deviations]
+    return "\n\n".join([table, "Not as in the published code:", "\n".join(differ)])
 
 
 def _flops(method: Method) -> str:

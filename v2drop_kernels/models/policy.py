@@ -137,7 +137,14 @@ class Stop:
     @property
     def last(self) -> torch.Tensor:
         """int64 ``[B, 1]``: the last real row of every item."""
-        return torch.tensor([[max(hi - 1, 0)] for _, hi in self.layout.bounds], device=self.hidden.device)
+        last = torch.tensor([[max(hi - 1, 0)] for _, hi in self.layout.bounds], device=self.hidden.device)
+        if self.mask is None:
+            return last
+        # Only the mask knows padding on both sides of a batch: a padding row behind the text does not see itself.
+        sees = self.mask.expand(last.shape[0], -1, -1, -1)[:, 0].diagonal(dim1=1, dim2=2)
+        sees = (sees if sees.dtype == torch.bool else sees >= 0) & self.real
+        found = torch.where(sees, torch.arange(sees.shape[1], device=sees.device), -1).amax(1, keepdim=True)
+        return torch.where(found < 0, last, found)
 
     def rows_of(self, which: torch.Tensor, most: int) -> torch.Tensor:
         """int64 ``[B, most]``: the rows where ``which``, bool ``[B, N]``, is True, ascending; -1 where an item has fewer."""

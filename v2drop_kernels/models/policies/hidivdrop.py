@@ -62,7 +62,8 @@ class HiDivDrop(Policy):
         rows = at.last
         if self.tokens == "all":
             most = max(hi - lo - n for (lo, hi), n in zip(at.layout.bounds, at.counts, strict=True))
-            rows = at.rows_of(at.real & ~at.droppable, most)
+            rows = at.rows_of(at.visible & ~at.droppable, max(1, most))
+            rows[:, :1] = torch.where(rows[:, :1] < 0, at.last, rows[:, :1])  # nothing but vision tokens
         elif self.tokens == "rounds" and at.labels is not None:
             rows = at.answers()
         return at.attention(at.layer, at.hidden, rows, queries=self.queries)
