@@ -60,8 +60,8 @@ constexpr int kDotBlocksOfSm = 2;
 // blocks share the keys of a key head: every block of the second launch reads the maxima and sums of all of them.
 constexpr int kAttentionKeys = 128, kAttentionVectors = 16;
 constexpr int kAttentionSplits = 128;
-constexpr int kAttentionPairs = 1024;                    // (query, head) pairs of an entry in one step
-constexpr int64_t kAttentionBytes = int64_t{256} << 20;  // of scratch memory, beyond which queries go in several steps
+constexpr int kAttentionPairs = 1024;                   // (query, head) pairs of an entry in one step
+constexpr int64_t kAttentionBytes = int64_t{64} << 20;  // of scratch memory, beyond which queries go in several steps
 
 // Rows of the inverse map that one block fills; each reads the whole of keep, so not too few.
 constexpr int kInvertRows = 8192;

@@ -261,7 +261,7 @@ V2DROP_API v2drop_status v2drop_compact_inplace_cuda(const v2drop_tensor* keep, 
                                                      const v2drop_cuda* on);
 
 /* Scratch memory for v2drop_attention_score_cuda of q [batch, heads, queries, dim] and `rows` keys: the weights of all queries up to
- * 256 MB, else of as many as fit in those, and of one at the least. With less than that the call works too, as long as it is enough for
+ * 64 MB, else of as many as fit in those, and of one at the least. With less than that the call works too, as long as it is enough for
  * one query, in more and smaller steps; the results are the same. */
 V2DROP_API int64_t v2drop_attention_workspace_bytes_cuda(int64_t batch, int64_t heads, int64_t queries, int64_t rows);
 
