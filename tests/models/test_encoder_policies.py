@@ -188,6 +188,11 @@ def outliers(seen, tile):
     return sum(x > at(0.75) + 1.5 * (at(0.75) - at(0.25)) for x in weight)
 
 
+def sampled_beside(n, uniform):
+    """PruMerge+ adds to ``n`` outliers what makes the samples that share of both."""
+    return round(n * (uniform / (1 - uniform)))
+
+
 def slow_prumerge(seen, i, k, neighbours, uniform=0.0, extra_token=True, adaptive=False):
     tiles, extra = tiles_of(seen, i)
     tiers, ranks, merged = {}, {}, {}
@@ -196,7 +201,8 @@ def slow_prumerge(seen, i, k, neighbours, uniform=0.0, extra_token=True, adaptiv
         weight = seen.attention(-1, tile, heads=1)[0].float().detach()  # rankings carry no gradient
         rank = ranking(weight, patches)
         n = max(budget - extra_token, 0)
-        u = math.floor(n * uniform)
+        u = sampled_beside(n, uniform) if adaptive else math.floor(n * uniform)
+        n += u * adaptive
         top = [p for p in patches if rank[p] < n - u]
         rest = sorted(p for p in patches if p not in top)
         kept = top + rest[:: max(1, len(rest) // max(u, 1))][:u]
@@ -369,13 +375,15 @@ def test_beams_share_what_the_tower_saw(name, family):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_adaptive_prumerge(beams):
-    """Every picture keeps as many patches as are outliers, and the extra token, whatever the stage says."""
+@pytest.mark.parametrize("uniform", [0.0, 0.6, 0.82])  # with 0.82 a picture is full, and another is not
+def test_adaptive_prumerge(uniform, beams):
+    """Every picture keeps as many patches as are outliers, samples beside them, and the extra token, whatever the stage says."""
     model, inputs, spans = tiny.batch("llava", ITEMS["llava"])
-    options = {"neighbours": 4, "adaptive": True}
+    options = {"neighbours": 4, "adaptive": True, "uniform": uniform}
     with torch.no_grad():
         seen, into = facts(model, inputs), []
-        found = [sum(outliers(seen, tile) + 1 for tile in tiles_of(seen, i)[0]) for i in range(3)]
+        most = [[outliers(seen, tile) for tile in tiles_of(seen, i)[0]] for i in range(3)]
+        found = [sum(min(n + sampled_beside(n, uniform) + 1, PATCHES) for n in ns) for ns in most]
         assert len(set(found)) == 3  # or the test would tell nothing
         with TokenDropper(Schedule((Stage(0, 0.5, "prumerge", options=options),)))(model) as dropping:
             handle = entering(model, into)
@@ -591,6 +599,35 @@ def test_wrong_options(name, option, value, error):
     """Told when the dropper is made."""
     with pytest.raises(error, match=f"^{option} must "):
         TokenDropper(stage(name, **{option: value}))
+
+
+def test_adaptive_prumerge_errors():
+    """Where outliers cannot be counted picture by picture, a sentence says so."""
+    with pytest.raises(ValueError, match=r"^uniform must be below 1 with adaptive"):
+        TokenDropper(stage("prumerge", adaptive=True, uniform=1))
+    model, inputs, spans = tiny.batch("llava", ITEMS["llava"])
+    a, b = spans[2]
+    # A part of a picture; one picture of two; halves; none of an item, or none of another.
+    for wrong in (
+        [[(spans[0][0][0], spans[0][0][0] + 8)], [], [a, b]], [spans[0], [], [a]],
+        [spans[0], [], [(a[0] + 8, a[1]), (b[0], b[0] + 8)]], [[], [], [a, b]], [spans[0], [], []],
+    ):  # fmt: skip
+        dropper = TokenDropper(stage("prumerge", adaptive=True), spans=wrong)
+        with pytest.raises(ValueError, match=r"^spans must cover every picture whole"), torch.no_grad(), dropper(model):
+            model(**inputs)
+    with torch.no_grad(), TokenDropper(stage("prumerge", adaptive=True), spans=spans)(model):
+        model(**inputs)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        with pytest.raises(ValueError, match=r"^pixel_values must go through"):
+            model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    # The same where the tower never ran.
+    dropper = TokenDropper(stage("prumerge", adaptive=True), spans=spans)
+    with pytest.raises(ValueError, match=r"^pixel_values must go through"), torch.no_grad(), dropper(model):
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    model, inputs, _ = tiny.batch("llava", ITEMS["llava"][:1])
+    dropper = TokenDropper(stage("prumerge", adaptive=True), spans=(3, 11))
+    with pytest.raises(ValueError, match=r"^spans must cover .* 1 pictures of 16 tokens .* \(8,\) left$"), dropper(model):
+        model(**inputs)
 
 
 def test_errors():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from v2drop_kernels.layout import TokenLayout
 from v2drop_kernels.models import TokenDropper, policies
 from v2drop_kernels.models._family import family_of
+from v2drop_kernels.models.policies import sparsevlm as sparsevlm_module
 from v2drop_kernels.models.policies.twigvlm import twig_schedule
 from v2drop_kernels.models.policy import Stop
 from v2drop_kernels.models.voco import voco_mask
@@ -509,6 +510,66 @@ def test_in_a_model(name, side, family):
     check_run(schedule, lambda model, inputs, i: restatements(name, model), family, side, new=3 if side == "left" else 0)
 
 
+def raters_among(embeds, text, left):
+    """:func:`raters_of` by rows of the prompt, for the tokens that are left."""
+    text = [r for r in text if r > min(left)] or [max(left)]
+    shares = sum((embeds[text] @ embeds[v]).softmax(0) for v in left) / len(left)
+    return [t for t, share in zip(text, shares, strict=True) if share > shares.mean()] or text
+
+
+SEVERAL_IMAGES = [
+    tiny.item(3, "image", 5, "image", 6, seed=4),  # text between the images rates, and some behind
+    tiny.item(3, "image", 5, "image", 1, seed=6),
+    tiny.item(4, "image", 6, seed=1),
+    tiny.item(3, "image", 5, "image", seed=5),  # what is behind image 2 alone is its last token
+]
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_sparsevlm_remembers_its_raters(version, side, several, monkeypatch):
+    """They are tokens of the prompt, whichever image goes; only when none sees what is left are others chosen."""
+    items = SEVERAL_IMAGES if several else [tiny.item(4, "image", 6, seed=1), tiny.item(2, "image", seed=2)]
+    model, inputs, spans = tiny.batch("llava", items, side)
+    found = []
+
+    def recorded(at, raters=sparsevlm_module._raters):
+        rows, n = raters(at), at.hidden.shape[1]
+        origin = torch.arange(n).expand(len(rows), n) if at.origin is None else at.origin
+        found.append([origin[i, x[x >= 0]].tolist() for i, x in enumerate(rows)])
+        return rows
+
+    def last_image(at):
+        """Drops images but the last, and the last token of an item that ends with one."""
+        starts = torch.tensor([pairs[-1][0] for pairs in spans])[:, None]
+        return (at.origin >= starts).float() - 2 * (at.origin == at.origin.amax(1, keepdim=True)).float()
+
+    monkeypatch.setattr(sparsevlm_module, "_raters", recorded)
+    policy = {"policy": "sparsevlm", "options": {"version": version, "heads": 2}}
+    schedule = Schedule((Stage(1, 0.9, **policy), Stage(2, 8, policy="given"), Stage(3, 6, **policy), Stage(4, 4, **policy)))
+    embeds, _ = slow.captured(model, inputs)
+    with torch.no_grad(), TokenDropper(schedule, scores=last_image)(model) as dropping:
+        model(**inputs)
+        kept = [dropping.kept(i).stages for i in range(len(items))]
+    (first, *later), anew = found, 0
+    for i, pairs in enumerate(spans):
+        real = inputs["attention_mask"][i].bool().nonzero().flatten().tolist()
+        vision = [r for a, b in pairs for r in range(a, b)]
+
+        slowly = functools.partial(raters_among, embeds[i], [r for r in real if r not in vision])
+        assert first[i] == slowly(vision)
+        for stage, rows in enumerate(later, 1):
+            left = [vision[j] for j in kept[i][stage]]
+            same = [r for r in first[i] if r not in vision or r in left]
+            same = same or [real[-1] if real[-1] not in vision else max(left)]
+            anew += same[-1] < min(left)
+            assert rows[i] == (same if same[-1] >= min(left) else slowly(left))
+    assert anew == (4 if several else 0)  # items 1 and 3, at both stops
+    if several:
+        assert first[0] == later[0][0] == later[1][0]
+
+
 @pytest.mark.parametrize("options", [{}, {"alignment": 0.0}, {"alignment": 0.7, "scale": 3.0}])
 def test_cross_modal_in_a_model(options):
     schedule = Schedule((Stage(1, 12, policy="cross_modal", options=options), Stage(3, 5, policy="cross_modal", options=options)))
@@ -658,6 +719,7 @@ def test_no_host_synchronisation(name, options):
     policy = policies.make(name, options)
     with torch.no_grad(), NoHost():
         policy.score(stop)
+        policy.score(stop)  # with what it remembers
         table = torch.arange(4).expand(len(SEVERAL), -1)
         policy.merge(stop, table, stop.hidden[:, :4])
 

@@ -4,7 +4,8 @@
 in PruMerge+, some at uniform stride among the others; each gets the ``s``-weighted sum of its 32 nearest patches by cosine of
 keys added, and one extra token is the ``s``-weighted sum of all that were dropped. Merging is done on the tower's features, which
 the projector then embeds, as published. ``adaptive=True`` takes, in place of the stage's budget, as many patches as have outlying
-``s``: above the third quartile by 1.5 interquartile ranges. Source: LLaVA-PruMerge (ICCV 2025), section 3, and its released code.
+``s``, above the third quartile by 1.5 interquartile ranges, and adds samples to these: with ``uniform=0.75`` three per outlier.
+Source: LLaVA-PruMerge (ICCV 2025), section 3, and its released code.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _preset(name: str, n: int, what: str, uniform: float) -> Schedule:
 @dataclass(frozen=True)
 class PruMerge(Policy):
     """``uniform``: share of the kept patches that PruMerge+ samples; ``neighbours``; ``extra`` token; ``layer`` of the tower;
-    ``adaptive``: budgets by outliers, which the host reads once per forward (LLaVA-1.5's one tile per picture only)."""
+    ``adaptive``: budgets by outliers, samples added, which the host reads once per forward (LLaVA-1.5's one tile per picture, all
+    of it droppable, only)."""
 
     method = Method(
         paper="LLaVA-PruMerge, ICCV 2025, section 3",
@@ -56,6 +58,8 @@ class PruMerge(Policy):
         require_int("neighbours", self.neighbours)
         if not 0 <= self.uniform <= 1:
             raise ValueError(f"uniform must lie in [0, 1], got {self.uniform!r}")
+        if self.adaptive and self.uniform == 1:
+            raise ValueError("uniform must be below 1 with adaptive, which adds samples to outliers until they are that share")
 
     def watch(self, family: Any, seen: dict[str, Any]) -> Iterator[Any]:
         if self.adaptive and (family.kind != "llava" or family.config.vision_feature_select_strategy != "default"):
@@ -65,27 +69,41 @@ class PruMerge(Policy):
     def counts(self, left: Sequence[int], kept: Sequence[int], seen: dict[str, Any]) -> tuple[int, ...]:
         if not self.adaptive or not any(left):
             return super().counts(left, kept, seen)
-        tower = seen[SEEN]
+        tower = seen.get(SEEN)
+        if tower is None or not tower.queries:
+            raise ValueError(
+                "pixel_values must go through the model's own vision tower in this forward: the policy ranks by what it saw"
+            )
         attention = tower.cls(self.layer, "single-head")
+        tiles, width = attention.shape
+        copies = max(sum(left) // (tiles * width), 1)  # generate() repeats every item for beams
+        items = left[::copies]
+        if sum(items) != tiles * width or any(n % width for n in items) or list(left) != [n for n in items for _ in range(copies)]:
+            raise ValueError(
+                f"spans must cover every picture whole where budgets are adaptive: {tiles} pictures of {width} tokens went through "
+                f"the vision tower, and the items have {tuple(left)} left"
+            )
         quartiles = attention.quantile(torch.tensor([0.25, 0.75], device=attention.device), dim=1, keepdim=True)
         outlying = (attention > quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])).sum(1)
-        seen["outlying"] = outlying
-        width, found = attention.shape[1], outlying.tolist()
-        copies, counts, first = sum(left) // (width * len(found)), [], 0  # generate() repeats every item for beams
-        for item, n in enumerate(left):
-            tiles = n // width
-            counts.append(sum(min(m + self.extra, width) for m in found[first : first + tiles]))
-            first += tiles if (item + 1) % copies == 0 else 0
-        return tuple(counts)
+        # Samples come on top: as many as make them the share `uniform` of both.
+        sampled = (outlying.double() * (self.uniform / (1 - self.uniform))).round().long()
+        seen["adaptive"] = outlying, sampled
+        found = iter((outlying + sampled + int(self.extra)).clamp(max=width).tolist())
+        per_item = [sum(next(found) for _ in range(n // width)) for n in items]
+        return tuple(n for n in per_item for _ in range(copies))
 
     def score(self, at: Stop) -> torch.Tensor:
         check_entry(at)
         tiles = Tiles(at)
         attention = tiles.cls(self.layer, "single-head")
-        budget = at.seen["outlying"] if self.adaptive else (tiles.even(tiles.budget()) - int(self.extra)).clamp(min=0)
         rank = tiles.rank(attention)
-        sampled = (budget.double() * self.uniform).floor().long()
-        top = rank < (budget - sampled)[:, None]
+        if self.adaptive:
+            best_ones, sampled = at.seen["adaptive"]
+        else:
+            budget = (tiles.even(tiles.budget()) - int(self.extra)).clamp(min=0)
+            sampled = (budget.double() * self.uniform).floor().long()
+            best_ones = budget - sampled
+        top = rank < best_ones[:, None]
         chosen = top | contextual_targets(top, sampled, droppable=tiles.present)
         # The rank of the best patch that is left, whose row the extra token takes.
         best = rank.masked_fill(chosen | ~tiles.present, rank.shape[1]).amin(1, keepdim=True)

@@ -1,8 +1,9 @@
 """SparseVLM: text tokens that the image is drawn to rate its tokens; in version 1 what falls out is partly recycled.
 
 *Raters*, once per prompt, on the input embeddings: the text tokens behind the image whose mean over the vision tokens of
-``softmax(v . t)`` exceeds the average (:func:`v2drop_kernels.text_raters`); where none does, all. *Score*, before block ``L`` with
-the attention of block ``L - 1``: softmax weights of the raters, mean over heads and raters. The papers' layers 2, 6 and 15 are
+``softmax(v . t)`` exceeds the average (:func:`v2drop_kernels.text_raters`); where none does, all. Of several images, when all the
+raters lie before what is left, they are chosen anew. *Score*, before block ``L`` with the attention of block ``L - 1``: softmax
+weights of the raters, mean over heads and raters. The papers' layers 2, 6 and 15 are
 blocks whose **output** is dropped: stages before blocks 3, 7 and 16 here.
 
 Version 1 re-takes the best 30 % of the dropped and clusters them around ``n // 10 + 1`` density peaks; a centre's row then holds
@@ -120,14 +121,32 @@ class SparseVLM(Policy):
 
 
 def _raters(at: Stop) -> torch.Tensor:
-    """int64 ``[B, Q]``: rows of the raters, -1 for text that does not rate; who rates is found at the first stop and remembered."""
-    text = numbers(at, text_rows(at))
+    """int64 ``[B, Q]``: rows of the raters, -1 in places without one; who rates is found at the first stop and remembered."""
     if "rates" not in at.seen:
-        found = text_raters(at.droppable, text, prompt_rows(at, at.embeds)) >= 0
-        at.seen["rates"] = found | ~found.any(1, keepdim=True)
-    # Text is never dropped and keeps its order; only the width of the table may differ from stop to stop.
-    rates = torch.nn.functional.pad(at.seen["rates"], (0, text.shape[1] - at.seen["rates"].shape[1]))
-    return torch.where(rates, text, -1)
+        text = numbers(at, text_rows(at))
+        chosen = _chosen(at, text)
+        # By rows of the prompt, for an ordinal among text_rows shifts when the first of several images goes.
+        origin = chosen if at.origin is None else at.origin.gather(1, chosen.clamp(min=0))
+        rates = torch.zeros(chosen.shape[0], at.embeds.shape[1] + 1, dtype=torch.bool, device=chosen.device)
+        rates.scatter_(1, torch.where(chosen < 0, at.embeds.shape[1], origin), True)
+        apart = at.layout.counts is not None or any(len(spans) > 1 for spans in at.layout.spans)
+        at.seen["rates"] = rates[:, :-1], text.shape[1], apart
+        return chosen
+    rates, most, apart = at.seen["rates"]
+    # No more rows than at the first stop, whose bound serves: that of `numbers` leaves out text before the first token left.
+    rows = at.rows_of(prompt_rows(at, rates) & at.visible, most)
+    rows[:, :1] = torch.where(rows[:, :1] < 0, at.last, rows[:, :1])  # an image's last token rated, having no text, and is gone
+    if not apart:
+        return rows
+    # Raters between images see none of what is left when that is a later image: there others are chosen, as for it alone.
+    sees = at.droppable.cumsum(1).gather(1, rows.amax(1, keepdim=True)) > 0
+    return torch.where(sees, rows, _chosen(at, at.rows_of(text_rows(at), most)))
+
+
+def _chosen(at: Stop, text: torch.Tensor) -> torch.Tensor:
+    """Those of ``text [B, Q]`` that rate, the others -1; all where none exceeds the average."""
+    found = text_raters(at.droppable, text, prompt_rows(at, at.embeds)) >= 0
+    return torch.where(found | ~found.any(1, keepdim=True), text, -1)
 
 
 def _tokens(n: int, rows: int) -> int:
