@@ -12,7 +12,6 @@ import argparse
 import csv
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ sys.path[1:1] = [str(HERE), str(HERE / "accuracy"), str(HERE.parent)]
 import harness  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
+from bench_model import seconds  # noqa: E402
 from peak import Peak  # noqa: E402
 
 from v2drop_kernels.models import TokenDropper, policies  # noqa: E402
@@ -163,15 +163,6 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
             "peak_share": round(row["peak_mb"] / full["peak_mb"], 4),
         }
     return list(rows.values())
-
-
-def seconds(device: str, call: Any) -> float:
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    sync()
-    start = time.perf_counter()
-    call()
-    sync()
-    return time.perf_counter() - start
 
 
 def report(args: argparse.Namespace, rows: list[dict[str, Any]], run: dict[str, str], command: str) -> str:
