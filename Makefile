@@ -10,8 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export VENV PYTHON
 
-CPP := $(shell find csrc examples bench/c -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-NATIVE := CMakeLists.txt $(shell find cmake csrc -type f 2>/dev/null)
+CPP := $(shell find csrc examples bench/c tools -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+NATIVE := CMakeLists.txt $(shell find cmake csrc tools/cuda_emulator -type f 2>/dev/null)
 COMMA := ,
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
 CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error
@@ -74,11 +74,11 @@ test-emulated: setup
 	$(CTEST) --test-dir build/emulated
 	V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/emulated $(ARGS)
 
-# die_after_fork: a test forks with threads running, which the library allows.
 # On a machine with a GPU: build for it with its own torch, test, measure, report. Needs no network and none of the setup above.
 gpu-check:
 	bench/gpu_check.sh $(ARGS)
 
+# die_after_fork=0: one test forks while threads are running, which the library allows and ThreadSanitizer refuses by default.
 sanitize: setup
 	$(call build,build/asan,-DV2DROP_CUDA=EMULATE -DV2DROP_SANITIZE=address$(COMMA)undefined)
 	$(CTEST) --test-dir build/asan

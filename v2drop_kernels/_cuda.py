@@ -2,7 +2,7 @@
 """The CUDA C++ backend: torch tensors in and out, the ``_cuda`` entry points of libv2drop in between.
 
 A call allocates its results and one piece of scratch memory, and enqueues on the current stream of the tensors' device. An emulated
-library (see ``csrc/tests/emulate``) takes CPU tensors instead and has no stream: so tests run these very kernels without a GPU.
+library (see ``tools/cuda_emulator``) takes CPU tensors instead and has no stream: so tests run these very kernels without a GPU.
 """
 
 from __future__ import annotations
