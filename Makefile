@@ -16,7 +16,7 @@ COMMA := ,
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
 CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error
 
-.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check bench bench-c lint format clean
+.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check bench bench-c lint format docs docs-serve clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -97,6 +97,7 @@ test-main: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
@@ -104,6 +105,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The documentation: a warning or a broken link is an error. `docs-serve` shows it and follows changes of the files.
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+docs-serve: setup
+	$(BIN)/mkdocs serve $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks v2drop_demo.png

@@ -106,7 +106,7 @@ PY
 
 install() {
   say "installing the package and its extras"
-  V2DROP_NO_NATIVE=1 pip_install --no-build-isolation -c $constraints -c "$venv/pins.txt" -e '.[test,plot,bench,dev,jax,models]'
+  V2DROP_NO_NATIVE=1 pip_install --no-build-isolation -c $constraints -c "$venv/pins.txt" -e '.[test,plot,bench,dev,docs,jax,models]'
 }
 
 build() {
