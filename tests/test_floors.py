@@ -16,13 +16,13 @@ import v2drop_kernels
 PACKAGE = Path(v2drop_kernels.__file__).resolve().parent
 # From the ground up; a module may import from its own floor and from those below.
 FLOORS = [
-    {"reference", "layout", "schedule", "_plan", "_checks", "_types", "_parts", "positions", "config"},
+    {"core", "reference", "layout", "_plan", "_checks", "_types", "_parts", "positions", "config"},
     {"_triton", "_cuda", "_native", "_arrays", "_load", "_C", "_xla"},
     {"_library", "_backend", "_ops"},
     {"score", "select", "compact", "attention_score", "similarity", "soft_topk", "merge", "array", "jax"},
     {"drop"},
     {"__init__"},
-    {"models", "__main__", "plot", "demo", "_demo_model"},
+    {"models", "schedule", "__main__", "plot", "demo", "_demo_model"},
     {"bench", "tests", "examples"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -17,10 +17,10 @@ if typing.TYPE_CHECKING:
     from ._types import Compacted, Dropped, TopK
     from .attention_score import attention_score, cls_attention_score, cross_modal_score, text_rater_score, text_raters
     from .compact import compact, compact_
+    from .core.schedule import Schedule, Stage
     from .drop import drop_tokens
     from .layout import TokenLayout, n_keep
     from .merge import bipartite_merge, merge_dropped, weighted_merge
-    from .schedule import Schedule, Stage
     from .score import variation_score
     from .select import segmented_topk, variation_topk
     from .similarity import cosine_to_pivots, frame_similarity, key_norm_score, random_score
@@ -76,7 +76,8 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "plot": ("plot",),
         "positions": ("positions",),
         "reference": ("reference",),
-        "schedule": ("Schedule", "Stage", "schedule"),
+        "core.schedule": ("Schedule", "Stage"),
+        "schedule": ("schedule",),
         "score": ("variation_score",),
         "select": ("segmented_topk", "variation_topk"),
         "similarity": ("cosine_to_pivots", "frame_similarity", "key_norm_score", "random_score"),

@@ -1,466 +1,55 @@
-"""Where a model drops tokens, and how many it keeps: frozen, checked, written to JSON. Host integers only, no torch.
+"""Schedules: where a model drops tokens and how many it keeps. This module needs no torch.
 
-One layer convention: ``layer`` is 0-based and means "before decoder block ``layer`` runs". A stage's variation score compares
-the input of block ``layer`` with the input of block ``layer - 1``, as V2Drop's released code does. ``layer_of`` converts the
-numbers that other papers print. "Average tokens" is the mean, over all blocks, of the droppable tokens that enter the block.
+:class:`Schedule` and :class:`Stage` are defined in ``core/schedule.py``, :func:`solve` and :func:`pyramid` in
+``core/budgets.py``, and V2Drop's presets beside its policy in ``models/policies/variation.py``.
 """
 
-from __future__ import annotations
+from .core.budgets import pyramid, solve
+from .core.schedule import LAYER_OFFSETS, METRICS, Schedule, Stage, layer_of, model_sizes, one_of, prefill_flops
+from .layout import n_keep
 
-import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
-
-from .layout import n_keep, require_int
-
-METRICS = ("l2", "l1", "cosine")
-# From the number that a paper prints to "before 0-based block L"; read in the released code of each.
-LAYER_OFFSETS = {
-    "v2drop": 0,
-    "fastv": 0,  # K = 3: before block 3, scored with the attention of block 2
-    "vtw": 0,
-    "pdrop": 0,  # after the 8th block, which is before 0-based block 8
-    "hidivdrop-filter": 0,  # the same code
-    "hidivdrop-exit": -1,  # "25" is one less in the code: 24
-    "sparsevlm": 1,  # on the output of 0-based block 2
-}
+__all__ = [
+    "LAYER_OFFSETS",
+    "METRICS",
+    "Schedule",
+    "Stage",
+    "layer_of",
+    "model_sizes",
+    "n_keep",
+    "prefill_flops",
+    "preset",
+    "presets",
+    "pyramid",
+    "solve",
+]
 
 
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """One drop.
+def presets() -> tuple[str, ...]:
+    """The names of V2Drop's presets; those of all methods are in :func:`v2drop_kernels.models.presets`."""
+    from .models.policies.variation import PRESETS
 
-    Attributes
-    ----------
-    layer : int
-        The drop happens before this 0-based decoder block.
-    keep : int | float
-        An int is the number of tokens kept of each item (``1`` is one token), a float in [0, 1] the share kept of the
-        droppable tokens that are still there (``1.0`` is all of them).
-    policy : str
-        What ranks the tokens, by the name of its module in ``models/policies``: "variation" (change by the previous block),
-        "random" (seeded chance), "fastv" (attention of the last prompt token) and so on. Looked up when a TokenDropper is made.
-    metric : {"l2", "l1", "cosine"}
-        Of the variation.
-    rounding, at_least
-        How a share becomes a count, as in :func:`n_keep`. The released V2Drop code keeps one token at "drop 100 %".
-    options : mapping
-        Of the policy, by the names of its fields; as JSON knows them: strings, numbers, lists.
-    """
-
-    layer: int
-    keep: int | float
-    policy: str = "variation"
-    metric: str = "l2"
-    rounding: str = "floor"
-    at_least: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require_int("layer", self.layer)
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
-            raise TypeError(f"keep must be an int (tokens) or a float (share), got {self.keep!r}")
-        if isinstance(self.keep, int):
-            require_int("keep", self.keep)
-        elif not 0 <= self.keep <= 1:
-            raise ValueError(f"keep as a share must lie in [0, 1], got {self.keep!r}")
-        if not isinstance(self.policy, str) or not self.policy.isidentifier():
-            raise ValueError(f"policy must be the name of one, such as 'variation', got {self.policy!r}")
-        _one_of("metric", self.metric, METRICS)
-        if self.policy == "variation" and self.layer < 1:
-            raise ValueError("layer must be at least 1 for the policy 'variation': no block has changed a token before block 0")
-        n_keep(0, 0.0, self.rounding, self.at_least)  # its checks name `rounding` and `at_least`
-        object.__setattr__(self, "options", _plain("options", self.options))
-
-    # 1 == 1.0 in Python, but one token is not all of them.
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stage) and repr(self) == repr(other)
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    def count(self, n: int) -> int:
-        """How many of ``n`` tokens survive this stage."""
-        require_int("n", n)
-        if isinstance(self.keep, float):
-            return n_keep(n, self.keep, self.rounding, self.at_least)
-        return min(n, max(self.keep, self.at_least))
+    return tuple(schedule.name for schedule in PRESETS)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The drops of a model, in the order of its blocks.
-
-    Attributes
-    ----------
-    stages : tuple of Stage
-        Layers ascend; counts given as ints do not grow.
-    name, source : str
-        For people: what it is called, and where it was published.
-    inject : int
-        Late injection (HiDivDrop, section 3.1): the droppable tokens enter before this 0-based block, under the position ids that
-        they have in the prompt; the blocks before it see the text alone. No stage lies before it.
-
-    Examples
-    --------
-    >>> schedule = Schedule((Stage(3, 0.5), Stage(17, 0.3), Stage(22, 0.0, at_least=1)))
-    >>> schedule.counts(576), schedule.average_tokens(576, layers=32)
-    ((288, 86, 1), 193.75)
-    """
-
-    stages: tuple[Stage, ...]
-    name: str = ""
-    source: str = ""
-    inject: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        require_int("inject", self.inject)
-        for stage in self.stages:
-            if not isinstance(stage, Stage):
-                raise TypeError(f"stages must hold Stage, got {type(stage).__name__}")
-        for name in ("name", "source"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a str, got {getattr(self, name)!r}")
-        for a, b in zip(self.stages[:-1], self.stages[1:], strict=True):
-            if b.layer <= a.layer:
-                raise ValueError(f"stages must ascend by layer, got layer {b.layer} after {a.layer}")
-        if self.stages and self.stages[0].layer < self.inject:
-            raise ValueError(f"stages must not lie before the injection at {self.inject}, got layer {self.stages[0].layer}")
-        if self.inject and any(stage.layer == self.inject and stage.policy == "variation" for stage in self.stages):
-            raise ValueError(f"stages must not rank by variation at layer {self.inject}, where the tokens enter")
-        fixed = [stage for stage in self.stages if isinstance(stage.keep, int)]
-        for a, b in zip(fixed[:-1], fixed[1:], strict=True):
-            if b.keep > a.keep:
-                raise ValueError(f"stages must not grow: layer {b.layer} keeps {b.keep} tokens after {a.keep} at layer {a.layer}")
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers before which tokens are dropped."""
-        return tuple(stage.layer for stage in self.stages)
-
-    def validate(self, layers: int) -> None:
-        """Raise ValueError unless every stage lies inside a model of ``layers`` blocks."""
-        require_int("layers", layers)
-        if self.inject and self.inject >= layers:
-            raise ValueError(f"inject must lie inside the model: layer {self.inject}, but it has {layers} blocks")
-        for stage in self.stages:
-            if stage.layer >= layers:
-                raise ValueError(f"stages must lie inside the model: layer {stage.layer}, but it has {layers} blocks")
-
-    def counts(self, n: int) -> tuple[int, ...]:
-        """Droppable tokens after each stage, when there are ``n`` at first."""
-        kept = []
-        for stage in self.stages:
-            n = stage.count(n)
-            kept.append(n)
-        require_int("n", n)
-        return tuple(kept)
-
-    def tokens(self, n: int, layers: int) -> tuple[int, ...]:
-        """Droppable tokens that enter each of ``layers`` blocks, when there are ``n`` at first."""
-        self.validate(layers)
-        after = dict(zip(self.layers, self.counts(n), strict=True))
-        entering = []
-        for layer in range(layers):
-            n = after.get(layer, n)
-            entering.append(n if layer >= self.inject else 0)
-        return tuple(entering)
-
-    def average_tokens(self, n: int, layers: int) -> float:
-        """The mean of :meth:`tokens`; also the share of the KV cache that the droppable tokens use, times ``n``."""
-        _positive("layers", layers)
-        return sum(self.tokens(n, layers)) / layers
-
-    def flops(self, n: int, layers: int, hidden: int, intermediate: int, *, text: int = 0) -> int:
-        """Multiply-adds of a prefill by the papers' formula, :func:`prefill_flops`; ``text`` tokens are never dropped.
-
-        ``schedule.flops(576, *model_sizes(model.config))`` takes the sizes from a model.
-        """
-        require_int("text", text)
-        return prefill_flops([x + text for x in self.tokens(n, layers)], hidden, intermediate)
-
-    def flops_share(self, n: int, layers: int, hidden: int, intermediate: int, *, text: int = 0) -> float:
-        """:meth:`flops` over those of the same prompt without dropping; its inverse is the speed-up to hope for."""
-        _positive("layers", layers)
-        _positive("n", n)
-        full = Schedule(()).flops(n, layers, hidden, intermediate, text=text)
-        return self.flops(n, layers, hidden, intermediate, text=text) / full
-
-    def to_json(self) -> str:
-        """One line of JSON that :meth:`from_json` reads back to an equal schedule."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Schedule:
-        """Read what :meth:`to_json` wrote; unknown or missing fields are refused by name."""
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"text must be JSON, but {error}") from None
-        fields = _fields(cls, "a schedule", fields)
-        if not isinstance(fields["stages"], list):
-            raise ValueError(f"stages must be a list, got {fields['stages']!r}")
-        return cls(**{**fields, "stages": tuple(Stage(**_fields(Stage, "a stage", stage)) for stage in fields["stages"])})
-
-    @classmethod
-    def from_paper(cls, method: str, dropped: Mapping[int, float], *, at_least: int = 0, **stage: Any) -> Schedule:
-        """A schedule in a paper's words: ``{its layer number: percent of the present tokens that it drops}``.
-
-        >>> Schedule.from_paper("sparsevlm", {2: 50}).stages[0].layer
-        3
-        """
-        for percent in dropped.values():
-            if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 <= percent <= 100:
-                raise ValueError(f"dropped must give percentages in [0, 100], got {percent!r}")
-        # By the decimals that were written: (100 - 6.4) / 100 is a hair below 0.936, and a floor would take a token for it.
-        kept = {x: float(1 - Fraction(str(p)) / 100) for x, p in dropped.items()}
-        return cls(tuple(Stage(layer_of(method, x), share, at_least=at_least, **stage) for x, share in kept.items()))
-
-
-def layer_of(method: str, number: int) -> int:
-    """The 0-based "before block L" of a layer number as the papers print it.
+def preset(name: str) -> Schedule:
+    """A published schedule of V2Drop by its name; ``preset(name).source`` says where it was published.
 
     Parameters
     ----------
-    method : {"v2drop", "fastv", "vtw", "pdrop", "hidivdrop-filter", "hidivdrop-exit", "sparsevlm"}
-        Whose numbers they are.
-    number : int
-
-    Examples
-    --------
-    >>> layer_of("hidivdrop-exit", 25), layer_of("sparsevlm", 2), layer_of("v2drop", 3)
-    (24, 3, 3)
-    """
-    _one_of("method", method, tuple(LAYER_OFFSETS))
-    require_int("number", number)
-    layer = number + LAYER_OFFSETS[method]
-    require_int("number", layer)
-    return layer
-
-
-def prefill_flops(tokens: Iterable[int], hidden: int, intermediate: int) -> int:
-    """``sum_l 4 n d^2 + 2 n^2 d + 3 n d m`` over the tokens that enter each block (PDrop's formula, used by all the papers).
-
-    It counts multiply-adds of full multi-head attention and a gated MLP; grouped keys and values cost less than it says.
-    """
-    _positive("hidden", hidden)
-    _positive("intermediate", intermediate)
-    d, m = hidden, intermediate
-    return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens)
-
-
-def model_sizes(config: Any) -> tuple[int, int, int]:
-    """``(layers, hidden, intermediate)`` of a transformers config; a vision-language model's decoder counts."""
-    config = getattr(config, "text_config", None) or config
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size")
-    missing = [name for name in names if not isinstance(getattr(config, name, None), int)]
-    if missing:
-        raise ValueError(f"config must have the ints {', '.join(names)}; {type(config).__name__} lacks {', '.join(missing)}")
-    layers, hidden, intermediate = (getattr(config, name) for name in names)
-    return layers, hidden, intermediate
-
-
-def solve(
-    *, average: float, layers: Sequence[int], n: int, depth: int, last: float | None = None, name: str = "", **stage: Any
-) -> Schedule:
-    """The schedule that drops before ``layers`` and has a wanted average number of tokens.
-
-    A budget is one number, so one unknown is solved for: every stage keeps the same share of the tokens that are still there.
-    ``last`` may give the share of the last stage instead (0.0 is V2Drop's exit). Of the shares that come within half a
-    token, the one with the fewest decimals is taken. Where none does, which takes several stages that keep nearly all, shares
-    that differ in the twelfth decimal do.
-
-    Parameters
-    ----------
-    average : float
-        Droppable tokens that enter a block, averaged over all ``depth`` blocks.
-    layers : sequence of int
-        Drop before these 0-based blocks.
-    n : int
-        Droppable tokens at first.
-    depth : int
-        Blocks of the model.
-    last : float, optional
-        Share that the last stage keeps.
-    name, **stage
-        Of the schedule, and fields of every stage (``policy="random"``).
+    name : str
+        One of :func:`presets`.
 
     Raises
     ------
     ValueError
-        No share reaches ``average``; the sentence names the range that is reachable.
+        Unknown name; the message lists all.
 
     Examples
     --------
-    >>> found = solve(average=131, layers=(3, 17, 22), n=576, depth=32, last=0.0)
-    >>> found.stages[0].keep, found.counts(576), found.average_tokens(576, 32)
-    (0.28, (161, 45, 0), 131.46875)
-    """
-    _positive("n", n)
-    _positive("depth", depth)
-    if not layers:
-        raise ValueError("layers must name at least one layer")
-    if isinstance(average, bool) or not isinstance(average, int | float):
-        raise TypeError(f"average must be a number, got {average!r}")
-    free = len(layers) - (last is not None)
-    if not free:
-        raise ValueError("last must leave a stage to solve for, but layers has one only")
-
-    def candidate(*shares: float) -> Schedule:
-        keeps = [*shares] if last is None else [*shares, last]
-        return Schedule(tuple(Stage(x, keep, **stage) for x, keep in zip(layers, keeps, strict=True)), name)
-
-    def tokens(found: Schedule) -> float:
-        return found.average_tokens(n, depth)
-
-    def miss(found: Schedule) -> float:
-        return abs(tokens(found) - average)
-
-    least, most = (tokens(candidate(*[share] * free)) for share in (0.0, 1.0))
-    if not least - 0.5 <= average <= most + 0.5:
-        raise ValueError(f"average must lie between {least:g} and {most:g} with drops before layers {list(layers)}, got {average}")
-    for digits in range(1, 13):
-        low, high = 0, 10**digits
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if tokens(candidate(*[middle / 10**digits] * free)) <= average else (low, middle)
-        below, above = low / 10**digits, high / 10**digits
-        best = min(candidate(*[below] * free), candidate(*[above] * free), key=miss)
-        if miss(best) <= 0.5:
-            return best
-    # Just below 1.0 each floor takes a token of its own, so that several counts jump together. From the one share to the other,
-    # stage by stage from the last, no count jumps by more than one, nor does the average.
-    return min((candidate(*[below] * i, *[above] * (free - i)) for i in range(free + 1)), key=miss)
-
-
-def pyramid(
-    start: int, stop: int, p: float, *, layers: Sequence[int], leave: int | None = None, inject: int = 0, **stage: Any
-) -> Schedule:
-    """A concave pyramid from ``start`` tokens to ``stop``: many are dropped at first, then fewer and fewer.
-
-    Stage ``i`` of ``m`` keeps ``round(stop + (start - stop) * (1 - i / m) ** (1 / p))`` tokens: a straight line for ``p = 1``,
-    steeper at first for smaller ``p``.
-
-    Parameters
-    ----------
-    start, stop : int
-        Tokens before the first of ``layers``, and after the last.
-    p : float
-        Greater than 0; at most 1 for a concave pyramid.
-    layers : sequence of int
-        Drop before these 0-based blocks.
-    leave : int, optional
-        Early exit: all that are left are dropped before this 0-based block.
-    inject, **stage
-        Of the schedule, and fields of every stage (``policy="hidivdrop"``).
-
-    Notes
-    -----
-    Source: HiDivDrop, section 3.2 and figure 3 (a), which draws curves for several p, "where lower p enforces stronger pruning",
-    and prints no formula: this one is ours. The published counts come close to ``p = 0.15`` (85, 7, 1, 1 for 87, 10, 5, 1).
-
-    Examples
-    --------
-    >>> pyramid(576, 1, 0.5, layers=(10, 14, 16, 18), leave=24, inject=8).counts(576)
-    (324, 145, 37, 1, 0)
-    """
-    require_int("start", start)
-    require_int("stop", stop)
-    if stop > start:
-        raise ValueError(f"stop must lie between 0 and start = {start}, got {stop}")
-    if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"p must be a number, got {p!r}")
-    if not p > 0:
-        raise ValueError(f"p must be greater than 0, got {p}")
-    if not layers:
-        raise ValueError("layers must name at least one layer")
-    m = len(layers)
-    keeps = [round(stop + (start - stop) * (1 - i / m) ** (1 / p)) for i in range(1, m + 1)]
-    exits = [] if leave is None else [Stage(leave, 0, **stage)]
-    return Schedule((*(Stage(x, k, **stage) for x, k in zip(layers, keeps, strict=True)), *exits), inject=inject)
-
-
-def _fields(kind: type, what: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise ValueError(f"{what} must be a JSON object, got {given!r}")
-    known = {f.name: f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind)}
-    if unknown := sorted(given.keys() - known.keys()):
-        raise ValueError(f"{what} has no field {unknown[0]!r}; its fields are {', '.join(known)}")
-    if missing := [name for name, needed in known.items() if needed and name not in given]:
-        raise ValueError(f"{what} needs the field {missing[0]!r}")
-    return given
-
-
-def _plain(name: str, value: Any) -> dict[str, Any]:
-    """A copy of a mapping, as JSON would give it back, in the order of its names: equal ones then look equal."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"{name} must be a mapping by name, got {value!r}")
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(value), sort_keys=True))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must hold what JSON can, but {error}") from None
-    return plain
-
-
-def _one_of(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def _positive(name: str, value: int) -> None:
-    require_int(name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-_SUPPLEMENT = "V2Drop, supplement: LLaVA-1.5-7B (32 blocks), drop {} % before layers 3, 17 and 22; one token stays, as in the code"
-_ONE_TIME = (
-    "V2Drop's ablation of one-time dropping; the paper prints neither layer nor count, so: layer 3, and of LLaVA-1.5's 576 "
-    "tokens the count whose average is nearest to the progressive preset's {}"
-)
-
-
-def _v2drop(name: str, dropped: Mapping[int, float], source: str) -> Schedule:
-    return dataclasses.replace(Schedule.from_paper("v2drop", dropped, at_least=1), name=name, source=source)
-
-
-_PRESETS = {
-    schedule.name: schedule
-    for schedule in (
-        _v2drop("v2drop-192", {3: 50, 17: 70, 22: 100}, _SUPPLEMENT.format("50/70/100")),
-        _v2drop("v2drop-128", {3: 72, 17: 75, 22: 100}, _SUPPLEMENT.format("72/75/100")),
-        _v2drop("v2drop-64", {3: 95, 17: 95, 22: 100}, _SUPPLEMENT.format("95/95/100")),
-        _v2drop(
-            "v2drop-released",
-            {3: 50, 17: 50, 22: 100},
-            "V2Drop's released LLaVA code: drop 50/50/100 % before layers 3, 17 and 22, one token stays",
-        ),
-        _v2drop(
-            "v2drop-qwen2-vl",
-            {3: 75, 16: 95, 22: 100},
-            "V2Drop's released Qwen2-VL-7B code (28 blocks): drop 75/95/100 % before layers 3, 16 and 22, one token stays",
-        ),
-        Schedule((Stage(3, 0.2674),), "one-time-192", _ONE_TIME.format(193.75)),
-        Schedule((Stage(3, 0.1476),), "one-time-128", _ONE_TIME.format("131.0")),
-        Schedule((Stage(3, 0.0244),), "one-time-64", _ONE_TIME.format(66.72)),
-    )
-}
-
-
-def presets() -> tuple[str, ...]:
-    """The names that :func:`preset` knows; the other methods' are in ``models.policies``."""
-    return tuple(_PRESETS)
-
-
-def preset(name: str) -> Schedule:
-    """A published schedule by its name; ``preset(name).source`` says where it comes from.
-
     >>> preset("v2drop-released").average_tokens(576, layers=32)
     202.8125
     """
-    _one_of("name", name, presets())
-    return _PRESETS[name]
+    from .models.policies.variation import PRESETS
+
+    one_of("name", name, presets())
+    return next(schedule for schedule in PRESETS if schedule.name == name)

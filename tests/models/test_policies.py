@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from v2drop_kernels.layout import TokenLayout
 from v2drop_kernels.models import TokenDropper, policies
 from v2drop_kernels.models._family import family_of
+from v2drop_kernels.models.context import Stop
 from v2drop_kernels.models.policies import sparsevlm as sparsevlm_module
 from v2drop_kernels.models.policies.twigvlm import twig_schedule
-from v2drop_kernels.models.policy import Stop
 from v2drop_kernels.models.voco import voco_mask
 from v2drop_kernels.schedule import Schedule, Stage
 

@@ -1,15 +1,21 @@
-"""Dropping in Hugging Face models as they are: hooks that come and go with a ``with``; transformers is imported in functions.
+"""Drop vision tokens in unmodified Hugging Face models, by hooks that are removed when a ``with`` block ends.
 
-Use ``with vk.models.TokenDropper(schedule)(model) as dropping: model.generate(...)``.
+Use ``with vk.models.TokenDropper(schedule)(model) as session: model.generate(...)``. The names below are imported when they are
+first used, so that schedules and presets can be read without torch; transformers is imported inside functions only.
 """
 
-from .dropper import Dropping, TokenDropper
-from .ilvas import Ilvas, ilvas
-from .policies import preset, presets
-from .policies.twigvlm import twig_schedule
-from .policy import Method, Policy, Stop
-from .report import Kept, LayerReport, Report
-from .voco import voco_mask
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from .context import Stop
+    from .dropper import Dropping, TokenDropper
+    from .inter_layer import Ilvas, ilvas
+    from .policies import preset, presets
+    from .policies.twigvlm import twig_schedule
+    from .policy import Method, Policy
+    from .report import Kept, LayerReport, Report
+    from .voco import voco_mask
 
 __all__ = [
     "Dropping",
@@ -27,3 +33,25 @@ __all__ = [
     "twig_schedule",
     "voco_mask",
 ]
+
+if not typing.TYPE_CHECKING:  # or type checkers would accept every name
+    _HOMES = {
+        "context": ("Stop",),
+        "dropper": ("Dropping", "TokenDropper"),
+        "inter_layer": ("Ilvas", "ilvas"),
+        "policies": ("preset", "presets"),
+        "policies.twigvlm": ("twig_schedule",),
+        "policy": ("Method", "Policy"),
+        "report": ("Kept", "LayerReport", "Report"),
+        "voco": ("voco_mask",),
+    }
+    _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .policy import Stop
+from .context import Stop
 
 
 def text_rows(at: Stop) -> torch.Tensor:

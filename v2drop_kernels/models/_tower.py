@@ -21,7 +21,7 @@ from ..reference.order import ranked
 
 if TYPE_CHECKING:
     from ._family import Family
-    from .policy import Stop
+    from .context import Stop
 
 SEEN = "tower"  # where a policy's ``seen`` carries its Tower
 

@@ -22,15 +22,16 @@ import torch
 
 from .. import positions as position_modes
 from ..compact import compact_
+from ..core.schedule import Schedule, Stage, prefill_flops
 from ..drop import drop_tokens
 from ..layout import TokenLayout
-from ..schedule import Schedule, Stage, prefill_flops
 from ..score import variation_score
 from ..soft_topk import soft_topk
 from . import policies
 from ._family import Family, Grid, Spans, check_attention, family_of, found_spans, given_spans, runs_of
 from ._rows import CacheRows, Rows, cut_mask, injected, spread, step_mask
-from .policy import Policy, Stop
+from .context import Stop
+from .policy import Policy
 from .report import Kept, LayerReport, Report
 
 STATE = "_v2drop_rows"  # where a cache carries its CacheRows

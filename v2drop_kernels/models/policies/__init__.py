@@ -8,8 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from ... import schedule as schedules
-from ...schedule import Schedule
+from ...core.schedule import Schedule
 from ..policy import Policy
 
 
@@ -50,11 +49,9 @@ def make(name: str, options: Mapping[str, Any]) -> Policy:
 
 
 def presets() -> dict[str, Schedule]:
-    """Every published schedule by its name: those of :mod:`v2drop_kernels.schedule` and those of the policies."""
-    found = {name: schedules.preset(name) for name in schedules.presets()}
-    for policy in known().values():
-        found |= {preset.name: preset for preset in policy.method.presets}
-    return found
+    """Every published schedule by its name, V2Drop's first."""
+    found = [*find("variation").method.presets, *(preset for policy in known().values() for preset in policy.method.presets)]
+    return {preset.name: preset for preset in found}
 
 
 def preset(name: str) -> Schedule:
@@ -63,15 +60,13 @@ def preset(name: str) -> Schedule:
     Raises
     ------
     ValueError
-        Unknown name; the sentence lists all.
+        Unknown name; the message lists all.
 
     Examples
     --------
     >>> preset("pdrop").average_tokens(576, layers=32)
     270.0
     """
-    if name in schedules.presets():
-        return schedules.preset(name)
     found = presets()
     if name not in found:
         raise ValueError(f"name must be one of {', '.join(map(repr, found))}, got {name!r}")

@@ -22,7 +22,8 @@ import torch
 from ...attention_score import cross_modal_score
 from .._text import numbers, prompt_rows, text_rows
 from .._tower import Tiles, watch_cls
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 from .cross_modal_flash import BUDGETS, solved
 
 if TYPE_CHECKING:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...schedule import Schedule, solve
-from ..policy import Method, Policy, Stop
+from ...core.budgets import solve
+from ...core.schedule import Schedule
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def solved(policy: str, name: str, average: int, depth: int) -> Schedule:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ...core.schedule import Schedule, Stage
 from ...reference.order import ranked
-from ...schedule import Schedule, Stage
 from ...similarity import cosine_to_pivots, key_norm_score
 from .._text import text_rows
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def _preset(k: int, kept: int) -> Schedule:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ...core.schedule import Schedule, Stage
 from ...layout import require_int
 from ...reference.order import ranked
-from ...schedule import Schedule, Stage
 from ...similarity import frame_similarity
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 @dataclass(frozen=True)

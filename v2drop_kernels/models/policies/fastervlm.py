@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ...schedule import Schedule, Stage
+from ...core.schedule import Schedule, Stage
 from .._tower import Tiles, watch_cls
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...schedule import Schedule, Stage
-from ..policy import Method, Policy, Stop
+from ...core.schedule import Schedule, Stage
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def _preset(average: int, *counts: int, layers: tuple[int, ...] = (10, 14, 16, 18)) -> Schedule:

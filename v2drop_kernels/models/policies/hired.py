@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from ...core.schedule import Schedule, Stage
 from ...reference.order import ranked
-from ...schedule import Schedule, Stage
 from .._tower import Tiles, watch_cls
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def _preset(keep: float, name: str, what: str) -> Schedule:

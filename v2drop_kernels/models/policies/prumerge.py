@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from ...core.schedule import Schedule, Stage
 from ...layout import require_int
 from ...merge import contextual_targets, merge_dropped
-from ...schedule import Schedule, Stage
 from .._tower import SEEN, Tiles, check_entry, watch_cls
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def _preset(name: str, n: int, what: str, uniform: float) -> Schedule:

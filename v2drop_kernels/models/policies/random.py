@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 
 from ...similarity import random_score
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from dataclasses import dataclass
 import torch
 
 from ...attention_score import text_raters
+from ...core.schedule import Schedule, Stage
 from ...merge import merge_dropped, recycled_clusters
 from ...reference.attention_score import chunks
 from ...reference.order import ranked
-from ...schedule import Schedule, Stage
 from .._text import numbers, prompt_rows, text_rows
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 RECYCLED = 0.3
 

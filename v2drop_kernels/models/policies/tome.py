@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from ...core.schedule import Schedule, Stage
 from ...layout import require_int
 from ...merge import bipartite_merge
-from ...schedule import Schedule, Stage
 from .._tower import Tiles, Tower, check_entry, clip_of, watch_tower
-from ..policy import Method, Policy, Stop
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def _preset(n: int) -> Schedule:

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...schedule import Schedule, Stage
-from ..policy import Method, Policy, Stop
+from ...core.schedule import Schedule, Stage
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from math import ceil
 
 import torch
 
-from ...schedule import Schedule, Stage
-from ..policy import Method, Policy, Stop
+from ...core.schedule import Schedule, Stage
+from ..context import Stop
+from ..policy import Method, Policy
 
 
 def twig_schedule(average: float, n: int = 576, depth: int = 32, *, twig: int = 2, wipe: int = 24, name: str = "") -> Schedule:

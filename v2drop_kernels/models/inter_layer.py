@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..schedule import Schedule
+from ..core.schedule import Schedule
+from .context import project
 from .dropper import Dropping, TokenDropper
-from .policy import project
 
 
 @dataclass(frozen=True)
