@@ -72,7 +72,7 @@ test-emulated: setup
 	$(call build,build/emulated,-DV2DROP_CUDA=EMULATE -DV2DROP_BUILD_PYTHON=ON -DV2DROP_JAX=OFF \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)")
 	$(CTEST) --test-dir build/emulated
-	V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/emulated $(ARGS)
+	V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/ops tests/native tests/interop/test_array.py $(ARGS)
 
 # On a machine with a GPU: build for it with its own torch, test, measure, report. Needs no network and none of the setup above.
 gpu-check:
@@ -86,7 +86,7 @@ sanitize: setup
 	TSAN_OPTIONS=die_after_fork=0 $(CTEST) --test-dir build/tsan
 
 test-interpreter: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops tests/native $(ARGS)
 
 test-compile-only: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/compile_only $(ARGS)

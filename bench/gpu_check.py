@@ -336,7 +336,7 @@ def run_tests(out: Path, seconds: float, dry: bool) -> Outcomes:
     """The tests with marker gpu, for so long at most; dry: a few of those that need none."""
     path = out / "tests.jsonl"
     path.unlink(missing_ok=True)
-    chosen = ["tests/test_out.py", "-k", "reference"] if dry else ["tests", "-m", "gpu"]
+    chosen = ["tests/ops/test_out.py", "-k", "reference"] if dry else ["tests", "-m", "gpu"]
     parallel = []
     if not dry and importlib.util.find_spec("xdist") and harness.ALL_CORES > 2:
         parallel = ["-n", str(min(harness.ALL_CORES // 2, 8)), "--dist", "worksteal"]

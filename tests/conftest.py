@@ -1,8 +1,9 @@
 """Which backends a process can run, and memory that shows when an element of a result was never written.
 
 Every test of an op takes the fixture ``on``. The main process runs it on ``reference``, ``cpu`` and, where there is a
-GPU, ``triton`` and ``cuda``; the processes of tests/interpreter and tests/emulated run the same test functions on ``triton``
-and on ``cuda`` with CPU tensors.
+GPU, ``triton`` and ``cuda``. Two more processes run the same test functions with CPU tensors: with TRITON_INTERPRET=1 on
+``triton`` (Triton reads the variable once, when it is imported), and where V2DROP_NATIVE_MODULE names a library that was
+built with V2DROP_CUDA=EMULATE on ``cuda`` (a process loads one native library).
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import torch
 
 from v2drop_kernels import _native
 
-# Processes of their own, collected only when named: Triton reads TRITON_INTERPRET once, when it is imported, and a process has
-# one native library.
-collect_ignore = ["interpreter", "compile_only", "emulated"]
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = not INTERPRETER and _native.available()[0] and _native.cuda_archs() == "emulated"
+
+# The compiler needs a process without TRITON_INTERPRET, and minutes: collected only when named.
+collect_ignore = ["compile_only"]
+if not EMULATED:
+    collect_ignore.append("native/test_launches.py")
 
 
 class On(NamedTuple):
@@ -28,14 +33,13 @@ class On(NamedTuple):
 
 
 def _backends() -> list[object]:
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETER:
         return [pytest.param(On("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter)]
-    archs = _native.cuda_archs() if _native.available()[0] else ""
-    if archs == "emulated":
-        return [pytest.param(On("cuda", "cpu"), id="emulated")]
+    if EMULATED:
+        return [pytest.param(On("cuda", "cpu"), id="emulated", marks=pytest.mark.emulated)]
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
     no_nvidia = pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.hip), reason="needs a CUDA device")
-    no_kernels = pytest.mark.skipif(not archs, reason="the native library was built without CUDA")
+    no_kernels = pytest.mark.skipif(not _native.cuda_archs(), reason="the native library was built without CUDA")
     return [
         pytest.param(On("reference", "cpu"), id="reference"),
         pytest.param(On("cpu", "cpu"), id="cpu"),
@@ -46,16 +50,25 @@ def _backends() -> list[object]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "backends(*names): run the test on these backends only, where `on` is taken")
+    config.addinivalue_line("markers", "elsewhere: a test whose backends another process has")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "on" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("backends")
         params = [p for p in _backends() if only is None or p.values[0].backend in only.args]
-        if not params:
-            elsewhere = pytest.mark.skip(reason=f"runs in the other process ({', '.join(only.args)})")
-            params = [pytest.param(None, id="elsewhere", marks=elsewhere)]
-        metafunc.parametrize("on", params, indirect=True)
+        metafunc.parametrize("on", params or [pytest.param(None, id="elsewhere", marks=pytest.mark.elsewhere)], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another process runs: the processes of Triton's interpreter and of the emulated kernels run the tests of
+    their own backend only."""
+    mine = "interpreter" if INTERPRETER else "emulated" if EMULATED else None
+    chosen = [x for x in items if not x.get_closest_marker("elsewhere") and (mine is None or x.get_closest_marker(mine))]
+    if len(chosen) < len(items):
+        left_out = set(items) - set(chosen)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = chosen
 
 
 @pytest.fixture

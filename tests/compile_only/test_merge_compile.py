@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_triton_compile import SM90, compile_for, every_target, hidden, recorded, specialize
+from support.compiled import SM90, compile_for, every_target, hidden, recorded, specialize
 
 from v2drop_kernels._triton.merge import row_dots, weighted_merge
 

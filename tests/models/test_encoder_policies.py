@@ -12,12 +12,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import slow
-import tiny
 import torch
 import transformers as tf
-from test_models import close, rows_of
-from tiny import IMAGE, item
+from support import slow, tiny
+from support.dropped import close, rows_of
+from support.tiny import IMAGE, item
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 

@@ -8,12 +8,11 @@ import sys
 import textwrap
 
 import pytest
-import slow
-import tiny
 import torch
 import transformers as tf
-from test_models import ITEMS, check_decode, close, rows_of
-from tiny import item
+from support import slow, tiny
+from support.dropped import ITEMS, check_decode, close, rows_of
+from support.tiny import item
 
 from v2drop_kernels.models import Ilvas, TokenDropper, ilvas, policies
 from v2drop_kernels.schedule import Schedule, Stage

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from v2drop_kernels.models import TokenDropper
 from v2drop_kernels.schedule import Schedule, Stage

@@ -8,10 +8,9 @@ import functools
 import math
 
 import pytest
-import slow
-import tiny
 import torch
 import transformers as tf
+from support import slow, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from v2drop_kernels.layout import TokenLayout

@@ -1,0 +1,161 @@
+"""What only an emulated GPU can show: how many kernels a call starts, and that no result depends on the order of its threads."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from support.cases import BATCHES, LARGE, METRICS, companions, every_op, hidden_pair, integers, normal, random_bytes, same, scores
+
+import v2drop_kernels as vk
+from v2drop_kernels import _cuda, _native
+
+
+@pytest.fixture(scope="module")
+def started():
+    """The kernels started so far in this process."""
+    count = ctypes.CDLL(str(Path(_native.lib().__file__).parent / "libv2drop.so")).v2drop_emulate_launches
+    count.restype = ctypes.c_int64
+    return count
+
+
+def launches(started, call):
+    before = started()
+    call()
+    return started() - before
+
+
+@pytest.mark.parametrize(("design", "want"), [("cooperative", 1), ("two", 2), ("three", 3)])
+def test_launches_of_a_drop(on, started, design, want):
+    """Scores, selection, hidden states, ids, keys and values of 8 layers."""
+    prev, cur = hidden_pair((2, 70, 16), torch.bfloat16)
+    kv = [random_bytes((2, 2, 70, 8), torch.bfloat16, i) for i in range(16)]
+    ids = integers((2, 70), torch.int64, "ids")
+    with _cuda.design(design):
+        drop = lambda: vk.drop_tokens(prev, cur, 9, droppable=(5, 68), kv=kv, position_ids=ids, backend=on.backend)
+        assert launches(started, drop) == want
+
+
+def test_launches_of_the_automatic_design(on, started):
+    """One where the hidden states are small; three where more rows compete than the blocks of a gather select by themselves."""
+    small, large = hidden_pair((1, 64, 8), torch.bfloat16), hidden_pair((1, 2100, 8), torch.bfloat16)
+    assert launches(started, lambda: vk.drop_tokens(*small, 9, backend=on.backend)) == 1
+    assert launches(started, lambda: vk.drop_tokens(*large, 9, backend=on.backend)) == 3
+
+
+@pytest.mark.parametrize("tensors", [1, 128, 129, 400])
+def test_launches_of_many_tensors(on, started, tensors):
+    """Up to 128 tensors share a launch and its parameters."""
+    kv = [random_bytes((1, 1, 9, 2), torch.bfloat16, i) for i in range(tensors)]
+    hidden = torch.zeros(1, 9, 0)
+    keep = torch.tensor([[1, 4, 8]])
+    assert launches(started, lambda: vk.compact(keep, hidden, kv=kv, backend=on.backend)) == -(-tensors // 128)
+    got = vk.compact(keep, hidden, kv=kv, backend=on.backend).kv
+    same(got, [x[:, :, [1, 4, 8]] for x in kv])
+
+
+def test_launches_of_the_other_ops(on, started):
+    prev, cur = hidden_pair((2, 40, 8), torch.float32)
+    scores = cur[..., 0].contiguous()
+    counts = {
+        "variation_score": lambda: vk.variation_score(prev, cur, backend=on.backend),
+        "segmented_topk": lambda: vk.segmented_topk(scores, 5, backend=on.backend),
+        "compact": lambda: vk.compact(torch.tensor([[1], [2]]), cur, backend=on.backend),
+        "compact_": lambda: vk.compact_(torch.tensor([[1], [2]]), cur.clone().unsqueeze(1), backend=on.backend),
+    }
+    assert {name: launches(started, call) for name, call in counts.items()} == dict.fromkeys(counts, 1)
+    assert launches(started, lambda: vk.variation_topk(prev, cur, 5, backend=on.backend)) == 2
+
+
+def attention(on, heads="mean", queries=3, rows=300):
+    q, k = normal((2, 6, queries, 24), torch.bfloat16, "q"), normal((2, 2, rows, 24), torch.bfloat16, "k")
+    droppable = torch.arange(rows).expand(2, -1) % 3 > 0
+    return vk.attention_score(q, k, droppable=droppable, heads=heads, queries="l2", backend=on.backend)
+
+
+@pytest.mark.parametrize(("queries", "want"), [(1, 2), (170, 2), (171, 4)])
+def test_launches_of_attention(on, started, queries, want):
+    """The logits, then their reduction; 1024 pairs of a query and one of six heads fit one step."""
+    assert launches(started, lambda: attention(on, queries=queries, rows=180)) == want
+
+
+def test_launches_of_the_other_scores(on, started):
+    k, x = normal((2, 2, 40, 24), torch.float16, "k"), normal((2, 40, 24), torch.float16, "x")
+    assert launches(started, lambda: vk.key_norm_score(k, backend=on.backend)) == 1
+    assert launches(started, lambda: vk.cosine_to_pivots(x, torch.tensor([[3, -1], [0, 5]]), backend=on.backend)) == 1
+
+
+@pytest.mark.parametrize("heads", ["mean", "max", 2])
+def test_little_scratch_memory_changes_no_bit_of_attention(on, heads, monkeypatch, started):
+    """One query in a step in place of all of them."""
+    want = attention(on, heads)
+    one = _cuda._attention_bytes(2, 6, 1, 300)
+    monkeypatch.setattr(_cuda, "_attention_bytes", lambda *shape: one)
+    assert launches(started, lambda: same(attention(on, heads), want)) == 6
+
+
+DESIGNS = pytest.mark.parametrize("design", ["cooperative", "two", "three"])
+IN_EVERY_ORDER = pytest.mark.parametrize("order", ["forward", "reverse", "7"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_order_of_threads_changes_no_bit(on, metric, monkeypatch):
+    """Blocks and threads run forwards, backwards and shuffled: a missing barrier, or a block that counts on another, shows."""
+    prev, cur = normal((2, 90, 64), torch.bfloat16, "a"), normal((2, 90, 64), torch.bfloat16, "b")
+    found = []
+    for order in ("forward", "reverse", "7"):
+        monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
+        found.append(every_op(on, prev, cur, metric, k=30))
+    same(found[1:], found[:1] * 2)
+
+
+@pytest.mark.parametrize("heads", ["mean", "max", 2])
+def test_the_order_of_threads_changes_no_score(on, heads, monkeypatch):
+    k, x = normal((2, 2, 70, 24), torch.float16, "k"), normal((2, 70, 200), torch.float16, "x")
+    found = []
+    for order in ("forward", "reverse", "7"):
+        monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
+        pivots = torch.tensor([[3, -1, 69], [0, 5, 5]])
+        found.append(
+            [attention(on, heads), vk.key_norm_score(k, backend=on.backend), vk.cosine_to_pivots(x, pivots, backend=on.backend)]
+        )
+    same(found[1:], found[:1] * 2)
+
+
+@IN_EVERY_ORDER
+@DESIGNS
+@pytest.mark.parametrize("b", [BATCHES[2], BATCHES[6], BATCHES[9], BATCHES[12], BATCHES[16]], ids=str)
+def test_the_order_of_threads_changes_no_drop(on, b, design, order, monkeypatch):
+    monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
+    prev, cur = hidden_pair((*b.lead, 24), torch.bfloat16)
+    want = vk.reference.drop_tokens(prev, cur, b.k("n/3"), **b.arguments(), **companions(b))
+    with _cuda.design(design):
+        got = vk.drop_tokens(prev, cur, b.k("n/3"), backend=on.backend, **b.arguments(), **companions(b))
+    same([got.keep, got.hidden, got.kv, got.labels], [want.keep, want.hidden, want.kv, want.labels])
+
+
+@IN_EVERY_ORDER
+@DESIGNS
+def test_the_order_of_threads_changes_no_tile(on, design, order, monkeypatch):
+    """200 KB of results: many tiles, and fewer, larger ones where the blocks of one launch must all be on the device at once."""
+    monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
+    prev, cur = hidden_pair((2, 300, 256), torch.bfloat16)
+    want = vk.reference.drop_tokens(prev, cur, 190, droppable=(3, 290))
+    with _cuda.design(design):
+        got = vk.drop_tokens(prev, cur, 190, droppable=(3, 290), backend=on.backend)
+    same([got.keep, got.hidden], [want.keep, want.hidden])
+
+
+@IN_EVERY_ORDER
+@pytest.mark.parametrize("kind", ["random", "three", "special"])
+def test_the_order_of_threads_changes_no_large_selection(on, kind, order, monkeypatch):
+    """More keys than a block holds, which are counted by bins."""
+    monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
+    b = LARGE[1]
+    x = scores(kind, b.lead, torch.float32)
+    hidden = torch.arange(float(b.rows)).expand(b.lead)[..., None]
+    want = vk.reference.drop_tokens(None, hidden, 3000, scores=x, **b.arguments())
+    got = vk.drop_tokens(None, hidden, 3000, scores=x, backend=on.backend, **b.arguments())
+    same([got.keep, got.hidden], [want.keep, want.hidden])

@@ -1,0 +1,130 @@
+"""segmented_topk: exact on every backend, for ties, NaN, infinities and zeros of both signs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import oracle
+from support.cases import (
+    BATCHES,
+    FLOATS,
+    KS,
+    LARGE,
+    ORDERS,
+    SCORES,
+    SIZES,
+    STRIDES,
+    count,
+    cross,
+    fewer,
+    same,
+    same_values,
+    scores,
+    strided,
+)  # fmt: skip
+
+import v2drop_kernels as vk
+
+
+def check(on, x, segments, ks, got, order, **arguments):
+    """The oracle judges the reference; the reference judges the others."""
+    if on.backend == "reference":
+        values, indices = oracle.topk(x, segments, ks, order)
+    else:
+        values, indices = vk.reference.segmented_topk(x, ks, order=order, **arguments)
+    same(got.indices, indices)
+    same_values(got.values, values)
+
+
+@cross(rounds=2, N=SIZES, values=SCORES, k=KS, dtype=FLOATS, order=ORDERS)
+def test_segmented_topk(on, N, values, k, dtype, order):
+    x = scores(values, (2, N), dtype)
+    k = count(k, N)
+    got = vk.segmented_topk(x.to(on.device), k, order=order, backend=on.backend)
+    check(on, x, [[list(range(N))]] * 2, [k] * 2, got, order)
+
+
+@cross(b=BATCHES, k=[*KS, "list", "tensor"], order=ORDERS)
+def test_segmented_topk_of_segments(on, b, k, order):
+    x = scores("three", b.lead, torch.float32)
+    got = vk.segmented_topk(x.to(on.device), b.k(k), order=order, backend=on.backend, **b.arguments(on.device))
+    check(on, x, b.segments, b.ks(k), got, order, **b.arguments())
+
+
+@cross(b=LARGE, values=fewer(SCORES, ["three"]), k=["n/3"], order=ORDERS)
+def test_segmented_topk_of_large_segments(on, b, values, k, order):
+    x = scores(values, b.lead, torch.bfloat16)
+    got = vk.segmented_topk(x.to(on.device), b.k(k), order=order, backend=on.backend, **b.arguments(on.device))
+    check(on, x, b.segments, b.ks(k), got, order, **b.arguments())
+
+
+@cross(b=[BATCHES[0], BATCHES[5], BATCHES[10], BATCHES[13]], strides=STRIDES, dtype=FLOATS)
+def test_segmented_topk_of_strided_scores(on, b, strides, dtype):
+    x = scores("random", b.lead, dtype)
+    y = strided(x.to(on.device), strides)
+    got = vk.segmented_topk(y, b.k("n/3"), backend=on.backend, **b.arguments(on.device))
+    check(on, x, b.segments, b.ks("n/3"), got, "position", **b.arguments())
+
+
+def test_segmented_topk_of_expanded_scores(on):
+    x = scores("random", (1, 70), torch.float32).expand(3, 70)
+    got = vk.segmented_topk(x.to(on.device), 20, backend=on.backend)
+    check(on, x, [[list(range(70))]] * 3, [20] * 3, got, "position")
+
+
+@pytest.mark.backends("reference")
+@cross(N=SIZES, values=SCORES, order=ORDERS)
+def test_segmented_topk_of_float64(on, N, values, order):
+    x = scores(values, (2, N), torch.float64)
+    got = vk.segmented_topk(x, N // 2, order=order)
+    check(on, x, [[list(range(N))]] * 2, [N // 2] * 2, got, order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_segmented_topk_is_the_stable_sort(on, order):
+    """The equivalent plain torch of the docstring, which also ranks NaN above +inf and -0.0 beside 0.0."""
+    x = scores("special", (3, 200), torch.float32)
+    want = torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :50]
+    got = vk.segmented_topk(x.to(on.device), 50, order=order, backend=on.backend)
+    same(got.indices, want if order == "score" else want.sort().values)
+
+
+def test_segmented_topk_ranks_nan_inf_and_zeros(on):
+    x = torch.tensor([[-torch.inf, 0.0, -torch.nan, torch.inf, -0.0, torch.nan, -1.0, torch.inf, 0.0]], device=on.device)
+    got = vk.segmented_topk(x, 9, order="score", backend=on.backend)
+    assert got.indices.tolist() == [[2, 5, 3, 7, 1, 4, 8, 6, 0]]
+    assert vk.segmented_topk(x, 5, backend=on.backend).indices.tolist() == [[1, 2, 3, 5, 7]]
+
+
+def test_segmented_topk_separates_neighbouring_floats(on):
+    """Scores one unit in the last place apart, of both signs, around the powers of two where the exponent changes."""
+    bits = torch.tensor([0x3F7FFFFE, 0x3F7FFFFF, 0x3F800000, 0x3F800001, 1, 2, 0x7F7FFFFF], dtype=torch.int32)
+    x = bits.view(torch.float32)
+    x = torch.cat([x, -x])[torch.randperm(14, generator=torch.Generator().manual_seed(0))][None]
+    for k in range(15):
+        got = vk.segmented_topk(x.to(on.device), k, order="score", backend=on.backend)
+        same(got.indices, torch.sort(x, descending=True, stable=True).indices[:, :k])
+
+
+def test_segmented_topk_shares_nothing_with_its_input(on):
+    x = torch.ones(1, 4, device=on.device)
+    got = vk.segmented_topk(x, 4, backend=on.backend)
+    x.zero_()
+    assert got.values.tolist() == [[1.0] * 4]
+
+
+def test_segmented_topk_passes_the_gradient_of_its_values(on):
+    """Values are a gather of the scores: the gradient goes back to the chosen ones, whatever order they are listed
+    in."""
+    for b in (BATCHES[0], BATCHES[6], BATCHES[10], BATCHES[16]):
+        x = scores("random", b.lead, torch.float32)
+        grads = []
+        for device, backend in ((on.device, on.backend), ("cpu", "reference")):
+            leaf = x.to(device).detach().requires_grad_()
+            got = vk.segmented_topk(leaf, b.k("list"), order="score", backend=backend, **b.arguments(device))
+            weight = torch.arange(1.0, got.values.numel() + 1, device=device).view(got.values.shape)
+            (got.values * weight)[got.indices >= 0].sum().backward()
+            assert not got.indices.requires_grad
+            grads.append(leaf.grad.cpu())
+        assert grads[0].count_nonzero() == sum(min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True))
+        assert torch.equal(*grads)

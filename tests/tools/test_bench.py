@@ -1,0 +1,253 @@
+"""The benchmarks in a dry run: checks pass, files are written, a wrong result leaves no number. No timing is asserted."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+CONDITIONS = {"run", "date", "commit", "isa", "machine", "versions"}
+RESULTS = {"op", "B", "N", "D", "dtype", "k", "threads", "cache", "provider", "check", "min_us", "median_us", "p20_us", "p80_us",
+           "rounds", "bytes", "gb_s", "copy_share", "quiet"} | CONDITIONS  # fmt: skip
+BARS = {"bar", "asserted", "op", "case", "threads", "a", "a_min_us", "b", "b_min_us", "value", "limit", "status"} | CONDITIONS
+# tests/tools/test_bench.py runs in the main process of `make test`, which is the only one without TRITON_INTERPRET.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "V2DROP_BACKEND", "PYTEST_ADDOPTS")}
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bench")
+    done = run(BENCH / "run.py", "--quick", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``providers``, ``bars`` and ``harness`` as bench/run.py imports them, and gone afterwards."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = ("harness", "providers", "bars", "readme_table", "gpu_floors", "gpu_report")
+    before = torch.get_num_threads()
+    yield type("Modules", (), {name: importlib.import_module(name) for name in names})
+    torch.set_num_threads(before)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_dry_run_writes_every_file_with_its_columns(dry: Path):
+    assert {f.name for f in dry.iterdir()} == {"bars.csv", "results.csv", "report.md", "roofline.png"}
+    results, bars = rows(dry / "results.csv"), rows(dry / "bars.csv")
+    assert results[0].keys() >= RESULTS
+    assert bars[0].keys() >= BARS
+    assert {row["run"] for row in [*results, *bars]} == {"dry"}
+    assert (dry / "roofline.png").stat().st_size < 200_000
+    assert "dry run" in (dry / "report.md").read_text().splitlines()[0]
+
+
+def test_dry_run_checked_and_timed_every_provider(dry: Path):
+    results = rows(dry / "results.csv")
+    assert {row["check"] for row in results} == {"equal", "none"}
+    assert {row["provider"] for row in results if row["check"] == "none"} == {"copy"}
+    assert all(float(row["median_us"]) > 0 and row["copy_share"] for row in results)
+    for op in ("score", "select", "compact", "drop"):
+        found = {row["provider"] for row in results if row["op"] == op}
+        assert found >= {"native", "eager", "eager-out", "compile-out", "copy"}
+    bars = rows(dry / "bars.csv")
+    assert sum(row["asserted"] == "yes" for row in bars) == 6
+    assert all(row["status"] == "dry run" and float(row["value"]) > 0 for row in bars)
+
+
+def test_a_dry_run_never_reaches_the_committed_results_or_the_readme(dry: Path):
+    refused = run(BENCH / "run.py", "--quick")
+    assert refused.returncode == 2
+    assert "--out" in refused.stderr
+    table = run(BENCH / "readme_table.py", "--results", dry)
+    assert table.returncode != 0
+    assert "not hold a full, gated measurement" in table.stderr
+
+
+@pytest.mark.parametrize("fault", ["score", "kept", "row", "raises"])
+def test_a_wrong_provider_gets_no_number(modules: Any, fault: str):
+    providers, bars, harness = modules.providers, modules.bars, modules.harness
+    op = "score" if fault == "score" else "drop"
+    right = providers.providers(op)["eager"]
+
+    def build(case: Any) -> Any:
+        call = right.build(case)
+
+        def wrong(x: Any) -> Any:
+            if fault == "raises":
+                raise RuntimeError("no result at all")
+            if fault == "score":
+                return call(x) * 1.001
+            keep, hidden = call(x)
+            if fault == "row":
+                hidden[0, 1, 2] += 1
+                return keep, hidden
+            keep = keep.clone()  # another, worse token in place of the best one, and its very row
+            dropped = [i for i in range(case.n) if i not in keep[0].tolist()]
+            keep[0, x.scores[0, keep[0]].argmax()] = min(dropped, key=lambda i: x.scores[0, i])
+            keep = keep.sort().values
+            return keep, torch.stack([h[rows] for h, rows in zip(x.h_cur, keep, strict=True)])
+
+        return wrong
+
+    case = providers.DRY_CASES[0]
+    bad = right._replace(name="bad", build=build)
+    providers.verified(op, right, case)
+    with pytest.raises(providers.WrongResult, match="bad"):
+        providers.verified(op, bad, case)
+
+    providers.providers(op)["bad"] = bad
+    bar = bars.Bar("over a wrong one", op, case, 1.0, "at least", bars._other("bad"))
+    row = bars.measure(bar, harness.Gate(copied=1 << 12), dry=True)
+    assert row["status"].startswith("wrong")
+    assert row["value"] == row["a_min_us"] == row["b_min_us"] == ""
+
+
+def test_a_wrong_provider_fails_the_suite_and_its_row_is_empty(tmp_path: Path):
+    (tmp_path / "fault.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(BENCH)!r})\nimport providers\n"
+        "right = providers.providers('score')['eager']\n"
+        "build = lambda case: lambda x: right.build(case)(x) + 1\n"
+        "providers.providers('score')['bad'] = right._replace(name='bad', build=build)\n"
+        f"import pytest\nraise SystemExit(pytest.main([{str(BENCH)!r}, '--quick', '-k', 'bench_score and (bad or copy)', "
+        f"'-p', 'no:cacheprovider', '--csv', {str(tmp_path / 'rows.csv')!r}]))\n"
+    )
+    done = run(tmp_path / "fault.py")
+    assert done.returncode == 1, done.stdout + done.stderr
+    bad = [row for row in rows(tmp_path / "rows.csv") if row["provider"] == "bad"]
+    assert bad
+    for row in bad:
+        assert row["check"].startswith("wrong")
+        assert row["min_us"] == row["median_us"] == row["gb_s"] == row["copy_share"] == ""
+
+
+def test_a_set_that_rounding_allows_is_legal_and_no_other(modules: Any):
+    scores = torch.tensor([[4.0, 3.0, 3.0000001, 1.0]])
+    expected = modules.providers.Expected(scores, scores[:, [0, 2]], torch.tensor([[0, 2]]), torch.empty(1, 2, 1))
+    legal = modules.providers._legal_set
+    assert legal(torch.tensor([[0, 1]]), expected, 1e-5) is None
+    assert "ascend" in legal(torch.tensor([[1, 0]]), expected, 1e-5)
+    assert "ascend" in legal(torch.tensor([[0, 4]]), expected, 1e-5)
+    assert "kept tokens differ" in legal(torch.tensor([[1, 2]]), expected, 1e-5)
+    assert "kept tokens differ" in legal(torch.tensor([[0, 3]]), expected, 1e-5)
+
+
+def test_moved_bytes_are_the_documented_formulas(modules: Any):
+    case = modules.providers.Case(2, 6, 8)
+    moved = {op: modules.providers.moved_bytes(op, case) for op in modules.providers.OPS}
+    # B=2, N=6, D=8, E=2, k=2: 2BNDE = 384, 4BN = 48, BkDE = 64, 12Bk = 48, 8Bk = 32
+    assert moved == {"score": 384 + 48, "select": 48 + 48, "compact": 128 + 32, "drop": 384 + 128 + 32}
+
+
+def test_a_noisy_attempt_is_discarded(modules: Any):
+    bars, gate = modules.bars, modules.harness.Gate(copied=1 << 12)
+    gate.best = (0.0, 0.0)  # nothing is as fast as that
+    gate.settle = lambda seconds: gate.sample()
+    bars.REPETITIONS, bars.SECONDS = 1, 0.0
+    bar = bars.Bar("any", "drop", modules.providers.DRY_CASES[0], 0.0, "at least", bars._other("eager-out"))
+    row = bars.measure(bar, gate)
+    assert row["status"].startswith("noisy")
+    assert row["attempts"] == bars.ATTEMPTS
+    assert row["value"] == ""
+
+
+def test_steady_work_of_other_processes_is_not_quiet(modules: Any):
+    gate = modules.harness.Gate(tolerance=0.10)
+    gate.best = (1.0, 1.0)
+    start = modules.harness.Sample(cache=1.05, dram=1.05, at=0.0, machine=100.0, process=10.0)
+    assert gate.quiet(start, start._replace(at=2.0, machine=102.1, process=12.0))
+    assert not gate.quiet(start, start._replace(at=2.0, machine=103.0, process=12.0))
+    assert not gate.quiet(start, start._replace(at=2.0, machine=102.0, process=12.0, dram=1.2))
+
+
+def test_readme_table_replaces_what_is_between_the_markers(modules: Any):
+    updated = modules.readme_table.updated
+    begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
+    assert updated(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\nnew\n{end}\nb"
+    with pytest.raises(SystemExit, match="README"):
+        updated("no markers", "new")
+
+
+def gpu_results(folder: Path, run: str = "full") -> None:
+    """What a check on a GPU would leave of one shape and two bars."""
+    folder.mkdir()
+    (folder / "env.json").write_text("{}")
+    facts = {
+        "gpu": "Some GPU",
+        "run": run,
+        "date": "2026-01-02",
+        "commit": "abc",
+        "isa": "avx2",
+        "machine": "M",
+        "versions": "torch 2",
+    }
+    shape = {"op": "drop", "B": 1, "N": 576, "D": 4096, "dtype": "bfloat16", "k": 144, "mode": "cold", "check": "equal", "bytes": 9}
+    times = [("drop", "triton", 10, 900), ("drop", "cuda", 8, 1100), ("drop", "copy", 4, 2000), ("drop", "eager", 40, 200),
+             ("compile", "triton", 20, 400), ("compile", "compile", 60, 150)]  # fmt: skip
+    results = [
+        {"group": f"{kind} B1-N576", "provider": name, "us": us, "p20_us": us, "p80_us": us, "gb_s": speed} | shape | facts
+        for kind, name, us, speed in times
+    ]
+    bar = {"group": "drop", "mode": "cold", "unit": "ratio"} | facts
+    bars = [
+        {"bar": "4", "what": "image", "backend": "cuda", "value": 1.5, "limit": "<= 1.9", "status": "pass"} | bar,
+        {"bar": "5", "what": "over eager", "backend": "triton", "value": 3.9, "limit": ">= 4", "status": "fail"} | bar,
+        {"bar": "13", "what": "attention", "backend": "", "value": "", "limit": "<= 1.25", "status": "not there yet: no op"} | bar,
+    ]
+    for name, lines in (("results.csv", results), ("bars.csv", bars)):
+        with (folder / name).open("w", newline="") as file:
+            out = csv.DictWriter(file, lines[0])
+            out.writeheader()
+            out.writerows(lines)
+
+
+def test_the_gpu_part_of_the_readme_comes_from_its_csv_files(modules: Any, tmp_path: Path, capsys: Any):
+    main, (begin, end) = modules.readme_table.main, ("<!-- gpu:begin -->", "<!-- gpu:end -->")
+    shutil.copytree(BENCH / "results" / "cpu", tmp_path / "cpu")
+    shutil.copy(BENCH.parent / "README.md", tmp_path / "README.md")
+    given = ["--results", str(tmp_path / "cpu"), "--readme", str(tmp_path / "README.md")]
+    part = lambda: (tmp_path / "README.md").read_text().split(begin)[1].split(end)[0]
+    assert main([*given, "--write"]) == 0
+    assert "There are no GPU results yet" in part()
+    gpu_results(tmp_path / "some-gpu")
+    assert main([*given, "--check"]) == 1
+    assert "readme_table.py --write" in capsys.readouterr().err
+    assert main([*given, "--write"]) == main([*given, "--check"]) == 0
+    # The fastest of ours beside the others of its group; torch.compile beside ours of its own.
+    assert "| [1, 576, 4096] bfloat16, k = 144 | cold | cuda | 8.00 us | 1100 | 0.50x | 5.00x | 3.00x | - | - | - |" in part()
+    assert "Of 3 bars 1 pass, 1 fail: 5 triton: over eager 3.9 (asked >= 4), 1 are without a verdict." in part()
+    assert "Measured on Some GPU (M; instruction set avx2; torch 2; 2026-01-02, commit abc)" in part()
+    gpu_results(tmp_path / "dry", run="dry")
+    with pytest.raises(SystemExit, match="dry does not hold a full measurement"):
+        main([*given, "--check"])
+
+
+def test_the_committed_readme_holds_the_committed_results():
+    checked = run(BENCH / "readme_table.py", "--check")
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(("us", "words"), [("9.456", "9.46 us"), ("123.4", "123 us"), ("4567", "4.57 ms"), ("45670", "45.7 ms")])
+def test_durations_have_three_digits(modules: Any, us: str, words: str):
+    assert modules.readme_table.duration(us) == words
