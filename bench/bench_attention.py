@@ -25,7 +25,8 @@ from providers import WrongResult
 from run import _words
 
 import v2drop_kernels as vk
-from v2drop_kernels import _backend, reference
+from v2drop_kernels import reference
+from v2drop_kernels.backends import choice
 
 
 class Case(NamedTuple):
@@ -82,7 +83,7 @@ def _repeat_kv(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def _ours(bar: bars.Bar) -> bars.Call:
     q, k = _inputs(bar.case)  # type: ignore[arg-type]
-    if why := _backend.why_not("cpu", "cpu", k.dtype):
+    if why := choice.why_not("cpu", "cpu", k.dtype):
         raise bars.Unavailable(f"native: {why}")
     if bar.op == "norm":
         call, want = functools.partial(vk.key_norm_score, k, norm="l2", backend="cpu"), reference.key_norm(k, "l2")

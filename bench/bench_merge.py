@@ -16,14 +16,12 @@ import bench_soft_topk
 import harness
 import torch
 
-from v2drop_kernels.merge import (
-    bipartite_merge,
-    contextual_targets,
-    groups,
-    merge_dropped,
-    recycled_clusters,
-    weighted_merge,
-)
+from v2drop_kernels.ops.bipartite_merge import bipartite_merge
+from v2drop_kernels.ops.merge_dropped import merge_dropped
+from v2drop_kernels.ops.merge_dropped.sparsevlm import recycled_clusters
+from v2drop_kernels.ops.merge_dropped.visionzip import contextual_targets
+from v2drop_kernels.ops.weighted_merge import weighted_merge
+from v2drop_kernels.ops.weighted_merge.groups import groups
 
 
 def eager(x: torch.Tensor, target: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, k: int) -> torch.Tensor:

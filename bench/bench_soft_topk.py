@@ -20,7 +20,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent))
 import harness
 import torch
 
-from v2drop_kernels.soft_topk import soft_topk
+from v2drop_kernels.ops.soft_topk import soft_topk
 
 ATTEMPTS = 5
 COLUMNS = ("case", "a", "a_min_us", "b", "b_min_us", "ratio", "limit", "status", *harness.CONDITIONS)

@@ -280,9 +280,9 @@ class Check:
             self._tidy()
 
     def _unable(self, backend: str) -> str | None:
-        from v2drop_kernels import _backend
+        from v2drop_kernels.backends import choice
 
-        return _backend.why_not(backend, self.meter.device.type, torch.bfloat16)
+        return choice.why_not(backend, self.meter.device.type, torch.bfloat16)
 
     def _bar(self, bar: Bar | Trial, backend: str, step: Group | Trial, value: float | None, why: str) -> None:
         status = why

@@ -21,8 +21,9 @@ from gpu_meter import Call, HostMeter
 from providers import Case, Expected, Inputs, _legal_set, _rows, _same_scores, moved_bytes
 
 import v2drop_kernels as vk
-from v2drop_kernels import _backend, reference
+from v2drop_kernels import reference
 from v2drop_kernels._types import Part
+from v2drop_kernels.backends import choice
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUARTER = Fraction(1, 4)
@@ -158,11 +159,11 @@ def kept(x: Inputs, rounding: float) -> Callable[[Any], str | None]:
 def own(case: Case, meter: HostMeter, designs: bool = False) -> Iterator[tuple[str, str, Callable[[], Any], str | None]]:
     """(name, backend, context of a call, why it is missing) of this package's own candidates."""
     for backend in own_backends(meter):
-        why = _backend.why_not(backend, meter.device.type, case.dtype)
+        why = choice.why_not(backend, meter.device.type, case.dtype)
         yield backend, backend, contextlib.nullcontext, why
         if designs and backend == "cuda" and case.n <= DESIGNED_ROWS:
             for design in DESIGNS:
-                yield f"cuda-{design}", "cuda", functools.partial(_backend.load("cuda").design, design), why
+                yield f"cuda-{design}", "cuda", functools.partial(choice.load("cuda").design, design), why
 
 
 def own_backends(meter: HostMeter) -> tuple[str, ...]:
@@ -523,7 +524,7 @@ def backward(case: Case, meter: HostMeter) -> list[Candidate]:
     def run(backend: str, grad: torch.Tensor) -> torch.Tensor:
         if backend == "reference":
             return scattered(grad)
-        return _backend.load(backend).compact_backward(keep, [Part(grad, 0, 1)], case.n)[0]
+        return choice.load(backend).compact_backward(keep, [Part(grad, 0, 1)], case.n)[0]
 
     check = same(scattered(grad), "gradients")
     moved = case.batch * (case.n + case.k) * case.row_bytes

@@ -1,6 +1,6 @@
 """Find launch sizes for the GPU that is here, and which design and backend is fastest where: ``bench/gpu_check.sh --tune``.
 
-Every candidate is one entry of the table that v2drop_kernels/_triton/ladder.py reads; it is timed in a captured graph, in turns
+Every candidate is one entry of the table that v2drop_kernels/backends/configs.py reads; it is timed in a captured graph, in turns
 with the rule that holds without a table, after its result equalled the reference's. Into the folder ``tune`` beside the results
 go results.csv (every time), tuned.json (the entries that gain at least 2 %) and tune.md, which also says where CUDA C++ is faster
 than Triton and where one launch beats two. Nothing of it is applied by itself: ``python bench/gpu_tune.py --ship FOLDER`` merges
@@ -31,7 +31,7 @@ from readme_table import duration, table
 
 import v2drop_kernels as vk
 
-SHIPPED = ROOT / "v2drop_kernels" / "_triton" / "tuned.json"
+SHIPPED = ROOT / "v2drop_kernels" / "backends" / "tuned.json"
 LEAST_GAIN = 1.02  # less is noise, and a table of noise would be long
 WARPS = (1, 2, 4, 8, 16, 32)
 SHAPES = [Case(b, n, d, QUARTER) for n, d in ((576, 4096), (6272, 3584), (65536, 4096)) for b in (1, 8, 32)]
@@ -79,17 +79,17 @@ def candidates_of(kind: str, case: Case) -> list[Values]:
 
 def rule_of(kind: str, case: Case) -> Values:
     """What holds without a table."""
-    from v2drop_kernels._triton import ladder
+    from v2drop_kernels.backends import configs
 
-    with ladder.using({}):
+    with configs.using({}):
         found = {
-            "score": ladder.score_tile(case.d, case.dtype.itemsize),
-            "select": ladder.select_blocks(case.n, False),
-            "fused": ladder.fused_select_block(case.n, False)[1:],
-            "gather": (ladder.gather_rows(case.batch * case.k), 1024, 8),
-            "launches": (2 if ladder.fuses_select(case.n, case.batch) else 3,),
+            "score": configs.score_tile(case.d, case.dtype.itemsize),
+            "select": configs.select_blocks(case.n, False),
+            "fused": configs.fused_select_block(case.n, False)[1:],
+            "gather": (configs.gather_rows(case.batch * case.k), 1024, 8),
+            "launches": (2 if configs.fuses_select(case.n, case.batch) else 3,),
         }[kind]
-    return dict(zip(ladder.KINDS[kind][1], found, strict=True))
+    return dict(zip(configs.KINDS[kind][1], found, strict=True))
 
 
 def named(values: Values) -> str:
@@ -102,9 +102,9 @@ def values_of(name: str) -> Values:
 
 def under(entries: Entries, run: Callable[[], Any]) -> Any:
     """A call with these entries and no others."""
-    from v2drop_kernels._triton import ladder
+    from v2drop_kernels.backends import configs
 
-    with ladder.using(entries):
+    with configs.using(entries):
         return run()
 
 
@@ -145,9 +145,9 @@ OPS = {"score": "score", "select": "select", "fused": "drop", "gather": "compact
 
 def tried(kind: str, chosen: Entries, case: Case, meter: HostMeter) -> list[Candidate]:
     """The rule and its rivals on one case; entries that were chosen before hold for all of them."""
-    from v2drop_kernels import _backend
+    from v2drop_kernels.backends import choice
 
-    missing = _backend.why_not("triton", meter.device.type, case.dtype)
+    missing = choice.why_not("triton", meter.device.type, case.dtype)
     if missing:
         return [Candidate("triton", missing=missing)]
     calls, check = LAUNCHED[kind](case, meter)
@@ -279,7 +279,7 @@ class Tuning:
     def write(self) -> None:
         """tuned.json and tune.md, as far as things are known."""
         device = self.check.conditions["gpu"]
-        about = "Launch sizes of the Triton kernels by device name, written by bench/gpu_check.sh --tune and read by ladder.py"
+        about = "Launch sizes of the Triton kernels by device name, written by bench/gpu_check.sh --tune and read by configs.py"
         text = dumps({"about": about, "devices": {device: {"measured": dict(self.measured), **self.entries}}})
         (self.check.out / "tuned.json").write_text(text)
         parts = [
@@ -357,14 +357,14 @@ def dumps(tables: Mapping[str, Any]) -> str:
 
 def ship(folder: Path, to: Path = SHIPPED) -> None:
     """Merge the measured table of a folder into the package's; the entries of its device are replaced."""
-    from v2drop_kernels._triton import ladder
+    from v2drop_kernels.backends import configs
 
     new = json.loads((folder / "tuned.json").read_text())
     old = json.loads(to.read_text()) if to.exists() else {"devices": {}}
     for device, kinds in new["devices"].items():
         if kinds["measured"].get("run") != "full":
             raise SystemExit(f"{folder} holds no measurement of a GPU")
-        ladder.parse(kinds, f"{folder}: {device}")
+        configs.parse(kinds, f"{folder}: {device}")
     to.write_text(dumps({"about": new["about"], "devices": {**old["devices"], **new["devices"]}}))
 
 

@@ -15,7 +15,8 @@ import torch
 from harness import ALL_CORES, LLC, touch
 
 import v2drop_kernels as vk
-from v2drop_kernels import _backend, reference
+from v2drop_kernels import reference
+from v2drop_kernels.backends import choice
 
 OPS = ("score", "select", "compact", "drop")
 
@@ -224,7 +225,7 @@ def _native(op: str) -> Provider:
 
     return Provider(
         "native", "this package, C++ CPU backend; results freshly allocated by each call", build,
-        missing=lambda case: _backend.why_not("cpu", "cpu", case.dtype),
+        missing=lambda case: choice.why_not("cpu", "cpu", case.dtype),
     )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def _triton(op: str) -> Provider:
 
     return Provider(
         "triton", "this package, Triton backend; wall time with a synchronisation", build,
-        missing=lambda case: _backend.why_not("triton", device, case.dtype),
+        missing=lambda case: choice.why_not("triton", device, case.dtype),
     )  # fmt: skip
 
 

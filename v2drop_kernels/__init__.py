@@ -6,25 +6,26 @@ v2drop_kernels.jax work without torch. Where torch is imported already, they are
 
 import importlib
 import sys
-import types
 import typing
 
 if typing.TYPE_CHECKING:
     from . import models as models
     from . import plot as plot
     from . import positions, reference, schedule
-    from ._backend import Explanation, backend, explain
     from ._types import Compacted, Dropped, TopK
-    from .attention_score import attention_score, cls_attention_score, cross_modal_score, text_rater_score, text_raters
-    from .compact import compact, compact_
+    from .backends.choice import Explanation, backend, explain
     from .core.schedule import Schedule, Stage
-    from .drop import drop_tokens
     from .layout import TokenLayout, n_keep
-    from .merge import bipartite_merge, merge_dropped, weighted_merge
-    from .score import variation_score
-    from .select import segmented_topk, variation_topk
-    from .similarity import cosine_to_pivots, frame_similarity, key_norm_score, random_score
-    from .soft_topk import soft_topk
+    from .ops.attention_score import attention_score, cls_attention_score, cross_modal_score, text_rater_score, text_raters
+    from .ops.bipartite_merge import bipartite_merge
+    from .ops.compact import compact, compact_
+    from .ops.drop_tokens import drop_tokens
+    from .ops.merge_dropped import merge_dropped
+    from .ops.similarity import cosine_to_pivots, frame_similarity, key_norm_score, random_score
+    from .ops.soft_topk import soft_topk
+    from .ops.topk import segmented_topk, variation_topk
+    from .ops.variation_score import variation_score
+    from .ops.weighted_merge import weighted_merge
 
 __version__ = "0.1.0"
 
@@ -65,33 +66,27 @@ __all__ = [
 
 if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
     _HOMES = {
-        "_backend": ("Explanation", "backend", "explain"),
+        "backends.choice": ("Explanation", "backend", "explain"),
         "_types": ("Compacted", "Dropped", "TopK"),
-        "attention_score": ("attention_score", "cls_attention_score", "cross_modal_score", "text_rater_score", "text_raters"),
-        "compact": ("compact", "compact_"),
-        "drop": ("drop_tokens",),
+        "ops.attention_score": ("attention_score", "cls_attention_score", "cross_modal_score", "text_rater_score", "text_raters"),
+        "ops.compact": ("compact", "compact_"),
+        "ops.drop_tokens": ("drop_tokens",),
         "layout": ("TokenLayout", "n_keep"),
-        "merge": ("bipartite_merge", "merge_dropped", "weighted_merge"),
+        "ops.bipartite_merge": ("bipartite_merge",),
+        "ops.merge_dropped": ("merge_dropped",),
+        "ops.weighted_merge": ("weighted_merge",),
         "models": ("models",),  # this and plot need more than torch: not in __all__
         "plot": ("plot",),
         "positions": ("positions",),
         "reference": ("reference",),
         "core.schedule": ("Schedule", "Stage"),
         "schedule": ("schedule",),
-        "score": ("variation_score",),
-        "select": ("segmented_topk", "variation_topk"),
-        "similarity": ("cosine_to_pivots", "frame_similarity", "key_norm_score", "random_score"),
-        "soft_topk": ("soft_topk",),
+        "ops.variation_score": ("variation_score",),
+        "ops.topk": ("segmented_topk", "variation_topk"),
+        "ops.similarity": ("cosine_to_pivots", "frame_similarity", "key_norm_score", "random_score"),
+        "ops.soft_topk": ("soft_topk",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
-    _FUNCTIONS = ("attention_score", "compact", "soft_topk")  # and the modules that hold them
-
-    class _Package(types.ModuleType):
-        def __setattr__(self, name: str, value: object) -> None:
-            # The import system binds every submodule to its name in the package; these name the function.
-            if name in _FUNCTIONS and isinstance(value, types.ModuleType):
-                value = getattr(value, name)
-            super().__setattr__(name, value)
 
     def __getattr__(name: str) -> object:
         if name not in _HOME:
@@ -103,14 +98,13 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
                 raise
             alternative = "for NumPy arrays use v2drop_kernels.array, for JAX v2drop_kernels.jax"
             raise ImportError(f"v2drop_kernels.{name} needs torch: pip install torch; {alternative}") from None
-        value: object = module if name == _HOME[name] and name not in _FUNCTIONS else getattr(module, name)
+        value: object = module if name == _HOME[name] else getattr(module, name)
         globals()[name] = value
         return value
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
-    sys.modules[__name__].__class__ = _Package
     if sys.modules.get("torch") is not None:
         for _name in __all__:
             __getattr__(_name)

@@ -72,7 +72,7 @@ def info() -> int:
     import torch
 
     from . import _native
-    from ._backend import explain
+    from .backends.choice import explain
 
     built, reason = _native.available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

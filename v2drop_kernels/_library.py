@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _backend, reference
+from . import reference
 from ._ops import add_op_namespace_prefix, ops
 from ._plan import CuPlan, Plan
 from ._types import Part
+from .backends import choice
 from .layout import host_cu_seqlens
 
 _lib = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
@@ -92,7 +93,7 @@ def _variation_score_fake(h_prev: Any, h_cur: Any, metric: str, score_dtype: Any
 def _variation_score(
     h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None, backend: str
 ) -> torch.Tensor:
-    return _backend.load(backend).variation_score(h_prev, h_cur, metric, score_dtype)
+    return choice.load(backend).variation_score(h_prev, h_cur, metric, score_dtype)
 
 
 def _variation_score_backward_fake(
@@ -108,7 +109,7 @@ def _variation_score_backward_fake(
 def _variation_score_backward(
     grad: torch.Tensor, h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _backend.load(backend).variation_score_backward(grad, h_prev, h_cur, metric, True, True)
+    return choice.load(backend).variation_score_backward(grad, h_prev, h_cur, metric, True, True)
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -151,7 +152,7 @@ def _topk(
     metric: str, score_dtype: torch.dtype | None, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     found = _unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=False)
-    return _backend.load(backend).topk(scores, h_prev, h_cur, found, mask, order, metric, score_dtype, cu_seqlens=cu_seqlens)
+    return choice.load(backend).topk(scores, h_prev, h_cur, found, mask, order, metric, score_dtype, cu_seqlens=cu_seqlens)
 
 
 # --- drop
@@ -179,7 +180,7 @@ def _drop(
     backend: str,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
     found = _unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=True)
-    keep, outs, cu = _backend.load(backend).drop(
+    keep, outs, cu = choice.load(backend).drop(
         scores, h_prev, h_cur, found, mask, _parts(parts, dims, fills), metric, score_dtype, cu_seqlens=cu_seqlens
     )
     if cu is None:
@@ -212,7 +213,7 @@ def _compact_fake(keep: Any, parts: Any, dims: Any, fills: Any, backend: str) ->
 def _compact(
     keep: torch.Tensor, parts: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int], backend: str
 ) -> list[torch.Tensor]:
-    return _backend.load(backend).compact(keep, _parts(parts, dims, fills))
+    return choice.load(backend).compact(keep, _parts(parts, dims, fills))
 
 
 def _compact_backward_fake(keep: Any, grads: Any, dims: Any, rows: int, backend: str) -> list[torch.Tensor]:
@@ -226,7 +227,7 @@ def _compact_backward_fake(keep: Any, grads: Any, dims: Any, rows: int, backend:
 def _compact_backward(
     keep: torch.Tensor, grads: Sequence[torch.Tensor], dims: Sequence[int], rows: int, backend: str
 ) -> list[torch.Tensor]:
-    return _backend.load(backend).compact_backward(keep, _parts(grads, dims, [0] * len(grads)), rows)
+    return choice.load(backend).compact_backward(keep, _parts(grads, dims, [0] * len(grads)), rows)
 
 
 def _compact_inplace_fake(keep: Any, parts: Any, dims: Any, backend: str) -> None:
@@ -235,7 +236,7 @@ def _compact_inplace_fake(keep: Any, parts: Any, dims: Any, backend: str) -> Non
 
 @_define("compact_(Tensor keep, Tensor(a!)[] parts, int[] dims, str backend) -> ()", _compact_inplace_fake)
 def _compact_inplace(keep: torch.Tensor, parts: Sequence[torch.Tensor], dims: Sequence[int], backend: str) -> None:
-    _backend.load(backend).compact_(keep, _parts(parts, dims, [0] * len(parts)))
+    choice.load(backend).compact_(keep, _parts(parts, dims, [0] * len(parts)))
 
 
 def _save(ctx: Any, keep: torch.Tensor, parts: Any, dims: Any, fills: Any, backend: str) -> None:
@@ -290,7 +291,7 @@ def _attention_score(
     q: torch.Tensor, k: torch.Tensor, query_rows: torch.Tensor, key_mask: torch.Tensor | None, droppable: torch.Tensor | None,
     causal: bool, scale: float, mode: str, heads: str, queries: str, backend: str,
 ) -> torch.Tensor:  # fmt: skip
-    run = _backend.load(backend).attention_score
+    run = choice.load(backend).attention_score
     return run(q, k, query_rows, key_mask, droppable, causal, scale, mode, _heads(heads), queries)
 
 
@@ -324,7 +325,7 @@ def _attention_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     lambda k, norm, backend: k.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32),
 )
 def _key_norm(k: torch.Tensor, norm: str, backend: str) -> torch.Tensor:
-    return _backend.load(backend).key_norm(k, norm)
+    return choice.load(backend).key_norm(k, norm)
 
 
 @_define("key_norm_backward(Tensor grad, Tensor k, str norm) -> Tensor", lambda grad, k, norm: k.new_empty(k.shape))
@@ -346,7 +347,7 @@ def _key_norm_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     lambda x, pivots, backend: x.new_empty((*pivots.shape, x.shape[1]), dtype=torch.float32),
 )
 def _cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, backend: str) -> torch.Tensor:
-    return _backend.load(backend).cosine_to_pivots(x, pivots)
+    return choice.load(backend).cosine_to_pivots(x, pivots)
 
 
 @_define("cosine_to_pivots_backward(Tensor grad, Tensor x, Tensor pivots) -> Tensor", lambda grad, x, pivots: x.new_empty(x.shape))
@@ -426,10 +427,10 @@ def runner(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None
     """
     kind, dtype = tensor.device.type, dtype or tensor.dtype
     if dispatched(tensor):
-        name = _backend.traced_choice(kind, dtype, argument)
+        name = choice.traced_choice(kind, dtype, argument)
         return (None if name == "reference" else Dispatched(name)), name
-    name = _backend.choose_name(kind, dtype, _backend.forced_name(argument))
-    return (None if name == "reference" else _backend.load(name)), name
+    name = choice.choose_name(kind, dtype, choice.forced_name(argument))
+    return (None if name == "reference" else choice.load(name)), name
 
 
 def differentiable(op: Any, backward: Any, tensors: int, *args: Any) -> Any:

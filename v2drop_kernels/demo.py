@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from . import plot, reference
-from ._backend import BACKENDS, backend, explain
 from ._demo_model import GRID, HEAD_DIM, PATCH, SIDE, SYSTEM_TOKENS, Decoder
-from .drop import drop_tokens
+from .backends.choice import BACKENDS, backend, explain
 from .layout import TokenLayout
+from .ops.drop_tokens import drop_tokens
 from .schedule import Schedule, preset
 
 PRESETS = {budget: preset(f"v2drop-{budget}") for budget in ("192", "128", "64")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.compiled import SM90, compile_for, every_target, hidden, recorded, specialize
 
-from v2drop_kernels._triton.merge import row_dots, weighted_merge
+from v2drop_kernels.ops.weighted_merge.triton import row_dots, weighted_merge
 
 pytestmark = pytest.mark.compile_only
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

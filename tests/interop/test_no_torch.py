@@ -132,7 +132,7 @@ def test_importing_arrays_does_not_import_torch():
 ORDER = {
     "torch first": "import torch\nimport v2drop_kernels",
     "a name of the package": "import v2drop_kernels\nv2drop_kernels.drop_tokens\nimport torch",
-    "a module of the package": "from v2drop_kernels.drop import drop_tokens\nimport torch, v2drop_kernels",
+    "a module of the package": "from v2drop_kernels.ops.drop_tokens import drop_tokens\nimport torch, v2drop_kernels",
 }
 
 

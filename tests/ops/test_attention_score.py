@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import v2drop_kernels as vk
 from v2drop_kernels.reference import attention_score as attention
 
-SPECIFICATION = importlib.import_module("v2drop_kernels.reference.attention_score")  # the package's attribute is the function
+SPECIFICATION = importlib.import_module("v2drop_kernels.ops.attention_score.reference")  # the package's attribute is the function
 ULP = 2.0**-23
 HEADS = ["mean", "sum", "max", 2]
 # Attention's B, H, Hkv, Q, S, Dh.

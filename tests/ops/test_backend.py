@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import v2drop_kernels as vk
-from v2drop_kernels import _backend, _native
+from v2drop_kernels import _native
+from v2drop_kernels.backends import choice
 
 H = torch.zeros(1, 3, 4)
 CALLS = {
@@ -40,8 +41,8 @@ class Recorder:
 def calls(monkeypatch):
     """The functions of the C++ backend that the calls of a test reach."""
     found = []
-    module = Recorder(_backend.load("cpu"), found)
-    monkeypatch.setattr(_backend, "load", lambda name: module)
+    module = Recorder(choice.load("cpu"), found)
+    monkeypatch.setattr(choice, "load", lambda name: module)
     return found
 
 
@@ -107,7 +108,7 @@ def test_cuda_tells_its_reasons_apart(kind, library, gpu, rocm, want, monkeypatc
     monkeypatch.setattr(_native, "load_library", lambda: (library, "not built: of a test"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.version, "hip", rocm)
-    assert _backend.why_not.__wrapped__("cuda", kind, torch.bfloat16) == want
+    assert choice.why_not.__wrapped__("cuda", kind, torch.bfloat16) == want
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ def test_cuda_tells_its_reasons_apart(kind, library, gpu, rocm, want, monkeypatc
     ids=["all", "no-triton", "none"],
 )
 def test_cuda_is_the_fallback_of_triton(refused, want, monkeypatch):
-    monkeypatch.setattr(_backend, "why_not", lambda name, kind, dtype: "refused" if name in refused else None)
-    assert _backend.choose_name.__wrapped__("cuda", torch.bfloat16, None) == want
-    assert _backend.choose_name.__wrapped__("cpu", torch.bfloat16, None) == "cpu", "also where the emulated library would serve"
+    monkeypatch.setattr(choice, "why_not", lambda name, kind, dtype: "refused" if name in refused else None)
+    assert choice.choose_name.__wrapped__("cuda", torch.bfloat16, None) == want
+    assert choice.choose_name.__wrapped__("cpu", torch.bfloat16, None) == "cpu", "also where the emulated library would serve"
 
 
 @EVERY

@@ -12,8 +12,9 @@ import torch
 from support.cases import BATCHES, ORDERS, companions, hidden_pair, same, same_values, scores, to
 
 import v2drop_kernels as vk
-from v2drop_kernels import _backend, _parts, _plan
+from v2drop_kernels import _parts, _plan
 from v2drop_kernels._types import Part
+from v2drop_kernels.backends import choice
 
 pytestmark = pytest.mark.backends("triton", "cuda")
 OFFSETS = [[0, 20, 21, 90], [0, 0, 90, 90], [0, 90], [0, 30, 60, 90], [0, 0, 0, 0, 0]]
@@ -32,7 +33,7 @@ def test_topk_of_device_offsets(on, cu, order, kind):
     x, ks = scores(kind, (cu[-1],), torch.float32), KS[: len(cu) - 1]
     width = min(max(ks), cu[-1])
     plan = _plan.CuPlan(cu[-1], tuple(ks), width, False)
-    values, indices = _backend.load(on.backend).topk(
+    values, indices = choice.load(on.backend).topk(
         x.to(on.device), None, None, plan, None, order, "l2", None, cu_seqlens=offsets(cu, on)
     )
     want = vk.reference.segmented_topk(x, ks, cu_seqlens=cu, order=order)
@@ -49,7 +50,7 @@ def test_drop_of_device_offsets(on, cu):
     capacity = min(sum(ks), rows)
     plan = _plan.CuPlan(rows, tuple(ks), capacity, True)
     parts = [Part(cur.to(on.device), -1, 0), Part(kv.to(on.device), -1, 1)]
-    keep, outs, new = _backend.load(on.backend).drop(
+    keep, outs, new = choice.load(on.backend).drop(
         None, prev.to(on.device), cur.to(on.device), plan, None, parts, "l2", None, cu_seqlens=offsets(cu, on)
     )
     want = vk.reference.drop_tokens(prev, cur, ks, cu_seqlens=cu, kv=[kv])
@@ -68,7 +69,7 @@ def test_wrong_device_offsets_stay_in_bounds(on, cu):
     rows, ks = 90, KS[: len(cu) - 1]
     around = torch.full((3 * rows,), torch.nan, device=on.device)
     x = around[rows : 2 * rows].copy_(torch.arange(rows))
-    backend = _backend.load(on.backend)
+    backend = choice.load(on.backend)
     plan = _plan.CuPlan(rows, tuple(ks), min(max(ks), rows), False)
     values, indices = backend.topk(x, None, None, plan, None, "position", "l2", None, cu_seqlens=offsets(cu, on))
     chosen = indices >= 0
@@ -129,7 +130,5 @@ def test_every_part_has_the_offsets_of_the_batch(on, key):
     parts, _ = _parts.collect(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
     x = scores("random", b.lead, torch.float32).to(on.device)
     plan = _plan.CuPlan(b.rows, (5, 1, 9), 15, True)
-    keep, outs, _ = _backend.load(on.backend).drop(
-        x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on)
-    )
+    keep, outs, _ = choice.load(on.backend).drop(x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on))
     same(outs, vk.reference.gather(keep, parts))

@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import FLOATS, INTERPRETED, STRIDES, cross, fewer, integers, normal, same, seeded, strided
 
-from v2drop_kernels.merge import (
-    bipartite_merge,
-    contextual_targets,
-    groups,
-    merge_dropped,
-    recycled_clusters,
-    weighted_merge,
-)
+from v2drop_kernels.ops.bipartite_merge import bipartite_merge
+from v2drop_kernels.ops.merge_dropped import merge_dropped
+from v2drop_kernels.ops.merge_dropped.sparsevlm import recycled_clusters
+from v2drop_kernels.ops.merge_dropped.visionzip import contextual_targets
+from v2drop_kernels.ops.weighted_merge import weighted_merge
+from v2drop_kernels.ops.weighted_merge.groups import groups
 
 if not INTERPRETED:  # the interpreter counts as CPU too
     backends = pytest.mark.backends("reference", "triton")

@@ -12,8 +12,8 @@ from support.cases import FLOATS, scores, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import v2drop_kernels as vk
-from v2drop_kernels.reference.soft_topk import DENSITY_CAP
-from v2drop_kernels.soft_topk import soft_topk
+from v2drop_kernels.ops.soft_topk import soft_topk
+from v2drop_kernels.ops.soft_topk.reference import DENSITY_CAP
 
 TIES = ["index", "released"]
 

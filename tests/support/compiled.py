@@ -27,7 +27,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 if triton.knobs.runtime.interpret:
     pytest.skip("compiles for real targets: run without TRITON_INTERPRET", allow_module_level=True)
 
-from v2drop_kernels._triton import launch  # noqa: E402
+from v2drop_kernels.backends import launch  # noqa: E402
 
 SM80, SM90, SM100, SM120 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120))
 GFX942 = GPUTarget("hip", "gfx942", 64)

@@ -635,9 +635,9 @@ def test_an_entry_is_what_gained_on_all_cases_of_its_key(modules: Any, tmp_path:
     to = tmp_path / "table.json"
     to.write_text('{"devices": {"Other GPU": {"measured": {"run": "full"}, "fused": [{"n": 1024, "num_warps": 8}]}}}')
     tune.ship(tmp_path, to)
-    ladder = importlib.import_module("v2drop_kernels._triton.ladder")
-    assert ladder.read(to, "Some GPU") == {("select", 1024): (1024, 1024, 8)}
-    assert ladder.read(to, "Other GPU") == {("fused", 1024): (8,)}
+    configs = importlib.import_module("v2drop_kernels.backends.configs")
+    assert configs.read(to, "Some GPU") == {("select", 1024): (1024, 1024, 8)}
+    assert configs.read(to, "Other GPU") == {("fused", 1024): (8,)}
     assert json.loads(to.read_text())["devices"]["Some GPU"]["measured"]["date"] == "2026-01-02"
 
 
@@ -651,24 +651,24 @@ TABLE = {
 
 
 def test_a_table_is_read_for_its_device_and_by_exact_key(tmp_path: Path, monkeypatch: Any):
-    ladder = importlib.import_module("v2drop_kernels._triton.ladder")
+    configs = importlib.import_module("v2drop_kernels.backends.configs")
     functions = {
-        "score": lambda: ladder.score_tile(48, 4), "select": lambda: ladder.select_blocks(50, False),
-        "fused": lambda: ladder.fused_select_block(50, False), "rows": lambda: ladder.gather_rows(51),
-        "items": lambda: ladder.gather_items(12, 51), "launches": lambda: ladder.fuses_select(50, 3),
+        "score": lambda: configs.score_tile(48, 4), "select": lambda: configs.select_blocks(50, False),
+        "fused": lambda: configs.fused_select_block(50, False), "rows": lambda: configs.gather_rows(51),
+        "items": lambda: configs.gather_items(12, 51), "launches": lambda: configs.fuses_select(50, 3),
     }  # fmt: skip
     others = [
-        lambda: ladder.score_tile(48, 2), lambda: ladder.score_tile(50, 4), lambda: ladder.select_blocks(65, False),
-        lambda: ladder.fused_select_block(50, True), lambda: ladder.gather_rows(65), lambda: ladder.fuses_select(50, 2),
+        lambda: configs.score_tile(48, 2), lambda: configs.score_tile(50, 4), lambda: configs.select_blocks(65, False),
+        lambda: configs.fused_select_block(50, True), lambda: configs.gather_rows(65), lambda: configs.fuses_select(50, 2),
     ]  # fmt: skip
     rule, elsewhere = {name: f() for name, f in functions.items()}, [f() for f in others]
     (tmp_path / "tuned.json").write_text(json.dumps({"devices": {"Some GPU": {"measured": {"date": "2026-01-02"}, **TABLE}}}))
-    monkeypatch.setattr(ladder, "TABLE", tmp_path / "tuned.json")
-    monkeypatch.setattr(ladder, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "TABLE", tmp_path / "tuned.json")
+    monkeypatch.setattr(configs, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("Some GPU", "Other GPU"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
-        ladder._shipped.cache_clear()
+        configs._shipped.cache_clear()
         found = {name: f() for name, f in functions.items()}
         assert [f() for f in others] == elsewhere
         if device == "Other GPU":
@@ -677,16 +677,16 @@ def test_a_table_is_read_for_its_device_and_by_exact_key(tmp_path: Path, monkeyp
             want = {"score": (4, 16, 8), "select": (128, 32, 4), "fused": (512, 2), "rows": 16, "items": 2, "launches": False}
             assert found == want
             assert not set(found.items()) & set(rule.items())  # or this would prove nothing
-    ladder._shipped.cache_clear()
+    configs._shipped.cache_clear()
 
 
 def test_the_shipped_table_is_in_order():
     """Absent, or without a device, the rules hold: so it is until a GPU has been measured."""
-    ladder = importlib.import_module("v2drop_kernels._triton.ladder")
-    for device, entries in json.loads(ladder.TABLE.read_text())["devices"].items():
-        ladder.parse(entries, device)
+    configs = importlib.import_module("v2drop_kernels.backends.configs")
+    for device, entries in json.loads(configs.TABLE.read_text())["devices"].items():
+        configs.parse(entries, device)
         assert entries["measured"]["run"] == "full"
-    assert ladder.read(ladder.TABLE.with_name("absent.json"), "Some GPU") == {}
+    assert configs.read(configs.TABLE.with_name("absent.json"), "Some GPU") == {}
 
 
 @pytest.mark.parametrize(
@@ -707,19 +707,19 @@ def test_the_shipped_table_is_in_order():
     ],
 )
 def test_a_wrong_entry_is_refused_with_one_sentence(tmp_path: Path, kind: str, change: dict[str, Any], why: str):
-    ladder = importlib.import_module("v2drop_kernels._triton.ladder")
+    configs = importlib.import_module("v2drop_kernels.backends.configs")
     (tmp_path / "tuned.json").write_text(json.dumps({"devices": {"Some GPU": {kind: [{**TABLE.get(kind, [{}])[0], **change}]}}}))
     with pytest.raises(ValueError, match=r"^tuned\.json: Some GPU: ") as error:
-        ladder.read(tmp_path / "tuned.json", "Some GPU")
+        configs.read(tmp_path / "tuned.json", "Some GPU")
     assert why in str(error.value)
     assert "\n" not in str(error.value)
-    assert ladder.read(tmp_path / "tuned.json", "Other GPU") == {}
+    assert configs.read(tmp_path / "tuned.json", "Other GPU") == {}
 
 
 HONOURED = """
 import json, sys, torch
 import v2drop_kernels as vk
-from v2drop_kernels._triton import ladder, launch
+from v2drop_kernels.backends import configs, launch
 
 g = torch.Generator().manual_seed(0)
 h_prev, h_cur = torch.randint(-4, 5, (2, 3, 50, 48), generator=g).float()  # exact in any order of summation; many scores tie
@@ -742,7 +742,7 @@ def results():
     return [score, chosen, step.keep, step.hidden, rows], sizes
 
 rule, sizes = results()
-with ladder.using(json.loads(sys.argv[1])):
+with configs.using(json.loads(sys.argv[1])):
     tuned, other = results()
 assert all(map(torch.equal, rule, tuned)), "results differ"
 assert results()[1] == sizes, "the rule came back"

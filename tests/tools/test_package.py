@@ -26,7 +26,9 @@ PROMISED = {
 FUNCTIONS = [name for name in vk.__all__ if inspect.isfunction(inspect.unwrap(getattr(vk, name)))]
 METHODS = ["padded", "packed", "from_mask", "from_token_ids", "after", "droppable_rows", "real_rows", "segments"]
 MODULES = [
-    m.name for m in pkgutil.walk_packages(vk.__path__, "v2drop_kernels.") if not re.search(r"_triton|_C$|_xla$|__main__", m.name)
+    m.name
+    for m in pkgutil.walk_packages(vk.__path__, "v2drop_kernels.")
+    if not re.search(r"triton$|backends.(configs|launch)|_C$|_xla$|__main__", m.name)
 ]
 
 

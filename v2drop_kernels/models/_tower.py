@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention_score import cls_attention_score
-from ..reference.order import ranked
+from ..ops.attention_score import cls_attention_score
+from ..ops.topk.order import ranked
 
 if TYPE_CHECKING:
     from ._family import Family

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention_score import attention_score
 from ..core.schedule import Stage
 from ..layout import TokenLayout
+from ..ops.attention_score import attention_score
 
 if TYPE_CHECKING:
     from ._family import Family, Grid

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from .. import positions as position_modes
-from ..compact import compact_
 from ..core.schedule import Schedule, Stage, prefill_flops
-from ..drop import drop_tokens
 from ..layout import TokenLayout
-from ..score import variation_score
-from ..soft_topk import soft_topk
+from ..ops.compact import compact_
+from ..ops.drop_tokens import drop_tokens
+from ..ops.soft_topk import soft_topk
+from ..ops.variation_score import variation_score
 from . import policies
 from ._family import Family, Grid, Spans, check_attention, family_of, found_spans, given_spans, runs_of
 from ._rows import CacheRows, Rows, cut_mask, injected, spread, step_mask

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...attention_score import cross_modal_score
+from ...ops.attention_score import cross_modal_score
 from .._text import numbers, prompt_rows, text_rows
 from .._tower import Tiles, watch_cls
 from ..context import Stop

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ...reference.order import ranked
-from ...similarity import cosine_to_pivots, key_norm_score
+from ...ops.similarity import cosine_to_pivots, key_norm_score
+from ...ops.topk.order import ranked
 from .._text import text_rows
 from ..context import Stop
 from ..policy import Method, Policy

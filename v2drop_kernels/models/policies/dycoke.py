@@ -14,8 +14,8 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ...layout import require_int
-from ...reference.order import ranked
-from ...similarity import frame_similarity
+from ...ops.similarity import frame_similarity
+from ...ops.topk.order import ranked
 from ..context import Stop
 from ..policy import Method, Policy
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ...reference.order import ranked
+from ...ops.topk.order import ranked
 from .._tower import Tiles, watch_cls
 from ..context import Stop
 from ..policy import Method, Policy

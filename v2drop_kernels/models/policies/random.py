@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from ...similarity import random_score
+from ...ops.similarity import random_score
 from ..context import Stop
 from ..policy import Method, Policy
 

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...attention_score import text_raters
 from ...core.schedule import Schedule, Stage
-from ...merge import merge_dropped, recycled_clusters
-from ...reference.attention_score import chunks
-from ...reference.order import ranked
+from ...ops.attention_score import text_raters
+from ...ops.attention_score.reference import chunks
+from ...ops.merge_dropped import merge_dropped
+from ...ops.merge_dropped.sparsevlm import recycled_clusters
+from ...ops.topk.order import ranked
 from .._text import numbers, prompt_rows, text_rows
 from ..context import Stop
 from ..policy import Method, Policy

@@ -19,7 +19,7 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ...layout import require_int
-from ...merge import bipartite_merge
+from ...ops.bipartite_merge import bipartite_merge
 from .._tower import Tiles, Tower, check_entry, clip_of, watch_tower
 from ..context import Stop
 from ..policy import Method, Policy

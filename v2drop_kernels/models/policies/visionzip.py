@@ -17,7 +17,8 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ...layout import require_int
-from ...merge import contextual_targets, merge_dropped
+from ...ops.merge_dropped import merge_dropped
+from ...ops.merge_dropped.visionzip import contextual_targets
 from .._tower import Tiles, check_entry, watch_cls
 from ..context import Stop
 from ..policy import Method, Policy

@@ -1,0 +1,272 @@
+"""compact and compact_: only the kept rows of hidden states, KV, position ids, rope tables, masks and labels, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _checks, _library, _parts
+from ..._types import Compacted, Part, TopK
+from ...layout import TokenLayout, check_device, is_packed, layout_of, per_segment_k
+from . import reference
+
+Launched = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]  # keep, tensors, offsets of a packed result
+
+
+def compact(
+    keep: torch.Tensor | TopK,
+    hidden: torch.Tensor,
+    *,
+    position_ids: torch.Tensor | None = None,
+    kv: Any = None,
+    kv_layout: str = "BHSD",
+    attention_mask: torch.Tensor | None = None,
+    rope: Any = None,
+    labels: torch.Tensor | None = None,
+    positions: str = "persistent",
+    droppable: Any = None,
+    cu_seqlens: Any = None,
+    k: Any = None,
+    out: Compacted | None = None,
+    backend: str | None = None,
+) -> Compacted:
+    """Gather the kept rows of everything that belongs to a batch, in one pass.
+
+    Parameters
+    ----------
+    keep : Tensor | TopK
+        int64 rows that survive: ``[B, S]`` positions along ``N``, or ``[T']`` rows of ``T`` for a packed batch; -1 is an
+        empty row (padding). Any order; each row at most once. With ``droppable`` (and always for a packed TopK) it lists,
+        per segment ``[G, K]``, the survivors *among the droppable tokens*, and all other real rows are kept as well.
+    hidden : Tensor
+        ``[B, N, D]`` or packed ``[T, D]``; any dtype.
+    position_ids : Tensor, optional
+        ``[B, N]``, ``[1, N]`` or M-RoPE's ``[3, B, N]`` (packed ``[T]`` or ``[3, T]``).
+    kv : Tensor or nested tuples/lists, optional
+        K and V of any number of layers, ``[B, H, N, Dh]`` or ``[B, N, H, Dh]`` (packed without ``B``); any dtype and head
+        count. Comes back in the same structure.
+    kv_layout : {"BHSD", "BSHD"}
+    attention_mask : Tensor, optional
+        2-D ``[B, N]``, any dtype. Padding of the result is 0.
+    rope : tuple of Tensor, optional
+        (cos, sin) tables ``[B, N, R]``, ``[1, N, R]``, ``[N, R]`` or ``[3, B, N, R]``.
+    labels : Tensor, optional
+        ``[B, N]`` integers. Padding of the result is -100.
+    positions : {"persistent", "compacted", "group"}
+        See :mod:`v2drop_kernels.positions`. "group" needs ``droppable``.
+    droppable, cu_seqlens
+        As in :func:`segmented_topk`.
+    k : optional
+        With ``droppable``: how many rows of each segment ``keep`` lists. Without it they are counted (one host
+        synchronisation when ``keep`` is on a GPU).
+    out : Compacted, optional
+        As in :func:`drop_tokens`: the result of an earlier call, to be overwritten.
+    backend : str, optional
+        Force a backend for this call.
+
+    Returns
+    -------
+    Compacted
+
+    Raises
+    ------
+    ValueError, TypeError
+        A tensor whose rows, batch or device differ from those of ``hidden`` (the message names it). A row of ``keep``
+        outside the input: raises on the CPU; on a GPU, where looking would synchronise, it reads as an empty row.
+
+    Notes
+    -----
+    Differentiable in ``hidden``, ``kv`` and ``rope``; the backward is one gather as well. Equivalent plain torch, per
+    tensor: ``x.gather(1, keep[..., None].expand(-1, -1, D))``. Bytes are copied, never interpreted: fp8 and int8 caches
+    come through exactly.
+
+    Examples
+    --------
+    >>> h = torch.arange(6.0).view(1, 3, 2)
+    >>> compact(torch.tensor([[0, 2]]), h).hidden
+    tensor([[[0., 1.],
+             [4., 5.]]])
+    """
+    packed = is_packed(droppable, cu_seqlens)
+    at = _parts.rows_of("hidden", hidden, packed)
+    check_device(droppable, at.device, at.of)
+    keep = keep.indices if isinstance(keep, TopK) else keep
+    layout = None
+    if droppable is not None or (packed and isinstance(keep, torch.Tensor) and keep.dim() == 2):
+        _parts.check_keep(keep, at, groups=True)
+        layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
+        keep = _with_all_others(keep, k, layout)
+        cu_seqlens = layout.cu_seqlens
+    elif k is not None:
+        raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
+    _parts.check_keep(keep, at, groups=False)
+    traced = _library.dispatched(hidden)
+    ids = _parts.input_positions(positions, position_ids, layout, at.device)
+    _parts.check_out(out, Compacted, traced)
+    parts, restore = _parts.collect(
+        at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
+        labels=labels, out=out, out_rows=keep.shape[-1],
+    )  # fmt: skip
+    run, name = _library.runner(hidden, backend, torch.float32)
+    rows = (keep.unsqueeze(0) if packed else keep).contiguous()
+    if name == "reference":
+        _parts.check_rows(keep, at, ascending=False)
+        outs = reference.gather(rows, parts)
+    else:
+        _, outs, _ = differentiable(lambda: (rows, run.compact(rows, parts), None), run, parts, at.rows)
+    return _parts.finish(
+        Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
+        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
+        ragged=layout is not None,
+    )  # fmt: skip
+
+
+def compact_(
+    keep: torch.Tensor | TopK,
+    kv: Any,
+    *,
+    kv_layout: str = "BHSD",
+    rows: int | None = None,
+    backend: str | None = None,
+) -> None:
+    """Move the kept rows to the front, in place: for preallocated (static) KV caches; no second buffer.
+
+    Parameters
+    ----------
+    keep : Tensor | TopK
+        int64 ``[B, S]`` positions that survive, ascending within each item; -1 entries are skipped.
+    kv : Tensor or nested tuples/lists
+        Tensors ``[B, H, N, Dh]`` or ``[B, N, H, Dh]``, changed in place; any dtype and strides. Item ``b`` ends with its
+        kept rows at the front of the row dimension; the rows behind them keep what they held.
+    kv_layout : {"BHSD", "BSHD"}
+    rows : int, optional
+        ``N``; default: the first tensor's. All tensors must agree.
+    backend : str, optional
+        Force a backend for this call.
+
+    Returns
+    -------
+    None
+
+    Raises
+    ------
+    ValueError, TypeError
+        Tensors that disagree; rows of ``keep`` outside the cache or not ascending (checked on the CPU, before anything is
+        moved; on a GPU such rows are skipped or give unspecified rows, never an access out of bounds).
+
+    Notes
+    -----
+    Equivalent plain torch, per item: ``x[:, :len(rows)] = x[:, rows]`` with ``rows = keep[b][keep[b] >= 0]``.
+
+    Examples
+    --------
+    >>> cache = torch.arange(4.0).view(1, 1, 4, 1)
+    >>> compact_(torch.tensor([[1, 3]]), cache)
+    >>> cache.flatten().tolist()
+    [1.0, 3.0, 2.0, 3.0]
+    """
+    if isinstance(keep, TopK):
+        keep = keep.indices
+    _checks.one_of("kv_layout", kv_layout, _parts.KV_LAYOUTS)
+    _, leaves = _parts.flatten("kv", kv)
+    if not leaves:
+        raise ValueError("kv must hold at least one tensor")
+    first = leaves[0]
+    if first.dim() != 4:
+        raise ValueError(f"kv must hold tensors of 4 dimensions ({kv_layout}), got shape {list(first.shape)}")
+    n = first.shape[2 if kv_layout == "BHSD" else 1]
+    if rows is not None and rows != n:
+        raise ValueError(f"kv must have rows = {rows}, got {n}")
+    at = _parts.Rows(first.shape[0], n, first.device, "kv")
+    keep = keep.indices if isinstance(keep, TopK) else keep
+    _parts.check_keep(keep, at, groups=False)
+    for leaf in leaves:
+        if torch.is_grad_enabled() and leaf.requires_grad:
+            raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
+        if any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
+            raise ValueError(f"kv must not share memory between elements, got strides {list(leaf.stride())}")
+    parts, _ = _parts.collect(
+        at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
+    )
+    run, name = _library.runner(first, backend, torch.float32)
+    if name == "reference":
+        _parts.check_rows(keep, at, ascending=True)
+        reference.compact_(keep, kv, kv_layout=kv_layout)
+    else:
+        run.compact_(keep.contiguous(), parts)
+
+
+class _Compaction(torch.autograd.Function):
+    """Any launch that ends in a gather; its backward is one gather with the inverse map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, launch: Callable[[], Launched], run: Any, dims: list[tuple[int, int]], rows: int, *tensors: torch.Tensor
+    ) -> tuple[Any, ...]:
+        keep, outs, cu = launch()
+        ctx.save_for_backward(keep)
+        ctx.run, ctx.dims, ctx.rows = run, dims, rows
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(keep, *(o for i, o in enumerate(outs) if not ctx.needs_input_grad[4 + i]))
+        return (keep, cu, *outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _keep: Any, _cu: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        (keep,) = ctx.saved_tensors
+        found: list[torch.Tensor | None] = [None] * len(grads)
+        wanted = [(i, g) for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[4 + i]]
+        if wanted:
+            parts = [Part(g, *ctx.dims[i]) for i, g in wanted]
+            for (i, _), d in zip(wanted, ctx.run.compact_backward(keep, parts, ctx.rows), strict=True):
+                found[i] = d
+        return (None, None, None, None, *found)
+
+
+def differentiable(launch: Callable[[], Launched], run: Any, parts: list[Part], rows: int) -> Launched:
+    """Run ``launch``, recorded for autograd where a gradient is wanted.
+
+    Traced ops carry their own autograd formula, so they are called as they are.
+    """
+    if isinstance(run, _library.Dispatched) or not torch.is_grad_enabled():
+        return launch()
+    tensors = [p.tensor for p in parts]
+    if not any(t.requires_grad for t in tensors):
+        return launch()
+    keep, cu, *outs = _Compaction.apply(launch, run, [(p.batch_dim, p.row_dim) for p in parts], rows, *tensors)
+    return keep, outs, cu
+
+
+def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.Tensor:
+    """``keep [G, K]`` among the droppable tokens to all rows that survive, ascending: ``[B, S]`` or ``[T']``."""
+    segments = layout.segments()
+    if keep.shape[0] != len(segments):
+        raise ValueError(f"keep must have one row per segment ({len(segments)}), got {keep.shape[0]}")
+    ks = per_segment_k((keep >= 0).sum(1).tolist() if k is None else k, len(segments))
+    if not layout.is_packed:
+        base = torch.tensor([s.item * layout.rows for s in segments], dtype=torch.int64, device=keep.device)
+        keep = torch.where(keep >= 0, keep + base[:, None], keep)
+    flags = (layout.real_rows() & ~layout.droppable_rows()).to(keep.device) if layout.mask is None else (
+        layout.real_rows(keep.device) & ~layout.mask
+    )  # fmt: skip
+    # A spare slot at the end takes what is empty or outside, so that no count has to come back to the host.
+    flat = torch.nn.functional.pad(flags.flatten(), (0, 1))
+    total = flat.shape[0] - 1
+    flat[torch.where((keep >= 0) & (keep < total), keep, total).flatten()] = True
+    flags = flat[:total].view(flags.shape)
+
+    kept = [hi - lo for lo, hi in layout.bounds]
+    for s, x in zip(segments, ks, strict=True):
+        kept[s.item] -= s.available - min(x, s.available)
+    order = torch.sort(flags, dim=-1, descending=True, stable=True).indices
+    if layout.is_packed:
+        return order[: sum(kept)]
+    width = max(kept, default=0)
+    rows = torch.full((layout.batch, width), -1, dtype=torch.int64, device=keep.device)
+    for i, c in enumerate(kept):
+        at = width - c if layout.padding_side == "left" else 0
+        rows[i, at : at + c] = order[i, :c]
+    return rows

@@ -1,0 +1,100 @@
+"""compact and compact_ in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ... import _parts
+from ..._types import Compacted, Part, TopK
+from ...layout import is_packed, layout_of
+
+
+def gather(keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+    """Rows ``keep [Bt, S]`` of every part; rows of ``fill`` where ``keep`` is negative."""
+    found = [_gather(part, keep) for part in parts]
+    return [x if part.out is None else part.out.copy_(x) for x, part in zip(found, parts, strict=True)]
+
+
+def _gather(part: Part, keep: torch.Tensor) -> torch.Tensor:
+    x = part.tensor
+    if x.element_size() == 1 and x.is_floating_point():  # float8: few ops know it, and a gather only moves bytes
+        return _gather(part._replace(tensor=x.view(torch.uint8)), keep).view(x.dtype)
+    if part.batch_dim < 0:
+        return _gather(Part(x.unsqueeze(0), 0, part.row_dim + 1, part.fill), keep).squeeze(0)
+    x = x.movedim((part.batch_dim, part.row_dim), (0, 1))
+    if x.shape[1] == 0:  # nothing to index; every row of the result is empty
+        x = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), part.fill)], dim=1)
+    rows = x[torch.arange(x.shape[0], device=x.device)[:, None], keep.clamp(min=0)]
+    empty = (keep < 0).view(*keep.shape, *[1] * (x.dim() - 2))
+    out = rows.masked_fill(empty, part.fill)
+    return out.movedim((0, 1), (part.batch_dim, part.row_dim)).contiguous()
+
+
+def compact(
+    keep: torch.Tensor | TopK,
+    hidden: torch.Tensor,
+    *,
+    droppable: Any = None,
+    cu_seqlens: Any = None,
+    k: Any = None,
+    position_ids: torch.Tensor | None = None,
+    positions: str = "persistent",
+    kv: Any = None,
+    kv_layout: str = "BHSD",
+    attention_mask: torch.Tensor | None = None,
+    rope: Any = None,
+    labels: torch.Tensor | None = None,
+    out: Compacted | None = None,
+) -> Compacted:
+    """Only the kept rows of everything; with ``droppable``, all rows that do not compete are kept as well."""
+    packed = is_packed(droppable, cu_seqlens)
+    at = _parts.rows_of("hidden", hidden, packed)
+    keep = keep.indices if isinstance(keep, TopK) else keep
+    layout = None
+    if droppable is not None or (packed and keep.dim() == 2):
+        layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
+        keep = _with_all_others(keep, layout)
+        cu_seqlens = layout.cu_seqlens
+    ids = _parts.input_positions(positions, position_ids, layout, at.device)
+    parts, restore = _parts.collect(
+        at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
+        labels=labels, out=out, out_rows=keep.shape[-1],
+    )  # fmt: skip
+    outs = gather(keep[None] if packed else keep, parts)
+    return _parts.finish(
+        Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
+        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
+    )  # fmt: skip
+
+
+def _with_all_others(keep: torch.Tensor, layout: Any) -> torch.Tensor:
+    stays = layout.real_rows() & ~layout.droppable_rows()
+    flat = stays.view(-1)
+    for s, rows in zip(layout.segments(), keep.cpu(), strict=True):
+        flat[rows[rows >= 0] + (0 if layout.is_packed else s.item * layout.rows)] = True
+    if layout.is_packed:
+        return stays.nonzero().flatten().to(keep.device)
+    return pad_rows([row.nonzero().flatten() for row in stays], layout.padding_side).to(keep.device)
+
+
+def pad_rows(rows: list[torch.Tensor], side: str) -> torch.Tensor:
+    """Lists of rows to one ``[B, S]``, -1 for padding."""
+    width = max((len(r) for r in rows), default=0)
+    out = torch.full((len(rows), width), -1, dtype=torch.int64)
+    for i, r in enumerate(rows):
+        at = width - len(r) if side == "left" else 0
+        out[i, at : at + len(r)] = r
+    return out
+
+
+def compact_(keep: torch.Tensor | TopK, kv: Any, *, kv_layout: str = "BHSD") -> None:
+    """Move the kept rows of every tensor to the front, in place; the rows behind them stay as they are."""
+    keep = keep.indices if isinstance(keep, TopK) else keep
+    for x in _parts.flatten("kv", kv)[1]:
+        x = x.transpose(1, 2) if kv_layout == "BHSD" else x
+        x = x.view(torch.uint8) if x.element_size() == 1 else x
+        for b, row in enumerate(keep):
+            row = row[row >= 0]
+            x[b, : len(row)] = x[b, row]

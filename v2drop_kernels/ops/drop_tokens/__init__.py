@@ -1,0 +1,132 @@
+"""drop_tokens: one drop step of V2Drop, score + select + compaction; the main job."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from ... import _checks, _library, _parts
+from ..._plan import offsets_on, resolve
+from ..._types import Dropped
+from ...layout import check_device, is_packed, layout_of
+from ..compact import Launched, differentiable
+from . import reference
+
+
+def drop_tokens(
+    h_prev: torch.Tensor | None,
+    h_cur: torch.Tensor,
+    k: Any,
+    *,
+    droppable: Any = None,
+    scores: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    kv: Any = None,
+    kv_layout: str = "BHSD",
+    attention_mask: torch.Tensor | None = None,
+    rope: Any = None,
+    labels: torch.Tensor | None = None,
+    positions: str = "persistent",
+    cu_seqlens: Any = None,
+    metric: str = "l2",
+    score_dtype: torch.dtype | None = None,
+    out: Dropped | None = None,
+    backend: str | None = None,
+) -> Dropped:
+    """Drop all but the k droppable tokens of every segment that the last layer changed most, and compact the rest.
+
+    Parameters
+    ----------
+    h_prev, h_cur : Tensor
+        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; ``h_cur`` is what goes on.
+    k : int | list of int | CPU tensor
+        Droppable tokens to keep, for every segment alike or one count per segment; 0 drops them all, more than a segment
+        has keeps it whole. :func:`n_keep` turns ratios into counts.
+    droppable : optional
+        Which tokens compete; all others (text, system prompt) are kept. None for all, one ``(start, stop)`` for every
+        item, a list with the spans of each item, a bool mask, or a :class:`TokenLayout` (which also knows padding).
+    scores : Tensor, optional
+        float ``[B, N]`` (packed ``[T]``): rank by these instead (attention, random, ...); ``h_prev`` may then be None.
+    position_ids, kv, kv_layout, attention_mask, rope, labels, positions, cu_seqlens
+        As in :func:`compact`.
+    metric, score_dtype
+        As in :func:`variation_score`.
+    out : Dropped, optional
+        The result of an earlier call of the same shapes, whose gathered tensors are overwritten and returned: saves the page
+        faults of fresh memory on a CPU. It must not share memory with what is read. Not under autograd or tracing.
+    backend : str, optional
+        Force a backend for this call.
+
+    Returns
+    -------
+    Dropped
+        ``hidden`` ``[B, S, D]``, ``keep`` ``[B, S]`` (input rows, ascending, -1 for padding), everything else that was
+        given, and ``layout``, the ``droppable=`` of the next stage (None when traced: use ``TokenLayout.after(k)``).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Tensors that do not agree, spans or counts that cannot be; the message names the argument.
+
+    Notes
+    -----
+    Order and ties are those of :func:`segmented_topk`; kept tokens stay in position order. No host synchronisation, and
+    safe in CUDA graphs (after one call outside the capture, which puts the plan's tables on the device), except where
+    ``droppable`` is a bare mask or ``positions`` is "group" (hand on ``positions.group_position_ids`` instead). With
+    ``cu_seqlens`` on a GPU the result has capacity ``min(T, sum(k))`` and its own ``cu_seqlens`` says how much of it is used.
+    Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and ``rope``; never through the choice. On a GPU: two launches
+    up to 2048 competing tokens, three beyond, and three where only the device knows the lengths.
+
+    Equivalent plain torch for one item and one span ``[a, b)``: ``s = (h_cur - h_prev)[0, a:b].float().norm(dim=-1)``,
+    ``i = a + s.topk(k).indices.sort().values``, ``keep = cat([arange(a), i, arange(b, N)])``, ``h_cur[:, keep]`` and the
+    same for every other tensor. Source: V2Drop, Algorithm 1; HiDivDrop section 3.3 for persistent position ids.
+
+    Examples
+    --------
+    >>> h = torch.zeros(1, 5, 4)
+    >>> grown = h + torch.tensor([0.0, 1.0, 3.0, 2.0, 0.0])[None, :, None]
+    >>> drop_tokens(h, grown, 2, droppable=(1, 4)).keep
+    tensor([[0, 2, 3, 4]])
+    """
+    packed = is_packed(droppable, cu_seqlens)
+    pair = None
+    if scores is None:
+        pair = _checks.pair(h_prev, h_cur, packed)
+    else:
+        _checks.hidden("h_cur", h_cur, packed)
+        _checks.given_scores(scores, h_cur)
+    _checks.score_options(metric, score_dtype)
+    check_device(droppable, h_cur.device, "h_cur")
+    run, name = _library.runner(h_cur if scores is None else scores, backend)
+    if name == "reference":
+        return reference.drop_tokens(
+            h_prev, h_cur, k, droppable=droppable, scores=scores, cu_seqlens=cu_seqlens, metric=metric,
+            score_dtype=score_dtype, positions=positions, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
+            attention_mask=attention_mask, rope=rope, labels=labels, out=out,
+        )  # fmt: skip
+
+    at = _parts.rows_of("h_cur", h_cur, packed)
+    traced = _library.dispatched(h_cur)
+    found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
+    layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
+    _parts.check_out(out, Dropped, traced)
+    parts, restore = _parts.collect(
+        at, hidden=h_cur, position_ids=_parts.input_positions(positions, position_ids, layout, at.device), kv=kv,
+        kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=found.mask,
+        out=out, out_rows=found.plan.out_rows,
+    )  # fmt: skip
+    a, b = (None, None) if pair is None else map(_checks.unit_stride, pair)
+
+    def launch() -> Launched:
+        return run.drop(scores, a, b, found.plan, found.mask, parts, metric, score_dtype, cu_seqlens=found.cu_seqlens)
+
+    keep, outs, cu = differentiable(launch, run, parts, at.rows)
+    if packed:
+        keep = keep.squeeze(0)
+        if cu is None:
+            cu = offsets_on(cast(tuple[int, ...], found.out_cu), keep.device, traced=traced)
+    return _parts.finish(
+        Dropped, keep, restore(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=found.after,
+        ragged=not packed and found.plan.ragged,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Key norms, and the cosines of all rows with a few of them: one read of the tensor each, float32 sums in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...backends import launch
+from ...backends.configs import INTERPRETED, next_power_of_2
+from ...backends.launch import row_strides
+from ..attention_score.triton import alignment
+
+
+@triton.jit(do_not_specialize=["k_b", "k_h", "k_s", "total", "s"])
+def _key_norm_fwd_kernel(
+    norms,  # float32 [B, S]
+    k, k_b, k_h, k_s,
+    total, s,
+    H: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr, L1: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    flat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = flat < total
+    flat = tl.where(inside, flat, 0)
+    at = (k + flat // s * k_b + flat % s * k_s)[:, None]
+    sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for _ in range(0, H):
+        for start in tl.static_range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+            keys_at = tl.multiple_of(at + cols, (ALIGN, ALIGN))
+            x = tl.load(keys_at, mask=inside[:, None] & (cols < D), other=0.0, eviction_policy="evict_first").to(tl.float32)
+            sums = sums + tl.abs(x) if L1 else tl.fma(x, x, sums)
+        at += k_h
+    norm = tl.sum(sums, axis=1)
+    tl.store(norms + flat, norm if L1 else tl.sqrt_rn(norm), mask=inside)
+
+
+@triton.jit(do_not_specialize=["x_b", "x_n", "pivots_b", "pivots_p", "n", "p"])
+def _cosine_to_pivots_fwd_kernel(
+    cosines,  # float32 [B, P, N]
+    x, x_b, x_n,
+    pivots, pivots_b, pivots_p,
+    n, p,
+    D: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, PIVOTS: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    pivot_tiles = tl.cdiv(p, PIVOTS)  # they read the same rows, one after the other
+    tiles = tl.cdiv(n, ROWS)
+    b = program // pivot_tiles // tiles
+    row = program // pivot_tiles % tiles * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = row < n
+    which = program % pivot_tiles * PIVOTS + tl.arange(0, PIVOTS)  # [PIVOTS]
+    pivot = tl.load(pivots + b * pivots_b + which * pivots_p, mask=which < p, other=-1)
+    there = (pivot >= 0) & (pivot < n)
+    row_at = (x + b * x_b + row * x_n)[:, None]
+    pivot_at = (x + b * x_b + pivot * x_n)[:, None]
+
+    products = tl.zeros([ROWS, PIVOTS], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    pivot_squares = tl.zeros([PIVOTS, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+        rows_at = tl.multiple_of(row_at + cols, (ALIGN, ALIGN))
+        pivots_at = tl.multiple_of(pivot_at + cols, (ALIGN, ALIGN))
+        a = tl.load(rows_at, mask=inside[:, None] & (cols < D), other=0.0, eviction_policy="evict_first")
+        c = tl.load(pivots_at, mask=there[:, None] & (cols < D), other=0.0, eviction_policy="evict_last")
+        wide_a = a.to(tl.float32)
+        wide_c = c.to(tl.float32)
+        if WIDEN:
+            products = tl.dot(wide_a, tl.trans(wide_c), products, input_precision="ieee")
+        else:
+            products = tl.dot(a, tl.trans(c), products, input_precision="ieee")
+        squares = tl.fma(wide_a, wide_a, squares)
+        pivot_squares = tl.fma(wide_c, wide_c, pivot_squares)
+
+    norm = tl.sqrt_rn(tl.sum(squares, axis=1))[:, None]
+    pivot_norm = tl.sqrt_rn(tl.sum(pivot_squares, axis=1))[None, :]
+    zero = (norm == 0) | (pivot_norm == 0)
+    cosine = tl.where(zero, 0.0, tl.div_rn(tl.div_rn(products, tl.where(zero, 1.0, norm)), tl.where(zero, 1.0, pivot_norm)))
+    at = cosines + (b * p + which)[None, :] * n + row[:, None]
+    tl.store(at, cosine, mask=inside[:, None] & (which < p)[None, :])
+
+
+def key_norm(k: torch.Tensor, norm: str) -> torch.Tensor:
+    """Float32 norms ``[B, S]`` of keys ``[B, Hkv, S, Dh]``, over heads and channels."""
+    batch, h, s, d = k.shape
+    norms = torch.empty(batch, s, dtype=torch.float32, device=k.device)
+    # A step is 4 KB of 2-byte keys, two 16-byte loads per thread: 8192 tokens make as many programs as an H200 has places.
+    block_d = min(next_power_of_2(d), 1024)
+    rows = 512 if INTERPRETED else max(2048 // block_d, 1)
+    launch.start(
+        _key_norm_fwd_kernel, -(-batch * s // rows), k.device,
+        norms, k, *k.stride()[:3], batch * s, s,
+        H=h, D=d, ALIGN=alignment(k), L1=norm == "l1", ROWS=rows, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    return norms
+
+
+def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    """Float32 cosines ``[B, P, N]`` of rows of ``[B, N, D]`` with the rows ``pivots [B, P]``, 0 for what is no row."""
+    (batch, n, d), p = x.shape, pivots.shape[1]
+    cosines = torch.empty(batch, p, n, dtype=torch.float32, device=x.device)
+    # 16 is the least that a tensor core multiplies; 32 rows give an H200 a program per SM at 4096 tokens.
+    rows, tile, limit = (256, 16, 2048) if INTERPRETED else (32, 16, 128 if x.element_size() <= 2 else 32)
+    launch.start(
+        _cosine_to_pivots_fwd_kernel, batch * -(-n // rows) * -(-p // tile), x.device,
+        cosines, x, *x.stride()[:2], pivots, *row_strides(pivots), n, p,
+        D=d, ALIGN=alignment(x), ROWS=rows, PIVOTS=tile, BLOCK_D=min(max(next_power_of_2(d), 16), limit),
+        # The interpreter multiplies the bits of bfloat16 as integers.
+        WIDEN=INTERPRETED, num_warps=4,
+    )  # fmt: skip
+    return cosines

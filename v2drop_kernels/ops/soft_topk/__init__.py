@@ -1,0 +1,159 @@
+"""soft_topk: HiDivDrop's differentiable top-k (section 3.2, DTop-K) with a gradient to the scores and to the ratio.
+
+Made of one sort, so every backend runs the same code: torch sorts well on every device, and beside the sort there is little
+for a kernel to save, while one that counts comparisons instead would be O(n^2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _checks, _library
+from .reference import soft_topk as _forward
+from .reference import soft_topk_backward as _backward
+
+TIES = ("index", "released")
+
+
+def soft_topk(
+    scores: torch.Tensor,
+    ratio: float | torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    temperature: float | None = None,
+    ties: str = "index",
+    hard: bool = True,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Keep the highest scores by a mask that multiplies the features, so that scores and ratio can be learnt.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[B, N]``; float32, float16, bfloat16 or float64.
+    ratio : float or Tensor
+        The share ``a`` that is dropped, in [0, 1]; a tensor ``[]`` or ``[B]`` may require a gradient.
+    valid : Tensor, optional
+        bool ``[B, N]``: the tokens that compete; the mask of the others is 0. Default: all.
+    temperature : float, optional
+        Sharpness of the soft mask, greater than 0. Default: ``n``, the number of valid tokens, as published.
+    ties : {"index", "released"}
+        ``"index"``: equal scores rank by index, the lower one higher, and exactly ``round((1 - a) n)`` tokens are kept (half to
+        even; clamped to [0, n]). ``"released"``: as in the released code, equal scores share the highest of their ranks
+        and tokens with ``c' > a`` are kept, compared in float32: more or fewer where scores tie at the cut.
+    hard : bool
+        Return 0 and 1, or, if False, the soft mask itself.
+    backend : str, optional
+        Checked as everywhere; all backends run the same code.
+
+    Returns
+    -------
+    Tensor
+        ``[B, N]`` float32 (float64 for float64 scores).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes or dtypes that do not fit together; a float ``ratio`` outside [0, 1]; a ``temperature`` that is not positive.
+
+    Notes
+    -----
+    **Values.** ``c'_i = 1/n #{j : c_i >= c_j}`` is the normalised rank of score ``c_i`` (NaN ranks first), and
+    ``m_i = sigmoid(temperature * (c'_i - a))`` the soft mask. The hard mask stands in for it straight-through: forward 0 or 1,
+    backward the derivative of ``m``.
+
+    **Gradient to the ratio.** Exact for the soft mask: ``dm_i/da = -temperature * m_i * (1 - m_i)``.
+
+    **Gradient to the scores: nearest-neighbour density.** ``c'_i = F(c_i)`` with ``F`` the empirical distribution function of the
+    scores, a staircase, whose derivative is 0 or undefined. Put in its place the slope of the chord over the next
+    ``w = ceil(sqrt(n) / 2)`` scores on either side: in sorted order these ``w_i`` neighbours (``2 w``, fewer at the ends) span
+    ``gap_i``, so ``p_i = dc'_i/dc_i = w_i / (n gap_i)``, the nearest-neighbour estimate of the density at ``c_i`` (Loftsgaarden
+    and Quesenberry, 1965; consistent, since ``w`` grows and ``w / n`` falls). ``dc'_i/dc_j = -p_i / w_i`` for each of these
+    neighbours, because it is past them that ``c_i`` climbs. Ranks do not change when all scores move together, and neither do
+    these: the gradients of an item sum to 0. Scores ``s`` times as large get gradients ``1 / s`` times as large. The density is
+    capped at 16 times that of an even spread of the middle half of the scores (of all, where that half is tied), so ties
+    leave the gradient bounded; where all scores are equal, or the neighbours reach an infinity or a NaN, it is 0.
+
+    O(n log n), and O(n) memory forward and backward; no host synchronisation. Differentiable once. Deterministic, but for the
+    last bits of the scores' gradient on a GPU, where torch's ``cumsum`` (float64 here) has no fixed order.
+    Equivalent plain torch of the soft mask: ``torch.sigmoid(t * ((c[:, None] >= c[None]).float().mean(1) - a))``.
+
+    Source: HiDivDrop, section 3.2 (DTop-K; after Liu et al., ICML 2024). The released code detaches the scores, keeps ``a``
+    constant and uses indices only: nothing is learnt through it.
+
+    Not for inference: :func:`v2drop_kernels.segmented_topk` keeps the same tokens and returns indices.
+
+    Examples
+    --------
+    >>> a = torch.tensor(0.5, requires_grad=True)
+    >>> mask = soft_topk(torch.tensor([[0.1, 0.9, 0.4, 0.9]]), a)
+    >>> mask
+    tensor([[0., 1., 0., 1.]], grad_fn=<_SoftTopKBackward>)
+    >>> mask.sum().backward()
+    >>> a.grad < 0
+    tensor(True)
+    """
+    _checks.tensor("scores", scores)
+    if not scores.is_floating_point() or scores.dtype.itemsize == 1:
+        raise TypeError(f"scores must be float32, float16, bfloat16 or float64, got {scores.dtype}")
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be [B, N], got shape {list(scores.shape)}")
+    if isinstance(ratio, torch.Tensor):
+        if not ratio.is_floating_point():
+            raise TypeError(f"ratio must be floating point, got {ratio.dtype}")
+        if ratio.dim() > 1 or (ratio.dim() == 1 and ratio.shape != scores.shape[:1]):
+            raise ValueError(f"ratio must be a scalar or [B] = [{scores.shape[0]}], got shape {list(ratio.shape)}")
+        if ratio.dim():
+            _checks.same_device("ratio", ratio, scores.device, "scores")
+    elif not isinstance(ratio, int | float):
+        raise TypeError(f"ratio must be a float or a tensor, got {type(ratio).__name__}")
+    elif not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
+    if valid is not None:
+        _checks.tensor("valid", valid)
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid must be bool, got {valid.dtype}")
+        if valid.shape != scores.shape:
+            raise ValueError(f"valid must have the shape of scores {list(scores.shape)}, got {list(valid.shape)}")
+        _checks.same_device("valid", valid, scores.device, "scores")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    _checks.one_of("ties", ties, TIES)
+    _library.runner(scores, backend, torch.float32)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if scores.shape[1] == 0:
+        return scores.to(wide)
+    if isinstance(ratio, torch.Tensor):
+        ratio = ratio.to(scores.device, wide).reshape(-1, 1)
+    else:
+        ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)
+    if torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad):
+        return _SoftTopK.apply(scores, ratio, valid, temperature, ties, hard)
+    return _forward(scores, ratio, valid, temperature, ties, hard)[0]
+
+
+class _SoftTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: torch.Tensor, ratio: torch.Tensor, valid: torch.Tensor | None, temperature: float | None, ties: str,
+        hard: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        mask, slope, order = _forward(scores, ratio, valid, temperature, ties, hard)
+        ctx.save_for_backward(scores, slope, order, valid)
+        ctx.shared = ratio.shape[0] != scores.shape[0]
+        return mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        scores, slope, order, valid = ctx.saved_tensors
+        d_scores = d_ratio = None
+        if ctx.needs_input_grad[0]:
+            d_scores = _backward(grad, slope, scores, order, valid).to(scores.dtype)
+        if ctx.needs_input_grad[1]:
+            d_ratio = -(grad * slope).sum(1, keepdim=True)
+            d_ratio = d_ratio.sum(0, keepdim=True) if ctx.shared else d_ratio
+        return d_scores, d_ratio, None, None, None, None

@@ -1,0 +1,172 @@
+"""segmented_topk and variation_topk: the k best tokens of every segment, exactly, without a sort.
+
+The order is (score descending, index ascending): NaN ranks above +inf, -0.0 equals 0.0, equal scores keep the smaller
+index. Three integers per segment decide (threshold key, how many ties to take, a prefix count), so results are
+deterministic and equal on every backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ... import _checks, _library
+from ..._plan import resolve
+from ..._types import TopK
+from ...layout import check_device, is_packed
+from ..variation_score import variation_score
+from . import reference
+
+ORDERS = ("position", "score")
+
+
+def segmented_topk(
+    scores: torch.Tensor,
+    k: Any,
+    *,
+    cu_seqlens: Any = None,
+    droppable: Any = None,
+    order: str = "position",
+    backend: str | None = None,
+) -> TopK:
+    """Keep the k highest scores of every segment.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16 (float64 on the reference).
+    k : int | list of int | CPU tensor
+        Tokens to keep, for all segments alike or one count per segment. 0 is allowed; more than a segment has keeps the
+        whole segment.
+    cu_seqlens : sequence of int | Tensor, optional
+        int32 ``[B + 1]`` offsets of a packed batch. A tensor on a GPU is not read: groups are then padded to ``max(k)``.
+    droppable : optional
+        Which tokens compete (see :class:`TokenLayout`): None for all, one ``(start, stop)`` for every item, a list with
+        the spans of each item (every span is a segment), a bool mask (one synchronisation to count it; or give
+        ``TokenLayout.from_mask(mask, counts)``), or a TokenLayout.
+    order : {"position", "score"}
+        Indices ascend, or follow the score.
+    backend : str, optional
+        Force a backend for this call.
+
+    Returns
+    -------
+    TopK
+        ``values`` and ``indices`` ``[G, K]``, one row per segment, K the largest count that is kept. Indices are
+        positions along ``N`` (padded) or rows of ``T`` (packed). A segment that keeps fewer is filled at its end with
+        value -inf and index -1. Values carry the gradient of ``scores``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Wrong shapes, ``k`` below 0 or not on the host, spans that are reversed, overlapping or outside, ``cu_seqlens``
+        that do not start at 0, ascend and end at ``T``.
+
+    Notes
+    -----
+    Equivalent plain torch for one budget: ``torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]``,
+    then sorted. Source: V2Drop, Algorithm 1 (which emits score order; its code restores position order, as we do).
+
+    Examples
+    --------
+    >>> segmented_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).indices
+    tensor([[1, 2]])
+    """
+    _checks.tensor("scores", scores)
+    packed = is_packed(droppable, cu_seqlens)
+    if scores.dim() != (1 if packed else 2):
+        want = "[T] because cu_seqlens is given" if packed else "[B, N] (a packed [T] needs cu_seqlens)"
+        raise ValueError(f"scores must be {want}, got shape {list(scores.shape)}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    _checks.one_of("order", order, ORDERS)
+    if droppable is not None:
+        check_device(droppable, scores.device, "scores")
+    run, name = _library.runner(scores, backend)
+    if name == "reference":
+        return reference.segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order)
+    found = resolve("topk", scores, k, droppable, cu_seqlens, traced=_library.dispatched(scores))
+    grad = torch.is_grad_enabled() and scores.requires_grad
+    chosen = run.topk(
+        scores.detach() if grad else scores, None, None, found.plan, found.mask, order, "l2", None,
+        cu_seqlens=found.cu_seqlens,
+    )  # fmt: skip
+    return TopK(_gathered(scores, found.plan, *chosen) if grad else chosen[0], chosen[1])
+
+
+def variation_topk(
+    h_prev: torch.Tensor,
+    h_cur: torch.Tensor,
+    k: Any,
+    *,
+    metric: str = "l2",
+    cu_seqlens: Any = None,
+    droppable: Any = None,
+    order: str = "position",
+    score_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> TopK:
+    """Keep the k tokens of every segment that one decoder layer changed most; score and select in one call.
+
+    Parameters
+    ----------
+    h_prev, h_cur, metric, score_dtype
+        As in :func:`variation_score`.
+    k, cu_seqlens, droppable, order, backend
+        As in :func:`segmented_topk`.
+
+    Returns
+    -------
+    TopK
+        As :func:`segmented_topk`; values are float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As both.
+
+    Notes
+    -----
+    Equivalent plain torch: ``segmented_topk(variation_score(h_prev, h_cur), k)``. Scores of tokens that do not compete
+    are never computed. Source: V2Drop, Algorithm 1.
+
+    Examples
+    --------
+    >>> h = torch.zeros(1, 3, 4)
+    >>> variation_topk(h, h + torch.tensor([[[1.0], [3.0], [2.0]]]), 2)
+    TopK(values=tensor([[6., 4.]]), indices=tensor([[1, 2]]))
+    """
+    _checks.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
+    _checks.score_options(metric, score_dtype)
+    _checks.one_of("order", order, ORDERS)
+    if droppable is not None:
+        check_device(droppable, h_cur.device, "h_cur")
+    run, name = _library.runner(h_cur, backend)
+    if name == "reference":
+        return reference.variation_topk(
+            h_prev, h_cur, k, metric=metric, cu_seqlens=cu_seqlens, droppable=droppable, order=order,
+            score_dtype=score_dtype,
+        )  # fmt: skip
+    if torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
+        # The values carry a gradient: score and select apart, so that autograd sees both.
+        scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=name)
+        return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=name)
+    found = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=_library.dispatched(h_cur))
+    h_prev, h_cur = _checks.unit_stride(h_prev), _checks.unit_stride(h_cur)
+    return TopK(*run.topk(None, h_prev, h_cur, found.plan, found.mask, order, metric, score_dtype, cu_seqlens=found.cu_seqlens))
+
+
+def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The values again, as a gather that autograd sees."""
+    if scores.numel() == 0:
+        return values
+    rows = indices.clamp(min=0)
+    if scores.dim() == 1:
+        found = scores[rows]
+    elif plan.uniform is not None:
+        found = scores.gather(1, rows)
+    else:
+        items = torch.tensor([row0 // plan.rows for row0 in plan.table[::8]], device=scores.device)
+        found = scores[items].gather(1, rows)
+    return torch.where(indices >= 0, found, values)

@@ -1,0 +1,348 @@
+"""Exact selection without a sort: the k largest (score, then smaller index) of every stretch, in position order.
+
+Scores become signed integers of the same order. T = k-th largest key is found by bisection between the smallest and the
+largest key, ending as soon as a threshold keeps exactly k; R = k - #{key > T} of the keys equal to T still fit. With
+g_i = #{j <= i: key_j > T} and e_i = #{j <= i: key_j = T}, row i is kept if key_i > T, or key_i = T and e_i <= R, and
+g_i + min(e_i, R) rows are kept up to it: one scan places every survivor. No histogram, no candidate buffer: nothing overflows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..._plan import CuPlan, Plan
+from ...backends import configs, launch
+from ...backends.launch import TABLE_FIELDS, device_ints, row_strides
+from ..variation_score.triton import plan_scores
+
+_FORCED = tl.constexpr(0x7FFFFFFF)  # kept before any score
+_NAN = tl.constexpr(0x7FFFFFFE)  # above +inf
+_EXCLUDED = tl.constexpr(-0x80000000)  # below -inf; also lanes outside the stretch
+
+
+@triton.jit
+def score_keys(score):
+    """Signed int32 of the same order as the scores; -0.0 equals 0.0, every NaN is the largest."""
+    score = score.to(tl.float32)
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
+
+
+@triton.jit
+def load_keys(scores, scores_r, mask, mask_r, at, inside, FORCE: tl.constexpr):
+    """Keys of the rows ``at``. Rows that the mask takes out of the competition are forced in or excluded."""
+    keys = score_keys(tl.load(scores + at.to(tl.int64) * scores_r, mask=inside, other=0.0))
+    if mask is not None:
+        competes = tl.load(mask + at.to(tl.int64) * mask_r, mask=inside, other=0) != 0
+        keys = tl.where(competes, keys, _FORCED if FORCE else _EXCLUDED)
+    return tl.where(inside, keys, _EXCLUDED)
+
+
+@triton.jit
+def _middle(low, high):
+    """Mean of two int32, rounded up, without overflow."""
+    return (low | high) - ((low ^ high) >> 1)
+
+
+@triton.jit
+def _narrow(low, high, at, count, k):
+    """One step of the bisection: ``count`` keys are at least ``at``."""
+    new_low = tl.where(count >= k, at, low)
+    new_high = tl.where(count > k, high, tl.where(count == k, at, at - 1))
+    return new_low, new_high
+
+
+@triton.jit
+def threshold(keys, k):
+    """``(T, R, k)`` of keys in registers; k comes back smaller if fewer keys take part."""
+    takes_part = keys > _EXCLUDED
+    present = tl.sum(takes_part.to(tl.int32))
+    k = tl.minimum(k.to(tl.int32), present)
+    low = tl.min(tl.where(takes_part, keys, _FORCED))
+    high = tl.where(present == k, low, tl.max(keys))
+    while low < high:
+        at = _middle(low, high)
+        low, high = _narrow(low, high, at, tl.sum((keys >= at).to(tl.int32)), k)
+    return low, k - tl.sum((keys > low).to(tl.int32)), k
+
+
+@triton.jit
+def _threshold_chunked(
+    scores, scores_r, mask, mask_r, n, k, FORCE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """The same for any n: each pass over the keys (in L2 by now) counts three thresholds, so it makes two steps.
+
+    Lane l reads the keys l, l + LANES, ...; DEPTH of them at a time, which share one counter per threshold.
+    """
+    lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [DEPTH, LANES]
+    smallest = tl.full([LANES], _FORCED, tl.int32)
+    largest = tl.full([LANES], _EXCLUDED, tl.int32)
+    count = tl.zeros([LANES], tl.int32)
+    first = n * 0
+    while first < n:
+        keys = load_keys(scores, scores_r, mask, mask_r, first + lanes, first + lanes < n, FORCE)
+        smallest = tl.minimum(smallest, tl.min(tl.where(keys > _EXCLUDED, keys, _FORCED), axis=0))
+        largest = tl.maximum(largest, tl.max(keys, axis=0))
+        count += tl.sum((keys > _EXCLUDED).to(tl.int32), axis=0)
+        first += DEPTH * LANES
+    present = tl.sum(count)
+    k = tl.minimum(k.to(tl.int32), present)
+    low = tl.min(smallest)
+    high = tl.where(present == k, low, tl.max(largest))
+    while low < high:
+        at = _middle(low, high)
+        at_below = _middle(low, at - 1)
+        at_above = _middle(at, high)
+        count = tl.zeros([LANES], tl.int32)
+        count_below = tl.zeros([LANES], tl.int32)
+        count_above = tl.zeros([LANES], tl.int32)
+        first = n * 0
+        while first < n:
+            keys = load_keys(scores, scores_r, mask, mask_r, first + lanes, first + lanes < n, FORCE)
+            count += tl.sum((keys >= at).to(tl.int32), axis=0)
+            count_below += tl.sum((keys >= at_below).to(tl.int32), axis=0)
+            count_above += tl.sum((keys >= at_above).to(tl.int32), axis=0)
+            first += DEPTH * LANES
+        enough = tl.sum(count)
+        low, high = _narrow(low, high, at, enough, k)
+        if low < high:
+            at = tl.where(enough >= k, at_above, at_below)
+            low, high = _narrow(low, high, at, tl.sum(tl.where(enough >= k, count_above, count_below)), k)
+    count = tl.zeros([LANES], tl.int32)
+    first = n * 0
+    while first < n:
+        keys = load_keys(scores, scores_r, mask, mask_r, first + lanes, first + lanes < n, FORCE)
+        count += tl.sum((keys > low).to(tl.int32), axis=0)
+        first += DEPTH * LANES
+    return low, k - tl.sum(count), k
+
+
+@triton.jit
+def kept_up_to(keys, t, quota, above, equal):
+    """Of each row: whether it is kept, and how many are up to it; then the counts ``above`` and ``equal`` carried on.
+
+    One scan of both counts, 16 bits each: a block has at most 8192 keys.
+    """
+    is_above = keys > t
+    is_equal = keys == t
+    counts = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), axis=0)
+    g = above + (counts & 0xFFFF)
+    e = equal + (counts >> 16)
+    kept = is_above | (is_equal & (e <= quota))
+    return kept, g + tl.minimum(e, quota), tl.max(g), tl.max(e)
+
+
+@triton.jit
+def stretch(g, table, rows, out_rows, pre, n, post, k):
+    """Fields of stretch ``g`` of a table, or of the uniform plan that the scalars describe; counts in 32 bits."""
+    if table is None:
+        row0 = g * rows
+        out0 = g * out_rows
+        pad_pre = 0
+        pad_post = out_rows - pre - k - post
+    else:
+        row = table + g * TABLE_FIELDS
+        row0 = tl.load(row)
+        pre = tl.load(row + 1).to(tl.int32)
+        n = tl.load(row + 2).to(tl.int32)
+        post = tl.load(row + 3).to(tl.int32)
+        k = tl.load(row + 4).to(tl.int32)
+        out0 = tl.load(row + 5)
+        pad_pre = tl.load(row + 6).to(tl.int32)
+        pad_post = tl.load(row + 7).to(tl.int32)
+    return row0, pre, n, post, k, out0, pad_pre, pad_post
+
+
+@triton.jit
+def _cu_length(cu, g, valid, rows):
+    """Clamped first row and length of the packed segments ``g``: in bounds whatever ``cu`` holds."""
+    first = tl.minimum(tl.maximum(tl.load(cu + g, mask=valid, other=0).to(tl.int64), 0), rows)
+    last = tl.minimum(tl.load(cu + g + 1, mask=valid, other=0).to(tl.int64), rows)
+    return first, tl.maximum(last - first, 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["scores_b", "mask_b", "rows", "out_rows", "pre", "n", "post", "k", "groups"])
+def _select_fwd_kernel(
+    keep, values, new_cu,  # [., out_rows] int64; the chosen scores or None; int32 [G + 1] or None
+    scores, scores_b, scores_r,
+    mask, mask_b, mask_r,
+    table, cu, ks,  # [G, 8] or None; int32 [G + 1] and [G], or None
+    rows, out_rows, pre, n, post, k, groups,
+    FORCE: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, WAITS: tl.constexpr, TRIGGERS: tl.constexpr,
+):  # fmt: skip
+    if TRIGGERS:
+        gdc_launch_dependents()
+    g = tl.program_id(0).to(tl.int64)
+    if cu is None:
+        row0, pre, n, post, k, out0, pad_pre, pad_post = stretch(g, table, rows, out_rows, pre, n, post, k)
+    else:
+        row0, n = _cu_length(cu, g, True, rows)
+        k = tl.minimum(tl.load(ks + g).to(tl.int32), n)
+        pre = 0
+        post = 0
+        pad_pre = 0
+        out0 = g * out_rows
+        pad_post = out_rows - k
+        if new_cu is not None:
+            others = tl.arange(0, GROUPS).to(tl.int64)
+            before = others < g
+            lengths = _cu_length(cu, others, before, rows)[1]
+            out0 = tl.sum(tl.minimum(tl.load(ks + others, mask=before, other=0), lengths.to(tl.int64)))
+            pad_post = tl.where(g == groups - 1, out_rows - out0.to(tl.int32) - k, 0)
+    if WAITS:
+        gdc_wait()
+    if new_cu is not None:
+        tl.store(new_cu + g, out0.to(tl.int32))
+        tl.store(new_cu + groups, (out0 + k).to(tl.int32), mask=g == groups - 1)
+
+    b = row0 // rows
+    position = row0 - b * rows + pre  # of the first competing row in its batch entry
+    scores += b * scores_b + position * scores_r
+    if mask is not None:
+        mask += b * mask_b + position * mask_r
+    kept_to = keep + (out0 + pad_pre + pre)
+    lanes = tl.arange(0, BLOCK)
+
+    if CHUNKED:
+        t, quota, found = _threshold_chunked(scores, scores_r, mask, mask_r, n, k, FORCE, DEPTH, KEYS // DEPTH)
+    else:
+        held = load_keys(scores, scores_r, mask, mask_r, tl.arange(0, KEYS), tl.arange(0, KEYS) < n, FORCE)
+        t, quota, found = threshold(held, k)
+    above = found * 0
+    equal = found * 0
+    first = n * 0
+    while first < n:
+        at = first + lanes
+        if CHUNKED or KEYS != BLOCK:
+            keys = load_keys(scores, scores_r, mask, mask_r, at, at < n, FORCE)
+        else:
+            keys = held
+        kept, upto, above, equal = kept_up_to(keys, t, quota, above, equal)
+        # Lanes outside the stretch carry the excluded key, which no threshold keeps.
+        tl.store(kept_to + (upto - 1), (position.to(tl.int32) + at).to(tl.int64), mask=kept)
+        if values is not None:
+            value = tl.load(scores + at.to(tl.int64) * scores_r, mask=kept, other=0.0)
+            tl.store(values + (out0 + pad_pre + pre) + (upto - 1), value, mask=kept)
+        first += BLOCK
+
+    # The rows around the survivors: padding, rows before, rows after, padding; j counts from out0.
+    total = pad_pre + pre + k + post + pad_post
+    first = total * 0
+    while first < total:
+        j = first + lanes
+        after = j - (pad_pre + pre + k)
+        source = tl.where(after >= 0, position + n + after, position - pre + j - pad_pre)
+        source = tl.where((j >= pad_pre) & (after < post) & ((j < pad_pre + pre) | (after >= 0)), source, -1)
+        around = (j < total) & ((j < pad_pre + pre) | (j >= pad_pre + pre + found))
+        tl.store(keep + out0 + j, source, mask=around)
+        if values is not None:
+            tl.store(values + out0 + j, float("-inf"), mask=around)
+        first += BLOCK
+
+
+@triton.jit(do_not_specialize=["slots", "tiles"])
+def _rank_fwd_kernel(
+    ranked_values, ranked_indices, values, indices,  # [G, slots]; values in position order
+    slots, tiles,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """Order every group by score: the rank of a survivor is the number of those that precede it. Empty slots stay last."""
+    base = (tl.program_id(0) // tiles).to(tl.int64) * slots
+    i = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)  # [ROWS] within the group
+    if WAITS:
+        gdc_wait()
+    index = tl.load(indices + base + i, mask=i < slots, other=-1)
+    value = tl.load(values + base + i, mask=i < slots, other=0.0)
+    key = tl.where(index >= 0, score_keys(value), _EXCLUDED)
+    rank = tl.zeros([ROWS], tl.int32)
+    first = tl.program_id(0) * 0
+    while first < slots:
+        j = first + tl.arange(0, TILE)  # [TILE]
+        survives = tl.load(indices + base + j, mask=j < slots, other=-1) >= 0
+        other = score_keys(tl.load(values + base + j, mask=j < slots, other=0.0))
+        other = tl.where(survives, other, _EXCLUDED)
+        precedes = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
+        rank += tl.sum(precedes.to(tl.int32), axis=1)
+        first += TILE
+    tl.store(ranked_values + base + rank, value, mask=i < slots)
+    tl.store(ranked_indices + base + rank, index, mask=i < slots)
+
+
+def launch_select(
+    keep: torch.Tensor,
+    values: torch.Tensor | None,
+    new_cu: torch.Tensor | None,
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    plan: Plan | CuPlan,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    force: bool,
+    waits: bool,
+    triggers: bool,
+) -> None:
+    """Start the select kernel: one program per stretch writes ``keep`` and what else is given."""
+    device = scores.device
+    table = ks = None
+    pre = n = post = k = 0
+    if isinstance(plan, CuPlan):
+        ks, n_max = device_ints(plan.ks, device), plan.rows
+    else:
+        n_max, cu_seqlens = plan.max_n, None
+        if plan.uniform is None:
+            table = plan.device_table(device)
+        else:
+            pre, n, post, k = plan.uniform
+    keys, block, num_warps = configs.select_blocks(n_max, lean=mask is not None or isinstance(plan, CuPlan))
+    launch.start(
+        _select_fwd_kernel, plan.groups, device,
+        keep, values, new_cu, scores, *row_strides(scores), mask, *row_strides(mask), table, cu_seqlens, ks,
+        max(plan.rows, 1), plan.out_rows, pre, n, post, k, plan.groups,
+        FORCE=force, KEYS=keys, DEPTH=keys // (32 * num_warps), CHUNKED=n_max > keys, BLOCK=block,
+        GROUPS=configs.next_power_of_2(plan.groups) if new_cu is not None else 1,
+        WAITS=waits, TRIGGERS=triggers, num_warps=num_warps, **launch.all_registers(device, num_warps),
+    )  # fmt: skip
+
+
+def topk(
+    scores: torch.Tensor | None,
+    prev: torch.Tensor | None,
+    cur: torch.Tensor | None,
+    plan: Plan | CuPlan,
+    mask: torch.Tensor | None,
+    order: str,
+    metric: str,
+    score_dtype: torch.dtype | None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(values, indices)`` of the kept rows, each ``[G, K]``; scores are computed from ``prev`` and ``cur`` if None.
+
+    One launch, one more to score, one more for ``order="score"`` (all-pairs ranks of the survivors).
+    """
+    scored = scores is None
+    if scores is None:
+        scores = plan_scores(prev, cur, plan, mask, metric, score_dtype, triggers=True)  # type: ignore[arg-type]
+        scores = scores.view(-1, plan.rows) if plan.rows else scores
+    device = scores.device
+    pdl = launch.has_pdl(device)
+    by_score = order == "score"
+    shape = (plan.groups, plan.out_rows)
+    indices = torch.empty(shape, dtype=torch.int64, device=device)
+    values = torch.empty(shape, dtype=scores.dtype, device=device)
+    launch_select(
+        indices, values, None, scores, mask, plan, cu_seqlens, force=False, waits=scored and pdl, triggers=by_score and pdl
+    )
+    if not by_score:
+        return values, indices
+    ranked_values, ranked_indices = torch.empty_like(values), torch.empty_like(indices)
+    tiles = -(-plan.out_rows // configs.RANK_BLOCK)
+    launch.start(
+        _rank_fwd_kernel, plan.groups * tiles, device,
+        ranked_values, ranked_indices, values, indices, plan.out_rows, tiles,
+        ROWS=configs.RANK_BLOCK, TILE=configs.RANK_TILE, WAITS=pdl, num_warps=4,
+    )  # fmt: skip
+    return ranked_values, ranked_indices

@@ -1,0 +1,92 @@
+"""variation_score: how much one decoder layer changed each token (V2Drop, Algorithm 1; metrics: Tables 7, 9)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _checks, _library
+from . import reference
+
+
+def variation_score(
+    h_prev: torch.Tensor,
+    h_cur: torch.Tensor,
+    *,
+    metric: str = "l2",
+    cu_seqlens: Any = None,
+    score_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Score every token by the change that one decoder layer made to it.
+
+    Parameters
+    ----------
+    h_prev, h_cur : Tensor
+        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; float32, float16 or bfloat16
+        (float64 on the reference backend). Any batch and token stride; a last dimension whose stride is not 1 costs one
+        contiguous copy.
+    metric : {"l2", "l1", "cosine"}
+        ``||h_cur - h_prev||`` in the 2-norm (V2Drop's choice) or the 1-norm, or ``1 - cos(h_prev, h_cur)``, so that
+        higher always means more change. Cosine is 1 where a vector is zero.
+    cu_seqlens : optional
+        Accepted for symmetry with the other ops: scores are row by row, so offsets change nothing.
+    score_dtype : dtype, optional
+        Round the difference and the score to this dtype, as eager PyTorch in it does, to reproduce a published choice.
+        Default: float32 throughout.
+    backend : str, optional
+        Force a backend for this call.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[B, N]`` or ``[T]``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, dtypes or devices that differ; an unknown metric.
+
+    Notes
+    -----
+    Accumulates in float32 in an order that depends on the backend, never on the thread count or the batch. Differentiable
+    in both hidden states; the subgradient at score 0 is 0. Equivalent plain torch:
+    ``torch.linalg.vector_norm(h_cur.float() - h_prev.float(), dim=-1)``.
+
+    Source: V2Drop, Algorithm 1 (L2); L1 and cosine are its studied alternatives (supplement, section 7).
+
+    Not a ranking of what the model looks at: it measures change, not attention.
+
+    Examples
+    --------
+    >>> variation_score(torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
+    tensor([[2., 2.]])
+    """
+    _checks.pair(h_prev, h_cur, None if cu_seqlens is None else True)
+    _checks.score_options(metric, score_dtype)
+    run, name = _library.runner(h_cur, backend)
+    if name == "reference":
+        return reference.variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype)
+    h_prev, h_cur = _checks.unit_stride(h_prev), _checks.unit_stride(h_cur)
+    if not _library.dispatched(h_cur) and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
+        return _VariationScore.apply(h_prev, h_cur, metric, score_dtype, run)
+    return run.variation_score(h_prev, h_cur, metric, score_dtype)
+
+
+class _VariationScore(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None, run: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(h_prev, h_cur)
+        ctx.metric, ctx.run = metric, run
+        return run.variation_score(h_prev, h_cur, metric, score_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        h_prev, h_cur = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        return (*ctx.run.variation_score_backward(grad, h_prev, h_cur, ctx.metric, *wanted), None, None, None)

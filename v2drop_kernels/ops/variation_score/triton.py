@@ -1,0 +1,283 @@
+"""Token variation scores: how far each row of ``cur`` moved from ``prev``.
+
+One read of both tensors, float32 accumulation, no second pass. Rows are visited in *slot* order: the competing rows of all
+stretches, end to end, so that kept-anyway rows cost nothing and ragged batches launch no idle programs. ``l2`` is the correctly
+rounded root of sum d^2. ``cosine`` is 1 - cos from aa = sum a^2, bb = sum b^2, dd = sum (a - b)^2, by
+``dd - (|a| - |b|)^2 = 2 |a| |b| (1 - cos)``, which does not cancel near cos = 1 as 1 - ab/(|a| |b|) would.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from ..._plan import CuPlan, Plan
+from ...backends import configs, launch
+from ...backends.launch import TABLE_FIELDS, row_strides, slot_starts
+
+METRICS = {"l2": 0, "l1": 1, "cosine": 2}
+_ROUNDINGS = {None: tl.float32, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def stretch_of(starts, x, groups, STRIDE: tl.constexpr, STEPS: tl.constexpr):
+    """Index of the last stretch that starts at or before ``x`` (so an empty one never), by bisection."""
+    low = x * 0
+    high = low + (groups - 1)
+    for _ in tl.static_range(STEPS):
+        middle = (low + high + 1) // 2
+        right = tl.load(starts + middle * STRIDE) <= x
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _load_pair(
+    prev_row, cur_row, start, inside,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, PREV_POLICY: tl.constexpr, CUR_POLICY: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_D columns of both tensors."""
+    cols = start + tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+    mask = inside[:, None] & (cols < D)
+    prev_at = tl.multiple_of(prev_row + cols, (ALIGN, ALIGN))
+    cur_at = tl.multiple_of(cur_row + cols, (ALIGN, ALIGN))
+    a = tl.load(prev_at, mask=mask, other=0.0, eviction_policy=PREV_POLICY)
+    b = tl.load(cur_at, mask=mask, other=0.0, eviction_policy=CUR_POLICY)
+    return a, b  # [ROWS, BLOCK_D]
+
+
+@triton.jit
+def _round(x, TYPE: tl.constexpr):
+    """Float32 ``x`` rounded to nearest even in TYPE. By hand for bfloat16: Triton's interpreter truncates there."""
+    if TYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    elif TYPE == tl.float16:  # noqa: SIM300
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=["prev_b", "prev_r", "cur_b", "cur_r", "mask_b", "mask_r", "slots", "rows", "pre", "n", "groups"])
+def _variation_score_fwd_kernel(
+    scores,  # float32 [Bt * rows]
+    prev, prev_b, prev_r,
+    cur, cur_b, cur_r,
+    mask, mask_b, mask_r,  # None, or True where a row competes
+    table, starts,  # [G, 8], [G + 1]; None for uniform plans
+    slots, rows, pre, n, groups,
+    D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, SEARCH_STEPS: tl.constexpr, CUR_POLICY: tl.constexpr,
+    TRIGGERS: tl.constexpr,
+):  # fmt: skip
+    if TRIGGERS:
+        gdc_launch_dependents()
+    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = slot < slots
+    slot = tl.where(inside, slot, 0)
+    if table is None:
+        b = slot // n
+        r = pre + slot % n
+    else:
+        g = stretch_of(starts, slot, groups, 1, SEARCH_STEPS)
+        flat = tl.load(table + g * TABLE_FIELDS) + tl.load(table + g * TABLE_FIELDS + 1) + slot - tl.load(starts + g)
+        b = flat // rows
+        r = flat % rows
+
+    competes = inside
+    if mask is not None:
+        competes = inside & (tl.load(mask + b * mask_b + r * mask_r, mask=inside, other=0) != 0)
+    prev_row = (prev + b * prev_b + r * prev_r)[:, None]
+    cur_row = (cur + b * cur_b + r * cur_r)[:, None]
+
+    diff = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if METRIC == 2:
+        aa = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        bb = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in tl.static_range(0, D, STEPS * BLOCK_D):
+        loaded = (_load_pair(prev_row, cur_row, start, competes, D, BLOCK_D, ALIGN, "evict_first", CUR_POLICY),)
+        for step in tl.static_range(1, STEPS):
+            if start + step * BLOCK_D < D:
+                pair = _load_pair(prev_row, cur_row, start + step * BLOCK_D, competes, D, BLOCK_D, ALIGN, "evict_first", CUR_POLICY)
+                loaded = loaded + (pair,)  # type: ignore[assignment]  # noqa: RUF005
+        # Always true, but ptxas cannot know: in one basic block it moves uses up between the loads, which leaves as few as two
+        # of the eight in flight.
+        if slots > 0:
+            for step in tl.static_range(len(loaded)):
+                x, y = loaded[step]
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+                d = y - x
+                if METRIC == 2:
+                    aa = tl.fma(x, x, aa)
+                    bb = tl.fma(y, y, bb)
+                else:
+                    d = _round(d, ROUND)
+                if METRIC == 1:
+                    diff += tl.abs(d)
+                else:
+                    diff = tl.fma(d, d, diff)
+
+    score = tl.sum(diff, axis=1)  # [ROWS]
+    if METRIC == 0:
+        score = tl.sqrt_rn(score)
+    if METRIC == 2:
+        norm_a = tl.sqrt_rn(tl.sum(aa, axis=1))
+        norm_b = tl.sqrt_rn(tl.sum(bb, axis=1))
+        gap = norm_a - norm_b
+        score = score - gap * gap
+        # Not tl.maximum: it would turn a NaN into 0.
+        score = tl.div_rn(tl.where(score < 0, 0.0, score), 2.0 * norm_a * norm_b)
+        score = tl.where((norm_a == 0) | (norm_b == 0), tl.where(competes, 1.0, 0.0), score)
+    tl.store(scores + b * rows + r, _round(score, ROUND), mask=inside)
+
+
+@triton.jit(do_not_specialize=["prev_b", "prev_r", "cur_b", "cur_r", "grad_b", "grad_r", "total", "rows"])
+def _variation_score_bwd_kernel(
+    grad_prev, grad_cur,  # [Bt, rows, D] contiguous, or None
+    grad, grad_b, grad_r,
+    prev, prev_b, prev_r,
+    cur, cur_b, cur_r,
+    total, rows,
+    D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    flat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = flat < total
+    flat = tl.where(inside, flat, 0)
+    b = flat // rows
+    r = flat % rows
+    g = tl.load(grad + b * grad_b + r * grad_r, mask=inside, other=0.0)[:, None]
+    prev_row = (prev + b * prev_b + r * prev_r)[:, None]
+    cur_row = (cur + b * cur_b + r * cur_r)[:, None]
+
+    # The metric as sums over the row; the second walk below finds the row in L1 or L2.
+    if METRIC != 1:
+        dd = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        aa = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        bb = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in tl.static_range(0, D, BLOCK_D):
+            x, y = _load_pair(prev_row, cur_row, start, inside, D, BLOCK_D, ALIGN, "evict_last", "evict_last")
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+            dd = tl.fma(y - x, y - x, dd)
+            if METRIC == 2:
+                aa = tl.fma(x, x, aa)
+                bb = tl.fma(y, y, bb)
+        norm = tl.sqrt_rn(tl.sum(dd, axis=1))[:, None]
+        g_norm = tl.where(norm == 0, 0.0, tl.div_rn(g, norm))
+        if METRIC == 2:
+            norm_a = tl.sqrt_rn(tl.sum(aa, axis=1))[:, None]
+            norm_b = tl.sqrt_rn(tl.sum(bb, axis=1))[:, None]
+            zero = (norm_a == 0) | (norm_b == 0)
+            norm_a = tl.where(zero, 1.0, norm_a)
+            norm_b = tl.where(zero, 1.0, norm_b)
+            gap = norm_a - norm_b
+            product = norm_a * norm_b
+            cos = 1.0 - (norm * norm - gap * gap) / (2.0 * product)
+            g = tl.where(zero, 0.0, g)
+
+    out_row = (flat * D)[:, None]
+    for start in tl.static_range(0, D, BLOCK_D):
+        x, y = _load_pair(prev_row, cur_row, start, inside, D, BLOCK_D, ALIGN, "evict_first", "evict_first")
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+        if METRIC == 0:
+            to_cur = g_norm * (y - x)
+            to_prev = -to_cur
+        elif METRIC == 1:
+            to_cur = g * ((y > x).to(tl.float32) - (y < x).to(tl.float32))
+            to_prev = -to_cur
+        else:
+            to_cur = g * (cos * y / (norm_b * norm_b) - x / product)
+            to_prev = g * (cos * x / (norm_a * norm_a) - y / product)
+        cols = start + tl.arange(0, BLOCK_D)[None, :]
+        mask = inside[:, None] & (cols < D)
+        if grad_cur is not None:
+            to_cur = _round(to_cur, grad_cur.dtype.element_ty)
+            tl.store(grad_cur + out_row + cols, to_cur.to(grad_cur.dtype.element_ty), mask=mask)
+        if grad_prev is not None:
+            to_prev = _round(to_prev, grad_prev.dtype.element_ty)
+            tl.store(grad_prev + out_row + cols, to_prev.to(grad_prev.dtype.element_ty), mask=mask)
+
+
+def variation_score(prev: torch.Tensor, cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None) -> torch.Tensor:
+    """Float32 scores ``prev.shape[:-1]`` of hidden states ``[B, N, D]`` or ``[T, D]``."""
+    rows = prev.shape[-2]
+    plan = Plan(math.prod(prev.shape[:-2]), rows, 0, 0, (0, rows, 0, 0))
+    return plan_scores(prev, cur, plan, None, metric, score_dtype, triggers=False).view(prev.shape[:-1])
+
+
+def plan_scores(
+    prev: torch.Tensor,
+    cur: torch.Tensor,
+    plan: Plan | CuPlan,
+    mask: torch.Tensor | None,
+    metric: str,
+    score_dtype: torch.dtype | None,
+    *,
+    triggers: bool,
+) -> torch.Tensor:
+    """Float32 scores ``[Bt * rows]`` of the rows that compete in ``plan``; the others stay unwritten.
+
+    ``triggers`` says that the caller's next launch waits for this one (programmatic dependent launch).
+    """
+    batch = 1 if isinstance(plan, CuPlan) else plan.batch
+    scores = torch.empty(batch * plan.rows, dtype=torch.float32, device=cur.device)
+    d = cur.shape[-1]
+    table = starts = None
+    pre, groups = 0, plan.groups
+    if isinstance(plan, CuPlan):
+        n = slots = plan.rows
+    elif plan.uniform is not None:
+        pre, n = plan.uniform[:2]
+        slots = batch * n
+    else:
+        n, slots = plan.max_n, sum(plan.table[2::8])
+        table, starts = plan.device_table(cur.device), slot_starts(plan, cur.device)
+    tile_rows, block_d, num_warps = configs.score_tile(d, cur.element_size())
+    stays_in_l2 = triggers and cur.numel() * cur.element_size() <= configs.L2_RESIDENT_BYTES
+    launch.start(
+        _variation_score_fwd_kernel, -(-slots // tile_rows), cur.device,
+        scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), table, starts,
+        slots, plan.rows, pre, n, groups,
+        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS[metric], ROUND=_ROUNDINGS[score_dtype],
+        ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, CUR_POLICY="evict_last" if stays_in_l2 else "",
+        SEARCH_STEPS=0 if table is None else max(groups - 1, 0).bit_length(),
+        TRIGGERS=triggers and launch.has_pdl(cur.device), num_warps=num_warps,
+    )  # fmt: skip
+    return scores
+
+
+def variation_score_backward(
+    grad: torch.Tensor, prev: torch.Tensor, cur: torch.Tensor, metric: str, need_prev: bool, need_cur: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients in ``prev`` and ``cur`` (contiguous; None where not needed) from that of the scores."""
+    grad_prev = torch.empty(prev.shape, dtype=prev.dtype, device=prev.device) if need_prev else None
+    grad_cur = torch.empty(cur.shape, dtype=cur.dtype, device=cur.device) if need_cur else None
+    rows, d = cur.shape[-2:]
+    total = math.prod(cur.shape[:-1])
+    tile_rows, block_d, num_warps = configs.score_tile(d, cur.element_size())
+    launch.start(
+        _variation_score_bwd_kernel, -(-total // tile_rows) if need_prev or need_cur else 0, cur.device,
+        grad_prev, grad_cur, grad, *row_strides(grad), prev, *_strides(prev), cur, *_strides(cur), total, rows,
+        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS[metric], ROWS=tile_rows, BLOCK_D=block_d, num_warps=num_warps,
+    )  # fmt: skip
+    return grad_prev, grad_cur
+
+
+def _strides(hidden: torch.Tensor) -> tuple[int, int]:
+    """Strides (batch entry, row) of ``[B, N, D]`` or ``[T, D]``."""
+    return (hidden.stride(0), hidden.stride(1)) if hidden.dim() == 3 else (0, hidden.stride(0))
+
+
+def _alignment(prev: torch.Tensor, cur: torch.Tensor) -> int:
+    """Bytes, at most 16, to which every row of both tensors is aligned: the width of the kernel's loads."""
+    bits = prev.data_ptr() | cur.data_ptr() | 16
+    for stride in (*_strides(prev), *_strides(cur)):
+        bits |= stride * cur.element_size()
+    return bits & -bits

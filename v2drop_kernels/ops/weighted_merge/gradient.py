@@ -1,0 +1,63 @@
+"""The gradient of weighted_merge: one more gather, through the edges sorted by source row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ... import _checks
+from .groups import groups
+
+
+def kernels() -> Any:
+    """The Triton kernels; imported when the first call needs them."""
+    from . import triton
+
+    return triton
+
+
+def gradients(
+    grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, mean: bool,
+    both: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients in ``x``, through the edges sorted by source row, and, if ``both``, in ``weights`` (else an empty tensor)."""
+    run, (_, n, _), k, edges = kernels(), x.shape, offsets.shape[1] - 1, rows.shape[1]
+    weights = torch.ones(rows.shape, device=x.device) if weights is None else weights
+    own = torch.arange(edges, device=x.device).expand(rows.shape).contiguous()
+    sums = lambda values: run.weighted_merge(values[:, :, None], offsets, own, None, False)[:, :, 0]
+    target = torch.searchsorted(offsets[:, 1:].contiguous(), own, right=True)  # [B, E] output row of each edge
+    used = (own >= offsets[:, :1]) & (target < k)
+    target = torch.where(used, target, k)
+    if mean:
+        whole = sums(weights)
+        inverse = torch.where(whole == 0, 0.0, 1 / torch.where(whole == 0, 1.0, whole))
+        grad = inverse[:, :, None] * grad.float()
+    grad = _checks.unit_stride(grad)
+    back, order = groups(torch.where(used, rows, n), n)
+    d_x = run.weighted_merge(grad, back, target.gather(1, order), weights.gather(1, order), False, x.dtype)
+    if not both:
+        return d_x, x.new_empty(0, dtype=torch.float32)
+    dots = run.row_dots(x, grad, rows, target)
+    if mean:  # a weight also lessens the share of its neighbours
+        dots = dots - torch.nn.functional.pad(inverse * sums(weights * dots), (0, 1)).gather(1, target)
+    return d_x, dots
+
+
+class WeightedMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, mean: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, offsets, rows, weights)
+        ctx.mean = mean
+        return kernels().weighted_merge(x, offsets, rows, weights, mean)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        x, offsets, rows, weights = ctx.saved_tensors
+        both = ctx.needs_input_grad[3]
+        d_x, d_weights = gradients(grad, x, offsets, rows, weights, ctx.mean, both)
+        return d_x, None, None, d_weights if both else None, None
