@@ -22,8 +22,8 @@ from providers import Case, Expected, Inputs, _legal_set, _rows, _same_scores, m
 
 import v2drop_kernels as vk
 from v2drop_kernels import reference
-from v2drop_kernels._types import Part
 from v2drop_kernels.backends import choice
+from v2drop_kernels.core.types import Part
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUARTER = Fraction(1, 4)

@@ -11,11 +11,12 @@ import typing
 if typing.TYPE_CHECKING:
     from . import models as models
     from . import plot as plot
-    from . import positions, reference, schedule
-    from ._types import Compacted, Dropped, TopK
+    from . import reference, schedule
     from .backends.choice import Explanation, backend, explain
+    from .core import positions
+    from .core.layout import TokenLayout, n_keep
     from .core.schedule import Schedule, Stage
-    from .layout import TokenLayout, n_keep
+    from .core.types import Compacted, Dropped, TopK
     from .ops.attention_score import attention_score, cls_attention_score, cross_modal_score, text_rater_score, text_raters
     from .ops.bipartite_merge import bipartite_merge
     from .ops.compact import compact, compact_
@@ -67,17 +68,17 @@ __all__ = [
 if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
     _HOMES = {
         "backends.choice": ("Explanation", "backend", "explain"),
-        "_types": ("Compacted", "Dropped", "TopK"),
+        "core.types": ("Compacted", "Dropped", "TopK"),
         "ops.attention_score": ("attention_score", "cls_attention_score", "cross_modal_score", "text_rater_score", "text_raters"),
         "ops.compact": ("compact", "compact_"),
         "ops.drop_tokens": ("drop_tokens",),
-        "layout": ("TokenLayout", "n_keep"),
+        "core.layout": ("TokenLayout", "n_keep"),
         "ops.bipartite_merge": ("bipartite_merge",),
         "ops.merge_dropped": ("merge_dropped",),
         "ops.weighted_merge": ("weighted_merge",),
         "models": ("models",),  # this and plot need more than torch: not in __all__
         "plot": ("plot",),
-        "positions": ("positions",),
+        "core.positions": ("positions",),
         "reference": ("reference",),
         "core.schedule": ("Schedule", "Stage"),
         "schedule": ("schedule",),
@@ -87,6 +88,7 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "ops.soft_topk": ("soft_topk",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
+    _MODULES = ("models", "plot", "positions", "reference", "schedule")
 
     def __getattr__(name: str) -> object:
         if name not in _HOME:
@@ -98,7 +100,7 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
                 raise
             alternative = "for NumPy arrays use v2drop_kernels.array, for JAX v2drop_kernels.jax"
             raise ImportError(f"v2drop_kernels.{name} needs torch: pip install torch; {alternative}") from None
-        value: object = module if name == _HOME[name] else getattr(module, name)
+        value: object = module if name in _MODULES else getattr(module, name)
         globals()[name] = value
         return value
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import _native
 from ._native import HEADS, METRICS, MODES, ORDERS, QUERIES, ROUND_TO, lib, maybe_view, outputs, stretches, view
-from ._plan import CuPlan, Plan
-from ._types import Part
+from .core.plan import CuPlan, Plan
+from .core.types import Part
 
 DESIGNS = {"auto": 0, "cooperative": 1, "two": 2, "three": 3}
 _WORKSPACE_ALIGNMENT = 256

@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from ._ops import add_op_namespace_prefix, ops
-from ._plan import CuPlan, Plan
-from ._types import Part
 from .backends import choice
-from .layout import host_cu_seqlens
+from .core.arguments import host_cu_seqlens
+from .core.plan import CuPlan, Plan
+from .core.types import Part
 
 _lib = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _PLAN = "SymInt[] plan, SymInt batch, SymInt rows, SymInt out_rows"

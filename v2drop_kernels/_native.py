@@ -17,8 +17,8 @@ from torch import Tensor
 from ._load import load_library
 
 if TYPE_CHECKING:
-    from ._plan import Plan
-    from ._types import Part
+    from .core.plan import Plan
+    from .core.types import Part
 
 # Fresh memory of this size is mapped anew by every call, and faulting it in 4 KB at a time costs more than all the rest of a drop.
 _HUGE = 4 << 20

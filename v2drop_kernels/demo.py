@@ -24,7 +24,7 @@ from torch import Tensor
 from . import plot, reference
 from ._demo_model import GRID, HEAD_DIM, PATCH, SIDE, SYSTEM_TOKENS, Decoder
 from .backends.choice import BACKENDS, backend, explain
-from .layout import TokenLayout
+from .core.layout import TokenLayout
 from .ops.drop_tokens import drop_tokens
 from .schedule import Schedule, preset
 

@@ -5,8 +5,8 @@
 """
 
 from .core.budgets import pyramid, solve
+from .core.layout import n_keep
 from .core.schedule import LAYER_OFFSETS, METRICS, Schedule, Stage, layer_of, model_sizes, one_of, prefill_flops
-from .layout import n_keep
 
 __all__ = [
     "LAYER_OFFSETS",

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.compiled import SM90, SM100, SM120, Compiled, compile_for, every_target, hidden, recorded, specialize
 
-from v2drop_kernels._plan import CuPlan, Plan
-from v2drop_kernels._types import Part
+from v2drop_kernels.core.plan import CuPlan, Plan
+from v2drop_kernels.core.types import Part
 from v2drop_kernels.ops import _triton as vt
 
 pytestmark = pytest.mark.compile_only

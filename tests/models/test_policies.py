@@ -13,7 +13,7 @@ import transformers as tf
 from support import slow, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from v2drop_kernels.layout import TokenLayout
+from v2drop_kernels.core.layout import TokenLayout
 from v2drop_kernels.models import TokenDropper, policies
 from v2drop_kernels.models._family import family_of
 from v2drop_kernels.models.context import Stop

@@ -12,9 +12,10 @@ import torch
 from support.cases import BATCHES, ORDERS, companions, hidden_pair, same, same_values, scores, to
 
 import v2drop_kernels as vk
-from v2drop_kernels import _parts, _plan
-from v2drop_kernels._types import Part
 from v2drop_kernels.backends import choice
+from v2drop_kernels.core import plan as plans
+from v2drop_kernels.core import pytree
+from v2drop_kernels.core.types import Part
 
 pytestmark = pytest.mark.backends("triton", "cuda")
 OFFSETS = [[0, 20, 21, 90], [0, 0, 90, 90], [0, 90], [0, 30, 60, 90], [0, 0, 0, 0, 0]]
@@ -32,7 +33,7 @@ def offsets(cu, on):
 def test_topk_of_device_offsets(on, cu, order, kind):
     x, ks = scores(kind, (cu[-1],), torch.float32), KS[: len(cu) - 1]
     width = min(max(ks), cu[-1])
-    plan = _plan.CuPlan(cu[-1], tuple(ks), width, False)
+    plan = plans.CuPlan(cu[-1], tuple(ks), width, False)
     values, indices = choice.load(on.backend).topk(
         x.to(on.device), None, None, plan, None, order, "l2", None, cu_seqlens=offsets(cu, on)
     )
@@ -48,7 +49,7 @@ def test_drop_of_device_offsets(on, cu):
     prev, cur = hidden_pair((rows, 8), torch.bfloat16)
     kv = torch.randn(2, rows, 4, generator=torch.Generator().manual_seed(0))
     capacity = min(sum(ks), rows)
-    plan = _plan.CuPlan(rows, tuple(ks), capacity, True)
+    plan = plans.CuPlan(rows, tuple(ks), capacity, True)
     parts = [Part(cur.to(on.device), -1, 0), Part(kv.to(on.device), -1, 1)]
     keep, outs, new = choice.load(on.backend).drop(
         None, prev.to(on.device), cur.to(on.device), plan, None, parts, "l2", None, cu_seqlens=offsets(cu, on)
@@ -70,12 +71,12 @@ def test_wrong_device_offsets_stay_in_bounds(on, cu):
     around = torch.full((3 * rows,), torch.nan, device=on.device)
     x = around[rows : 2 * rows].copy_(torch.arange(rows))
     backend = choice.load(on.backend)
-    plan = _plan.CuPlan(rows, tuple(ks), min(max(ks), rows), False)
+    plan = plans.CuPlan(rows, tuple(ks), min(max(ks), rows), False)
     values, indices = backend.topk(x, None, None, plan, None, "position", "l2", None, cu_seqlens=offsets(cu, on))
     chosen = indices >= 0
     assert (indices[chosen] < rows).all()
     assert torch.equal(values[chosen], x[indices[chosen]])
-    plan = _plan.CuPlan(rows, tuple(ks), min(sum(ks), rows), True)
+    plan = plans.CuPlan(rows, tuple(ks), min(sum(ks), rows), True)
     keep, (out,), new = backend.drop(x, None, None, plan, None, [Part(x[:, None], -1, 0)], "l2", None, cu_seqlens=offsets(cu, on))
     assert ((keep >= -1) & (keep < rows)).all()
     assert not out.isnan().any()
@@ -125,10 +126,10 @@ def test_every_part_has_the_offsets_of_the_batch(on, key):
     """ids, M-RoPE ids, KV and rope tables packed along T."""
     b = BATCHES[13]
     hidden = hidden_pair((b.rows, 4), torch.float32, device=on.device)[1]
-    at = _parts.rows_of("h_cur", hidden, True)
+    at = pytree.rows_of("h_cur", hidden, True)
     given = companions(b, key, device=on.device)
-    parts, _ = _parts.collect(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
+    parts, _ = pytree.collect(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
     x = scores("random", b.lead, torch.float32).to(on.device)
-    plan = _plan.CuPlan(b.rows, (5, 1, 9), 15, True)
+    plan = plans.CuPlan(b.rows, (5, 1, 9), 15, True)
     keep, outs, _ = choice.load(on.backend).drop(x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on))
     same(outs, vk.reference.gather(keep, parts))

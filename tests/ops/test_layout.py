@@ -9,8 +9,8 @@ import torch
 from support.cases import BATCHES, LARGE, same, strided
 
 import v2drop_kernels as vk
-from v2drop_kernels import _plan
-from v2drop_kernels.layout import per_segment_k
+from v2drop_kernels.core import plan as plans
+from v2drop_kernels.core.arguments import per_segment_k
 
 EVERY = pytest.mark.parametrize("b", [*BATCHES, *LARGE], ids=str)
 
@@ -54,7 +54,7 @@ def test_token_layout_tells_rows_apart(b):
     """Segments, droppable and real rows against the rows that the case spells out."""
     layout = b.droppable
     if not isinstance(layout, vk.TokenLayout):
-        layout = _plan.as_layout(b.droppable, b.batch, b.rows, None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens)))
+        layout = plans.as_layout(b.droppable, b.batch, b.rows, None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens)))
     assert (layout.batch, layout.rows, layout.is_packed, layout.groups) == (b.batch, b.rows, b.packed, len(b.flat))
     droppable, real = torch.zeros(b.lead, dtype=torch.bool), torch.zeros(b.lead, dtype=torch.bool)
     for i in range(b.batch):
@@ -73,8 +73,8 @@ def test_drop_plan_tiles_input_and_output(b, k):
     """Stretches cover every real row and every output row exactly once: that is why each element of a result is
     written."""
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else _plan.as_layout(b.droppable, b.batch, b.rows, cu)
-    plan, out_cu, after = _plan.drop_plan(layout, tuple(b.ks(k)))
+    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else plans.as_layout(b.droppable, b.batch, b.rows, cu)
+    plan, out_cu, after = plans.drop_plan(layout, tuple(b.ks(k)))
     into, out = [], []
     kept = 0
     for row0, pre, n, post, keep, out0, pad_pre, pad_post in plan.host_table().tolist():
@@ -93,8 +93,8 @@ def test_drop_plan_tiles_input_and_output(b, k):
 @EVERY
 def test_topk_plan_lists_every_segment(b):
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else _plan.as_layout(b.droppable, b.batch, b.rows, cu)
-    plan = _plan.topk_plan(layout, tuple(b.ks("list")))
+    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else plans.as_layout(b.droppable, b.batch, b.rows, cu)
+    plan = plans.topk_plan(layout, tuple(b.ks("list")))
     ks = [min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True)]
     assert plan.out_rows == max(ks, default=0)
     assert plan.host_table()[:, 4].tolist() == ks
@@ -103,18 +103,18 @@ def test_topk_plan_lists_every_segment(b):
 
 def test_plan_is_uniform_where_items_are_alike():
     layout = vk.TokenLayout.padded([(3, 9)] * 4, 12)
-    plan, _, after = _plan.drop_plan(layout, (2,) * 4)
+    plan, _, after = plans.drop_plan(layout, (2,) * 4)
     assert plan.uniform == (3, 6, 3, 2)
     assert after == vk.TokenLayout.padded((3, 5), 8, batch=4)
-    assert _plan.drop_plan(layout, (2, 2, 2, 1)).plan.uniform is None
+    assert plans.drop_plan(layout, (2, 2, 2, 1)).plan.uniform is None
     assert plan.host_table().tolist() == [[12 * g, 3, 6, 3, 2, 8 * g, 0, 0] for g in range(4)]
-    same_plan = _plan.drop_plan(vk.TokenLayout.padded((3, 9), 12, batch=4), (2,) * 4).plan
+    same_plan = plans.drop_plan(vk.TokenLayout.padded((3, 9), 12, batch=4), (2,) * 4).plan
     assert same_plan == plan
     assert hash(same_plan) == hash(plan)
 
 
 def test_plan_host_table_is_made_once():
-    plan = _plan.drop_plan(vk.TokenLayout.padded([(3, 9), (1, 2)], 12), (2, 1)).plan
+    plan = plans.drop_plan(vk.TokenLayout.padded([(3, 9), (1, 2)], 12), (2, 1)).plan
     assert plan.host_table() is plan.host_table()
     assert plan.device_table(torch.device("cpu")) is plan.device_table(torch.device("cpu"))
 
@@ -124,7 +124,7 @@ def test_cu_plan_resolves_to_the_host_plan(pack):
     """Offsets that only the device knew give the plan of the same offsets on the host, in the capacity that was
     allocated."""
     cu, ks = (0, 5, 5, 6, 20), (3, 2, 4, 9)
-    plan = _plan.CuPlan(20, ks, sum(ks) if pack else max(ks), pack).resolve(cu)
+    plan = plans.CuPlan(20, ks, sum(ks) if pack else max(ks), pack).resolve(cu)
     rows = plan.host_table()[:, [0, 2, 4]].tolist()
     assert rows == [[0, 5, 3], [5, 0, 0], [5, 1, 1], [6, 14, 9]]
     out, pad = plan.host_table()[:, 5].tolist(), plan.host_table()[:, 7].tolist()
@@ -217,10 +217,10 @@ def test_compacted_position_ids():
 def test_offsets_of_a_packed_result_are_never_shared():
     """The resident copy on a GPU is cloned, so writing into one result cannot change the next."""
     for made in (
-        _plan.offsets_on((0, 3, 7), torch.device("cpu"), traced=False),
-        _plan._resident_offsets((0, 3, 7), torch.device("cpu")).clone(),
+        plans.offsets_on((0, 3, 7), torch.device("cpu"), traced=False),
+        plans._resident_offsets((0, 3, 7), torch.device("cpu")).clone(),
     ):
         assert made.dtype == torch.int32
         made.zero_()
-        assert _plan.offsets_on((0, 3, 7), torch.device("cpu"), traced=False).tolist() == [0, 3, 7]
-        assert _plan._resident_offsets((0, 3, 7), torch.device("cpu")).tolist() == [0, 3, 7]
+        assert plans.offsets_on((0, 3, 7), torch.device("cpu"), traced=False).tolist() == [0, 3, 7]
+        assert plans._resident_offsets((0, 3, 7), torch.device("cpu")).tolist() == [0, 3, 7]

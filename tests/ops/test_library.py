@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import v2drop_kernels as vk
-from v2drop_kernels import _library, _plan
+from v2drop_kernels import _library
+from v2drop_kernels.core import plan as plans
 
 ops = torch.ops.v2drop
 OP_NAMES = [
@@ -43,9 +44,9 @@ def fresh():
 def planned(b, op, k="n/3"):
     """What a call passes to its op: the plan, the mask."""
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = _plan.as_layout(b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None))
+    layout = plans.as_layout(b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None))
     ks = tuple(b.ks(k))
-    plan = _plan.topk_plan(layout, ks) if op == "topk" else _plan.drop_plan(layout, ks).plan
+    plan = plans.topk_plan(layout, ks) if op == "topk" else plans.drop_plan(layout, ks).plan
     return _library._pack_plan(plan), layout.mask
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._plan import Plan
+from ..core.plan import Plan
 
 TABLE_FIELDS = tl.constexpr(8)  # row0, pre, n, post, k, out0, pad_pre, pad_post: a row of Plan.host_table()
 

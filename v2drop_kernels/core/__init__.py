@@ -1,1 +1,1 @@
-"""What every layer shares: layouts, plans, argument rules, nested structures and result types."""
+"""What every layer shares: layouts, plans, argument rules, nested structures, schedules and result types."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..layout import require_int
+from .arguments import require_int
 from .schedule import Schedule, Stage, positive
 
 MOST_DECIMALS = 12  # of a share that `solve` returns

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ..layout import n_keep, require_int
+from .arguments import require_int
+from .layout import n_keep
 
 METRICS = ("l2", "l1", "cosine")
 # From the number that a paper prints to "before 0-based block L"; read in the released code of each.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..layout import TokenLayout
+from ..core.layout import TokenLayout
 
 VISION = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 PLAIN = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")

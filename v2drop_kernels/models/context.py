@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.layout import TokenLayout
 from ..core.schedule import Stage
-from ..layout import TokenLayout
 from ..ops.attention_score import attention_score
 
 if TYPE_CHECKING:

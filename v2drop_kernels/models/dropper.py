@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from .. import positions as position_modes
+from ..core import positions as position_modes
+from ..core.layout import TokenLayout
 from ..core.schedule import Schedule, Stage, prefill_flops
-from ..layout import TokenLayout
 from ..ops.compact import compact_
 from ..ops.drop_tokens import drop_tokens
 from ..ops.soft_topk import soft_topk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _checks
+from ..core import arguments
 from .policy import Method
 
 method = Method(
@@ -68,10 +68,10 @@ def voco_mask(
             [1, 1, 0],
             [0, 1, 1]], dtype=torch.int32)
     """
-    _checks.tensor("vision", vision)
+    arguments.tensor("vision", vision)
     if vision.dim() != 2 or vision.dtype != torch.bool:
         raise ValueError(f"vision must be bool [B, N], got {vision.dtype} {list(vision.shape)}")
-    _checks.table("voco", voco, tuple(vision.shape), torch.bool, vision)
+    arguments.table("voco", voco, tuple(vision.shape), torch.bool, vision)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     n = vision.shape[1]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
-from ...layout import require_int
 from ...ops.similarity import frame_similarity
 from ...ops.topk.order import ranked
 from ..context import Stop

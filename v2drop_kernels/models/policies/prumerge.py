@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
-from ...layout import require_int
 from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.visionzip import contextual_targets
 from .._tower import SEEN, Tiles, check_entry, watch_cls

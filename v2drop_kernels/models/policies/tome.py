@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
-from ...layout import require_int
 from ...ops.bipartite_merge import bipartite_merge
 from .._tower import Tiles, Tower, check_entry, clip_of, watch_tower
 from ..context import Stop

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ... import _checks, _library
+from ... import _library
+from ...core import arguments
 from . import reference
 
 MODES = ("softmax", "dot")
@@ -92,16 +93,16 @@ def attention_score(
     >>> attention_score(q, k, droppable=torch.tensor([[False, True, True, False, False]]))
     tensor([[0.0000, 0.2000, 0.2000, 0.0000, 0.0000]])
     """
-    q, k = _checks.query_and_keys(q, k, layout)
+    q, k = arguments.query_and_keys(q, k, layout)
     batch, n, s = q.shape[0], q.shape[2], k.shape[2]
     for word, value, allowed in (("mode", mode, MODES), ("queries", queries, QUERIES)):
-        _checks.one_of(word, value, allowed)
-    _checks.head_reduction(heads, q.shape[1])
+        arguments.one_of(word, value, allowed)
+    arguments.head_reduction(heads, q.shape[1])
     for name, mask in (("key_mask", key_mask), ("droppable", droppable)):
         if mask is not None:
-            _checks.table(name, mask, (batch, s), torch.bool, k)
+            arguments.table(name, mask, (batch, s), torch.bool, k)
     if query_rows is not None:
-        _checks.table("query_rows", query_rows, (batch, n), torch.int64, k)
+        arguments.table("query_rows", query_rows, (batch, n), torch.int64, k)
     elif causal and n > s:
         raise ValueError(f"q must have at most as many queries as k has rows ({s}) unless query_rows is given, got {n}")
     else:
@@ -114,7 +115,7 @@ def attention_score(
     run, name = _library.runner(k, backend)
     if name == "reference" or 0 in (batch, n, s):
         return reference.attention_score(q, k, *options)
-    q, k = _checks.unit_stride(q), _checks.unit_stride(k)
+    q, k = arguments.unit_stride(q), arguments.unit_stride(k)
     return _library.differentiable(run.attention_score, reference.attention_score_backward, 5, q, k, *options)
 
 
@@ -161,8 +162,8 @@ def cls_attention_score(
     >>> cls_attention_score(torch.zeros(1, 2, 1, 4), torch.ones(1, 2, 5, 4))
     tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
-    _checks.one_of("form", form, ("mean", "sum", "single-head"))
-    q, k = _checks.query_and_keys(q, k, "BHSD")
+    arguments.one_of("form", form, ("mean", "sum", "single-head"))
+    q, k = arguments.query_and_keys(q, k, "BHSD")
     if q.shape[2] != 1:
         raise ValueError(f"q must hold the one query of [CLS], got {q.shape[2]} queries")
     if k.shape[2] < 1:
@@ -211,7 +212,7 @@ def text_raters(vision_rows: torch.Tensor, text_rows: torch.Tensor, embeds: torc
     >>> text_raters(torch.tensor([[0]]), torch.tensor([[1, 2]]), embeds)
     tensor([[-1,  2]])
     """
-    _checks.hidden("embeds", embeds, False)
+    arguments.hidden("embeds", embeds, False)
     vision_rows, text_rows = (_rows(name, x, embeds) for name, x in (("vision_rows", vision_rows), ("text_rows", text_rows)))
     with torch.no_grad():
         items = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
@@ -298,20 +299,20 @@ def cross_modal_score(
     tensor([[0.5000, 1.0000]])
     """
     for name, x in (("text", text), ("cls", cls)):
-        _checks.tensor(name, x)
+        arguments.tensor(name, x)
         if x.dim() != 2:
             raise ValueError(f"{name} must be [B, N], got shape {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if cls.shape != text.shape:
         raise ValueError(f"cls must have the shape of text {list(text.shape)}, got {list(cls.shape)}")
-    _checks.same_device("cls", cls, text.device, "text")
+    arguments.same_device("cls", cls, text.device, "text")
     weights = []
     for name, weight in (("alignment", alignment), ("scale", scale)):
         if isinstance(weight, torch.Tensor):
             if weight.shape not in ((), text.shape[:1]):
                 raise ValueError(f"{name} must be one number or [B] = [{text.shape[0]}], got shape {list(weight.shape)}")
-            _checks.same_device(name, weight, text.device, "text")
+            arguments.same_device(name, weight, text.device, "text")
             weight = weight.float().unsqueeze(-1)
         elif not isinstance(weight, int | float):
             raise TypeError(f"{name} must be a number or a tensor, got {type(weight).__name__}")
@@ -321,10 +322,10 @@ def cross_modal_score(
 
 def _rows(name: str, x: Any, embeds: torch.Tensor) -> torch.Tensor:
     """Row numbers, -1 for none, of a table of them or of a mask."""
-    _checks.tensor(name, x)
+    arguments.tensor(name, x)
     if x.dim() != 2 or x.shape[0] != embeds.shape[0] or (x.dtype == torch.bool and x.shape[1] != embeds.shape[1]):
         raise ValueError(f"{name} must be int64 [B, ...] or bool [B, N], [B, N] = {list(embeds.shape[:2])}, got {list(x.shape)}")
     if x.dtype not in (torch.bool, torch.int64):
         raise TypeError(f"{name} must be int64 or bool, got {x.dtype}")
-    _checks.same_device(name, x, embeds.device, "embeds")
+    arguments.same_device(name, x, embeds.device, "embeds")
     return torch.where(x, torch.arange(x.shape[1], device=x.device), -1) if x.dtype == torch.bool else x

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ... import _checks
+from ...core import arguments
 from ..similarity.pairwise import cosines
 from ..topk.order import ranked
 from ..weighted_merge import weighted_merge
@@ -89,7 +89,7 @@ def bipartite_merge(
     >>> merged.hidden.flatten().tolist(), merged.size.tolist(), merged.row.tolist()
     ([9.0, 1.0, 2.0], [[1.0, 2.0, 1.0]], [[0, 1, 1, 2]])
     """
-    _checks.hidden("x", x, False)
+    arguments.hidden("x", x, False)
     batch, n, _ = x.shape
     rows_of("metric", metric, x)
     count("r", r)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _checks, _library, _parts
-from ..._types import Compacted, Part, TopK
-from ...layout import TokenLayout, check_device, is_packed, layout_of, per_segment_k
+from ... import _library
+from ...core import arguments, pytree
+from ...core.arguments import per_segment_k
+from ...core.layout import TokenLayout, check_device, is_packed, layout_of
+from ...core.types import Compacted, Part, TopK
 from . import reference
 
 Launched = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]  # keep, tensors, offsets of a packed result
@@ -91,35 +93,35 @@ def compact(
              [4., 5.]]])
     """
     packed = is_packed(droppable, cu_seqlens)
-    at = _parts.rows_of("hidden", hidden, packed)
+    at = pytree.rows_of("hidden", hidden, packed)
     check_device(droppable, at.device, at.of)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and isinstance(keep, torch.Tensor) and keep.dim() == 2):
-        _parts.check_keep(keep, at, groups=True)
+        pytree.check_keep(keep, at, groups=True)
         layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
         keep = _with_all_others(keep, k, layout)
         cu_seqlens = layout.cu_seqlens
     elif k is not None:
         raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
-    _parts.check_keep(keep, at, groups=False)
+    pytree.check_keep(keep, at, groups=False)
     traced = _library.dispatched(hidden)
-    ids = _parts.input_positions(positions, position_ids, layout, at.device)
-    _parts.check_out(out, Compacted, traced)
-    parts, restore = _parts.collect(
+    ids = pytree.input_positions(positions, position_ids, layout, at.device)
+    pytree.check_out(out, Compacted, traced)
+    parts, restore = pytree.collect(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     run, name = _library.runner(hidden, backend, torch.float32)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
     if name == "reference":
-        _parts.check_rows(keep, at, ascending=False)
+        pytree.check_rows(keep, at, ascending=False)
         outs = reference.gather(rows, parts)
     else:
         _, outs, _ = differentiable(lambda: (rows, run.compact(rows, parts), None), run, parts, at.rows)
-    return _parts.finish(
+    return pytree.finish(
         Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
+        cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
         ragged=layout is not None,
     )  # fmt: skip
 
@@ -170,8 +172,8 @@ def compact_(
     """
     if isinstance(keep, TopK):
         keep = keep.indices
-    _checks.one_of("kv_layout", kv_layout, _parts.KV_LAYOUTS)
-    _, leaves = _parts.flatten("kv", kv)
+    arguments.one_of("kv_layout", kv_layout, pytree.KV_LAYOUTS)
+    _, leaves = pytree.flatten("kv", kv)
     if not leaves:
         raise ValueError("kv must hold at least one tensor")
     first = leaves[0]
@@ -180,20 +182,20 @@ def compact_(
     n = first.shape[2 if kv_layout == "BHSD" else 1]
     if rows is not None and rows != n:
         raise ValueError(f"kv must have rows = {rows}, got {n}")
-    at = _parts.Rows(first.shape[0], n, first.device, "kv")
+    at = pytree.Rows(first.shape[0], n, first.device, "kv")
     keep = keep.indices if isinstance(keep, TopK) else keep
-    _parts.check_keep(keep, at, groups=False)
+    pytree.check_keep(keep, at, groups=False)
     for leaf in leaves:
         if torch.is_grad_enabled() and leaf.requires_grad:
             raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
         if any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
             raise ValueError(f"kv must not share memory between elements, got strides {list(leaf.stride())}")
-    parts, _ = _parts.collect(
+    parts, _ = pytree.collect(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
     run, name = _library.runner(first, backend, torch.float32)
     if name == "reference":
-        _parts.check_rows(keep, at, ascending=True)
+        pytree.check_rows(keep, at, ascending=True)
         reference.compact_(keep, kv, kv_layout=kv_layout)
     else:
         run.compact_(keep.contiguous(), parts)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ... import _parts
-from ..._types import Compacted, Part, TopK
-from ...layout import is_packed, layout_of
+from ...core import pytree
+from ...core.layout import is_packed, layout_of
+from ...core.types import Compacted, Part, TopK
 
 
 def gather(keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
@@ -50,22 +50,22 @@ def compact(
 ) -> Compacted:
     """Only the kept rows of everything; with ``droppable``, all rows that do not compete are kept as well."""
     packed = is_packed(droppable, cu_seqlens)
-    at = _parts.rows_of("hidden", hidden, packed)
+    at = pytree.rows_of("hidden", hidden, packed)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and keep.dim() == 2):
         layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
         keep = _with_all_others(keep, layout)
         cu_seqlens = layout.cu_seqlens
-    ids = _parts.input_positions(positions, position_ids, layout, at.device)
-    parts, restore = _parts.collect(
+    ids = pytree.input_positions(positions, position_ids, layout, at.device)
+    parts, restore = pytree.collect(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     outs = gather(keep[None] if packed else keep, parts)
-    return _parts.finish(
+    return pytree.finish(
         Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=_parts.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
+        cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def pad_rows(rows: list[torch.Tensor], side: str) -> torch.Tensor:
 def compact_(keep: torch.Tensor | TopK, kv: Any, *, kv_layout: str = "BHSD") -> None:
     """Move the kept rows of every tensor to the front, in place; the rows behind them stay as they are."""
     keep = keep.indices if isinstance(keep, TopK) else keep
-    for x in _parts.flatten("kv", kv)[1]:
+    for x in pytree.flatten("kv", kv)[1]:
         x = x.transpose(1, 2) if kv_layout == "BHSD" else x
         x = x.view(torch.uint8) if x.element_size() == 1 else x
         for b, row in enumerate(keep):

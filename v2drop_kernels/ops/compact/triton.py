@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ..._plan import Plan
-from ..._types import Part
 from ...backends import configs, launch
 from ...backends.launch import TABLE_FIELDS, row_strides
+from ...core.plan import Plan
+from ...core.types import Part
 from ..topk.triton import kept_up_to, load_keys, stretch, threshold
 from ..variation_score.triton import stretch_of
 

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 
-from ... import _checks, _library, _parts
-from ..._plan import offsets_on, resolve
-from ..._types import Dropped
-from ...layout import check_device, is_packed, layout_of
+from ... import _library
+from ...core import arguments, pytree
+from ...core.layout import check_device, is_packed, layout_of
+from ...core.plan import offsets_on, resolve
+from ...core.types import Dropped
 from ..compact import Launched, differentiable
 from . import reference
 
@@ -92,11 +93,11 @@ def drop_tokens(
     packed = is_packed(droppable, cu_seqlens)
     pair = None
     if scores is None:
-        pair = _checks.pair(h_prev, h_cur, packed)
+        pair = arguments.pair(h_prev, h_cur, packed)
     else:
-        _checks.hidden("h_cur", h_cur, packed)
-        _checks.given_scores(scores, h_cur)
-    _checks.score_options(metric, score_dtype)
+        arguments.hidden("h_cur", h_cur, packed)
+        arguments.given_scores(scores, h_cur)
+    arguments.score_options(metric, score_dtype)
     check_device(droppable, h_cur.device, "h_cur")
     run, name = _library.runner(h_cur if scores is None else scores, backend)
     if name == "reference":
@@ -106,17 +107,17 @@ def drop_tokens(
             attention_mask=attention_mask, rope=rope, labels=labels, out=out,
         )  # fmt: skip
 
-    at = _parts.rows_of("h_cur", h_cur, packed)
+    at = pytree.rows_of("h_cur", h_cur, packed)
     traced = _library.dispatched(h_cur)
     found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
-    _parts.check_out(out, Dropped, traced)
-    parts, restore = _parts.collect(
-        at, hidden=h_cur, position_ids=_parts.input_positions(positions, position_ids, layout, at.device), kv=kv,
+    pytree.check_out(out, Dropped, traced)
+    parts, restore = pytree.collect(
+        at, hidden=h_cur, position_ids=pytree.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=found.mask,
         out=out, out_rows=found.plan.out_rows,
     )  # fmt: skip
-    a, b = (None, None) if pair is None else map(_checks.unit_stride, pair)
+    a, b = (None, None) if pair is None else map(arguments.unit_stride, pair)
 
     def launch() -> Launched:
         return run.drop(scores, a, b, found.plan, found.mask, parts, metric, score_dtype, cu_seqlens=found.cu_seqlens)
@@ -126,7 +127,7 @@ def drop_tokens(
         keep = keep.squeeze(0)
         if cu is None:
             cu = offsets_on(cast(tuple[int, ...], found.out_cu), keep.device, traced=traced)
-    return _parts.finish(
+    return pytree.finish(
         Dropped, keep, restore(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=found.after,
         ragged=not packed and found.plan.ragged,
     )  # fmt: skip

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..._plan import CuPlan, Plan
-from ..._types import Part
 from ...backends import configs, launch
+from ...core.plan import CuPlan, Plan
+from ...core.types import Part
 from ..compact.triton import Selection, gather
 from ..topk.triton import launch_select
 from ..variation_score.triton import plan_scores

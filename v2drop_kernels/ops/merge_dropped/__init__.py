@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from ... import _checks
+from ...core import arguments
 from ..weighted_merge import weighted_merge
 from ..weighted_merge.arguments import count, floats, integers, mask, rows_of
 from .kept import Kept
@@ -92,8 +92,8 @@ def merge_dropped(
     tensor([[[1.0000, 0.0000],
              [1.5000, 3.5000]]])
     """
-    _checks.one_of("how", how, HOWS)
-    _checks.hidden("x", x, False)
+    arguments.one_of("how", how, HOWS)
+    arguments.hidden("x", x, False)
     integers("keep", keep, x, "K")
     batch, n, _ = x.shape
     needs = {"prumerge": {"metric": metric, "scores": scores}, "visionzip": {"metric": metric, "targets": targets},

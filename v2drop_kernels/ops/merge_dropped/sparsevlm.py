@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import _checks
+from ...core import arguments
 from ..similarity.pairwise import distances
 from ..topk.order import ranked
 from ..weighted_merge import weighted_merge
@@ -69,10 +69,10 @@ def recycled_clusters(
     >>> recycled_clusters(x, torch.arange(5.0)[None], torch.tensor([[True, True, False, True, True]]), share=0.8)
     tensor([[-1,  1, -1,  1,  1]])
     """
-    _checks.hidden("x", x, False)
+    arguments.hidden("x", x, False)
     batch, n, d = x.shape
     floats("scores", scores, x, n)
-    _checks.tensor("dropped", dropped)
+    arguments.tensor("dropped", dropped)
     mask("dropped", dropped, x)
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import _checks
+from ...core import arguments
 from ..similarity.pairwise import cosines
 from ..weighted_merge import weighted_merge
 from ..weighted_merge.arguments import mask
@@ -63,7 +63,7 @@ def contextual_targets(kept: torch.Tensor, count: int | torch.Tensor, *, droppab
     >>> contextual_targets(torch.tensor([[True, False, False, False, False, True]]), 2).nonzero()[:, 1]
     tensor([1, 3])
     """
-    _checks.tensor("kept", kept)
+    arguments.tensor("kept", kept)
     mask("kept", kept, kept)
     mask("droppable", droppable, kept)
     left = ~kept if droppable is None else ~kept & droppable

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ... import _checks, _library
+from ... import _library
+from ...core import arguments
 from ..variation_score import variation_score
 from . import reference
 
@@ -50,12 +51,12 @@ def key_norm_score(k: torch.Tensor, *, norm: str = "l1", layout: str = "BHSD", b
     >>> key_norm_score(torch.ones(1, 2, 3, 4))
     tensor([[8., 8., 8.]])
     """
-    k = _checks.keys("k", k, layout)
-    _checks.one_of("norm", norm, ("l1", "l2"))
+    k = arguments.keys("k", k, layout)
+    arguments.one_of("norm", norm, ("l1", "l2"))
     run, name = _library.runner(k, backend)
     if name == "reference" or 0 in k.shape:
         return reference.key_norm(k, norm)
-    return _library.differentiable(run.key_norm, reference.key_norm_backward, 1, _checks.unit_stride(k), norm)
+    return _library.differentiable(run.key_norm, reference.key_norm_backward, 1, arguments.unit_stride(k), norm)
 
 
 def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -94,15 +95,15 @@ def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | No
     >>> cosine_to_pivots(torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0]]))
     tensor([[[1., 1., 0.]]])
     """
-    _checks.hidden("x", x, False)
-    _checks.tensor("pivots", pivots)
+    arguments.hidden("x", x, False)
+    arguments.tensor("pivots", pivots)
     if pivots.dim() != 2:
         raise ValueError(f"pivots must be [B, P], got shape {list(pivots.shape)}")
-    _checks.table("pivots", pivots, (x.shape[0], pivots.shape[1]), torch.int64, x)
+    arguments.table("pivots", pivots, (x.shape[0], pivots.shape[1]), torch.int64, x)
     run, name = _library.runner(x, backend)
     if name == "reference" or 0 in x.shape or 0 in pivots.shape:
         return reference.cosine_to_pivots(x, pivots)
-    return _library.differentiable(run.cosine_to_pivots, reference.cosine_to_pivots_backward, 2, _checks.unit_stride(x), pivots)
+    return _library.differentiable(run.cosine_to_pivots, reference.cosine_to_pivots_backward, 2, arguments.unit_stride(x), pivots)
 
 
 def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str | None = None) -> torch.Tensor:
@@ -143,8 +144,8 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
     tensor([[inf],
             [1.]])
     """
-    _checks.one_of("pairs", pairs, ("previous", "dycoke"))
-    _checks.tensor("x", x)
+    arguments.one_of("pairs", pairs, ("previous", "dycoke"))
+    arguments.tensor("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [B, F, P, D] or [F, P, D], got shape {list(x.shape)}")
     video = x if x.dim() == 4 else x[None]

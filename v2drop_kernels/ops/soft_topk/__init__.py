@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _checks, _library
+from ... import _library
+from ...core import arguments
 from .reference import soft_topk as _forward
 from .reference import soft_topk_backward as _backward
 
@@ -96,7 +97,7 @@ def soft_topk(
     >>> a.grad < 0
     tensor(True)
     """
-    _checks.tensor("scores", scores)
+    arguments.tensor("scores", scores)
     if not scores.is_floating_point() or scores.dtype.itemsize == 1:
         raise TypeError(f"scores must be float32, float16, bfloat16 or float64, got {scores.dtype}")
     if scores.dim() != 2:
@@ -107,21 +108,21 @@ def soft_topk(
         if ratio.dim() > 1 or (ratio.dim() == 1 and ratio.shape != scores.shape[:1]):
             raise ValueError(f"ratio must be a scalar or [B] = [{scores.shape[0]}], got shape {list(ratio.shape)}")
         if ratio.dim():
-            _checks.same_device("ratio", ratio, scores.device, "scores")
+            arguments.same_device("ratio", ratio, scores.device, "scores")
     elif not isinstance(ratio, int | float):
         raise TypeError(f"ratio must be a float or a tensor, got {type(ratio).__name__}")
     elif not 0 <= ratio <= 1:
         raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
     if valid is not None:
-        _checks.tensor("valid", valid)
+        arguments.tensor("valid", valid)
         if valid.dtype != torch.bool:
             raise TypeError(f"valid must be bool, got {valid.dtype}")
         if valid.shape != scores.shape:
             raise ValueError(f"valid must have the shape of scores {list(scores.shape)}, got {list(valid.shape)}")
-        _checks.same_device("valid", valid, scores.device, "scores")
+        arguments.same_device("valid", valid, scores.device, "scores")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
-    _checks.one_of("ties", ties, TIES)
+    arguments.one_of("ties", ties, TIES)
     _library.runner(scores, backend, torch.float32)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if scores.shape[1] == 0:

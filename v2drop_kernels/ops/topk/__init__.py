@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from ... import _checks, _library
-from ..._plan import resolve
-from ..._types import TopK
-from ...layout import check_device, is_packed
+from ... import _library
+from ...core import arguments
+from ...core.layout import check_device, is_packed
+from ...core.plan import resolve
+from ...core.types import TopK
 from ..variation_score import variation_score
 from . import reference
 
@@ -73,14 +74,14 @@ def segmented_topk(
     >>> segmented_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).indices
     tensor([[1, 2]])
     """
-    _checks.tensor("scores", scores)
+    arguments.tensor("scores", scores)
     packed = is_packed(droppable, cu_seqlens)
     if scores.dim() != (1 if packed else 2):
         want = "[T] because cu_seqlens is given" if packed else "[B, N] (a packed [T] needs cu_seqlens)"
         raise ValueError(f"scores must be {want}, got shape {list(scores.shape)}")
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
-    _checks.one_of("order", order, ORDERS)
+    arguments.one_of("order", order, ORDERS)
     if droppable is not None:
         check_device(droppable, scores.device, "scores")
     run, name = _library.runner(scores, backend)
@@ -137,9 +138,9 @@ def variation_topk(
     >>> variation_topk(h, h + torch.tensor([[[1.0], [3.0], [2.0]]]), 2)
     TopK(values=tensor([[6., 4.]]), indices=tensor([[1, 2]]))
     """
-    _checks.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
-    _checks.score_options(metric, score_dtype)
-    _checks.one_of("order", order, ORDERS)
+    arguments.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
+    arguments.score_options(metric, score_dtype)
+    arguments.one_of("order", order, ORDERS)
     if droppable is not None:
         check_device(droppable, h_cur.device, "h_cur")
     run, name = _library.runner(h_cur, backend)
@@ -153,7 +154,7 @@ def variation_topk(
         scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=name)
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=name)
     found = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=_library.dispatched(h_cur))
-    h_prev, h_cur = _checks.unit_stride(h_prev), _checks.unit_stride(h_cur)
+    h_prev, h_cur = arguments.unit_stride(h_prev), arguments.unit_stride(h_cur)
     return TopK(*run.topk(None, h_prev, h_cur, found.plan, found.mask, order, metric, score_dtype, cu_seqlens=found.cu_seqlens))
 
 

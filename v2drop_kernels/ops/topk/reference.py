@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..._types import TopK
-from ...layout import TokenLayout, is_packed, layout_of, per_segment_k
+from ...core.arguments import per_segment_k
+from ...core.layout import TokenLayout, is_packed, layout_of
+from ...core.types import TopK
 from ..variation_score.reference import variation_score
 
 

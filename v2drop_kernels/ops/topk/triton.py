@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..._plan import CuPlan, Plan
 from ...backends import configs, launch
 from ...backends.launch import TABLE_FIELDS, device_ints, row_strides
+from ...core.plan import CuPlan, Plan
 from ..variation_score.triton import plan_scores
 
 _FORCED = tl.constexpr(0x7FFFFFFF)  # kept before any score

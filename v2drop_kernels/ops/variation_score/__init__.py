@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _checks, _library
+from ... import _library
+from ...core import arguments
 from . import reference
 
 
@@ -64,12 +65,12 @@ def variation_score(
     >>> variation_score(torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
     tensor([[2., 2.]])
     """
-    _checks.pair(h_prev, h_cur, None if cu_seqlens is None else True)
-    _checks.score_options(metric, score_dtype)
+    arguments.pair(h_prev, h_cur, None if cu_seqlens is None else True)
+    arguments.score_options(metric, score_dtype)
     run, name = _library.runner(h_cur, backend)
     if name == "reference":
         return reference.variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype)
-    h_prev, h_cur = _checks.unit_stride(h_prev), _checks.unit_stride(h_cur)
+    h_prev, h_cur = arguments.unit_stride(h_prev), arguments.unit_stride(h_cur)
     if not _library.dispatched(h_cur) and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
         return _VariationScore.apply(h_prev, h_cur, metric, score_dtype, run)
     return run.variation_score(h_prev, h_cur, metric, score_dtype)

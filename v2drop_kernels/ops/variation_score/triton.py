@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from ..._plan import CuPlan, Plan
 from ...backends import configs, launch
 from ...backends.launch import TABLE_FIELDS, row_strides, slot_starts
+from ...core.plan import CuPlan, Plan
 
 METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 _ROUNDINGS = {None: tl.float32, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ... import _checks, _library
+from ... import _library
 from ..._ops import ops
+from ...core.arguments import hidden, unit_stride
 from . import torch_op as torch_op
 from .arguments import floats, integers
 from .gradient import WeightedMerge, kernels
@@ -71,7 +72,7 @@ def weighted_merge(
     tensor([[[5.],
              [2.]]])
     """
-    _checks.hidden("x", x, False)
+    hidden("x", x, False)
     integers("offsets", offsets, x, "K + 1")
     integers("rows", rows, x, "E")
     if offsets.shape[1] == 0:
@@ -82,7 +83,7 @@ def weighted_merge(
     _, name = _library.runner(x, backend)
     if name != "triton":
         return _plain(x, offsets, rows, weights, mean=mean)
-    x = _checks.unit_stride(x)
+    x = unit_stride(x)
     offsets, rows, weights = offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous()
     if _library.dispatched(x):
         return ops.weighted_merge(x, offsets, rows, weights, mean)

@@ -6,49 +6,49 @@ from typing import Any
 
 import torch
 
-from ... import _checks
+from ...core import arguments
 
 
 def integers(name: str, t: Any, x: torch.Tensor, width: str) -> None:
     """Raise unless ``t`` is int64 ``[B, width]``, on the device of ``x``."""
-    _checks.tensor(name, t)
+    arguments.tensor(name, t)
     if t.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {t.dtype}")
     if t.dim() != 2 or t.shape[0] != x.shape[0]:
         raise ValueError(f"{name} must be [B, {width}] with B = {x.shape[0]}, got {list(t.shape)}")
-    _checks.same_device(name, t, x.device, "x")
+    arguments.same_device(name, t, x.device, "x")
 
 
 def floats(name: str, t: Any, x: torch.Tensor, n: int) -> None:
     """Raise unless ``t`` is floating point ``[B, n]``, on the device of ``x``."""
-    _checks.tensor(name, t)
+    arguments.tensor(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {t.dtype}")
     if t.shape != (x.shape[0], n):
         raise ValueError(f"{name} must be {[x.shape[0], n]}, got {list(t.shape)}")
-    _checks.same_device(name, t, x.device, "x")
+    arguments.same_device(name, t, x.device, "x")
 
 
 def rows_of(name: str, t: Any, x: torch.Tensor) -> None:
     """Raise unless ``t`` is floating point ``[B, N, C]``, on the device of ``x [B, N, D]``."""
-    _checks.tensor(name, t)
+    arguments.tensor(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {t.dtype}")
     if t.dim() != 3 or t.shape[:2] != x.shape[:2]:
         raise ValueError(f"{name} must be [B, N, C] with [B, N] = {list(x.shape[:2])}, got {list(t.shape)}")
-    _checks.same_device(name, t, x.device, "x")
+    arguments.same_device(name, t, x.device, "x")
 
 
 def mask(name: str, t: Any, x: torch.Tensor) -> None:
     """Raise unless ``t`` is None or bool ``[B, N]``, on the device of ``x [B, N, D]``."""
     if t is None:
         return
-    _checks.tensor(name, t)
+    arguments.tensor(name, t)
     if t.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, got {t.dtype}")
     if t.dim() != 2 or t.shape != x.shape[:2]:
         raise ValueError(f"{name} must be [B, N] = {list(x.shape[:2])}, got {list(t.shape)}")
-    _checks.same_device(name, t, x.device, "x")
+    arguments.same_device(name, t, x.device, "x")
 
 
 def count(name: str, n: Any) -> None:

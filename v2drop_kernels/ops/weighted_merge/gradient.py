@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _checks
+from ...core import arguments
 from .groups import groups
 
 
@@ -34,7 +34,7 @@ def gradients(
         whole = sums(weights)
         inverse = torch.where(whole == 0, 0.0, 1 / torch.where(whole == 0, 1.0, whole))
         grad = inverse[:, :, None] * grad.float()
-    grad = _checks.unit_stride(grad)
+    grad = arguments.unit_stride(grad)
     back, order = groups(torch.where(used, rows, n), n)
     d_x = run.weighted_merge(grad, back, target.gather(1, order), weights.gather(1, order), False, x.dtype)
     if not both:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _checks, positions
-from ._plan import offsets_on
-from ._types import Compacted, Dropped, Part
-from .layout import TokenLayout, check_offsets, host_cu_seqlens
+from . import arguments, positions
+from .arguments import check_offsets, host_cu_seqlens
+from .layout import TokenLayout
+from .plan import offsets_on
+from .types import Compacted, Dropped, Part
 
 KV_LAYOUTS = ("BHSD", "BSHD")
 
@@ -47,7 +48,7 @@ def collect(
     ``extra`` is the droppable mask of a layout, which travels along to describe the result. ``out`` is an earlier result whose
     tensors, of ``out_rows`` rows, are written again.
     """
-    _checks.one_of("kv_layout", kv_layout, KV_LAYOUTS)
+    arguments.one_of("kv_layout", kv_layout, KV_LAYOUTS)
     parts: list[Part] = []
     where: dict[str, Any] = {}
 
@@ -56,8 +57,8 @@ def collect(
             return
         where[name], leaves = flatten(name, value)
         for leaf in leaves:
-            _checks.tensor(name, leaf)
-            _checks.same_device(name, leaf, at.device, at.of)
+            arguments.tensor(name, leaf)
+            arguments.same_device(name, leaf, at.device, at.of)
             parts.append(make(name, leaf, at))
         if out is not None and name != "extra":
             given = getattr(out, name)
@@ -211,7 +212,7 @@ def _kv_bshd(name: str, x: torch.Tensor, at: Rows) -> Part:
 
 def rows_of(name: str, hidden: Any, packed: bool) -> Rows:
     """The rows that a call is about, from its hidden states."""
-    _checks.tensor(name, hidden)
+    arguments.tensor(name, hidden)
     if hidden.dim() < (1 if packed else 2):
         raise ValueError(f"{name} must be {'[T, ...]' if packed else '[B, N, ...]'}, got shape {list(hidden.shape)}")
     if packed:
@@ -221,10 +222,10 @@ def rows_of(name: str, hidden: Any, packed: bool) -> Rows:
 
 def check_keep(keep: Any, at: Rows, groups: bool) -> None:
     """Raise unless ``keep`` is int64 ``[B, S]`` (packed ``[T']``), or ``[G, K]`` where groups are listed."""
-    _checks.tensor("keep", keep)
+    arguments.tensor("keep", keep)
     if keep.dtype != torch.int64:
         raise TypeError(f"keep must be int64 (or a TopK), got {keep.dtype}")
-    _checks.same_device("keep", keep, at.device, at.of)
+    arguments.same_device("keep", keep, at.device, at.of)
     dims = 1 if at.batch is None and not groups else 2
     if keep.dim() != dims or (dims == 2 and not groups and keep.shape[0] != at.batch):
         want = "[G, K]" if groups else "[T']" if at.batch is None else f"[{at.batch}, S]"
@@ -246,7 +247,7 @@ def check_rows(keep: torch.Tensor, at: Rows, *, ascending: bool) -> None:
 
 def input_positions(mode: str, position_ids: torch.Tensor | None, layout: TokenLayout | None, device: torch.device) -> Any:
     """The ids to gather: the given ones, the group ids of the layout, or none when they are numbered anew afterwards."""
-    _checks.one_of("positions", mode, positions.MODES)
+    arguments.one_of("positions", mode, positions.MODES)
     if mode == "persistent":
         return position_ids
     if mode == "compacted":

@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .arguments import check_padding_side, check_spans, host_cu_seqlens, is_pair, is_tensor, kind, per_segment_k, require_int
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +277,7 @@ class TokenLayout:
 
         A layout made from a mask comes back without its mask: the new one is ``Dropped.layout``'s.
         """
-        from ._plan import drop_plan
+        from .plan import drop_plan
 
         return drop_plan(self, per_segment_k(k, self.groups)).layout
 
@@ -356,60 +358,9 @@ def layout_of(droppable: Any, batch: int | None, rows: int, cu_seqlens: Any) -> 
     return as_layout(droppable, 0, rows, host_cu_seqlens(cu_seqlens, rows))
 
 
-def per_segment_k(k: Any, groups: int) -> tuple[int, ...]:
-    """Normalise ``k=`` to one int per segment."""
-    if is_tensor(k):
-        import torch
-
-        if k.device.type != "cpu":
-            raise ValueError("k must be known on the host (an int, a list or a CPU tensor): shapes depend on it")
-        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.dim() > 1:
-            raise TypeError(f"k as a tensor must be integer with 0 or 1 dimensions, got {kind(k)}")
-        k = k.tolist()
-    if isinstance(k, list | tuple):
-        if len(k) != groups:
-            raise ValueError(f"k must have one int per segment ({groups}), got {len(k)}")
-        ks = tuple(k)
-    else:
-        ks = (k,) * groups
-        if groups == 0:
-            require_int("k", k)
-    for x in ks:
-        require_int("k", x)
-    return ks
-
-
 def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
     """Whether a call is about a packed batch."""
     return cu_seqlens is not None or (isinstance(droppable, TokenLayout) and droppable.is_packed)
-
-
-def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...]:
-    """Check cumulative lengths and return them as ints."""
-    if is_tensor(cu_seqlens):
-        check_offsets(cu_seqlens)
-        cu_seqlens = cu_seqlens.tolist()
-    if not isinstance(cu_seqlens, list | tuple):
-        raise TypeError(f"cu_seqlens must be a list or a tensor of ints, got {kind(cu_seqlens)}")
-    cu = tuple(cu_seqlens)
-    for x in cu:
-        require_int("cu_seqlens", x)
-    if not cu or cu[0] != 0:
-        raise ValueError(f"cu_seqlens must start with 0, got {list(cu[:1])}")
-    for a, b in zip(cu[:-1], cu[1:], strict=True):
-        if b < a:
-            raise ValueError(f"cu_seqlens must ascend, got {a} before {b}")
-    if total is not None and cu[-1] != total:
-        raise ValueError(f"cu_seqlens must end at T = {total}, got {cu[-1]}")
-    return cu
-
-
-def check_offsets(cu_seqlens: torch.Tensor) -> None:
-    """Raise unless a tensor of offsets has the right shape and dtype; its values are not read."""
-    import torch
-
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
 
 
 def check_device(droppable: Any, device: torch.device, of: str) -> None:
@@ -417,12 +368,6 @@ def check_device(droppable: Any, device: torch.device, of: str) -> None:
     mask = droppable.mask if isinstance(droppable, TokenLayout) else droppable
     if is_tensor(mask) and mask.device != device:
         raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")
-
-
-def check_padding_side(side: str) -> None:
-    """Raise unless ``side`` is a side."""
-    if side not in ("right", "left"):
-        raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
 
 
 def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str) -> tuple[tuple[int, int], ...]:
@@ -434,27 +379,6 @@ def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= rows:
             raise ValueError(f"lengths[{i}] must be an int in [0, {rows}], got {n!r}")
     return tuple((rows - n, rows) if padding_side == "left" else (0, n) for n in lengths)
-
-
-def is_tensor(x: Any) -> TypeGuard[torch.Tensor]:
-    """Whether ``x`` is a tensor. Nothing else that an argument may be asks for torch."""
-    if x is None or isinstance(x, int | list | tuple | TokenLayout):
-        return False
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return False
-    return isinstance(x, torch.Tensor)
-
-
-def is_int(x: Any) -> bool:
-    """Whether ``x`` is an int, or the symbolic one of a traced call."""
-    return isinstance(x, int) or type(x).__name__ == "SymInt"
-
-
-def is_pair(x: Any) -> bool:
-    """Whether ``x`` is one (start, stop)."""
-    return isinstance(x, list | tuple) and len(x) == 2 and all(isinstance(y, int) for y in x)
 
 
 def _per_item_spans(spans: Any, batch: int | None) -> tuple[Spans, ...]:
@@ -476,31 +400,3 @@ def _per_item_spans(spans: Any, batch: int | None) -> tuple[Spans, ...]:
             raise TypeError(f"droppable spans of item {i} must be (start, stop) pairs of ints, got {item!r}")
         items.append(tuple(tuple(s) for s in item))
     return tuple(items)
-
-
-def check_spans(item: int, spans: Spans, lo: int, hi: int) -> None:
-    """Raise unless the spans of an item ascend inside its rows."""
-    at = lo
-    for start, stop in spans:
-        if stop < start:
-            raise ValueError(f"droppable span ({start}, {stop}) of item {item} is reversed")
-        if start < lo or stop > hi:
-            raise ValueError(f"droppable span ({start}, {stop}) of item {item} lies outside its rows [{lo}, {hi})")
-        if start < at:
-            raise ValueError(f"droppable span ({start}, {stop}) of item {item} overlaps or precedes the one before it")
-        at = stop
-
-
-def require_int(name: str, x: Any) -> None:
-    """Raise unless ``x`` is an int >= 0 (symbolic ones included)."""
-    if isinstance(x, bool) or not is_int(x):
-        raise TypeError(f"{name} must be an int, got {kind(x)}")
-    if x < 0:
-        raise ValueError(f"{name} must be >= 0, got {x}")
-
-
-def kind(x: Any) -> str:
-    """How an error message names a value."""
-    if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{x.dtype} tensor of shape {tuple(x.shape)}"
-    return f"{type(x).__name__} {x!r}"

@@ -9,8 +9,9 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ._plan import Plan, Resolved, resolve
-from .layout import TokenLayout, kind
+from ..core.arguments import kind
+from ..core.layout import TokenLayout
+from ..core.plan import Plan, Resolved, resolve
 
 METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 ORDERS = {"position": 0, "score": 1}

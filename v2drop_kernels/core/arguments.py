@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
+if TYPE_CHECKING:  # the rules serve NumPy and JAX too: torch is imported where a tensor is at hand
+    import torch
 
 METRICS = ("l2", "l1", "cosine")
-_HIDDEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SCORE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+_HIDDEN_DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
+_SCORE_DTYPES = ("None", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -19,6 +20,8 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def tensor(name: str, x: Any) -> None:
     """Raise unless ``x`` is a strided tensor."""
+    import torch
+
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
@@ -34,7 +37,7 @@ def same_device(name: str, x: torch.Tensor, device: torch.device, of: str) -> No
 def hidden(name: str, h: Any, packed: bool | None) -> None:
     """Raise unless ``h`` is ``[B, N, D]`` (``[T, D]`` when packed; either when None) of a served dtype."""
     tensor(name, h)
-    if h.dtype not in _HIDDEN_DTYPES:
+    if str(h.dtype) not in _HIDDEN_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {h.dtype}")
     if packed is None:
         if h.dim() not in (2, 3):
@@ -59,7 +62,7 @@ def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> tuple[torch.Tensor, to
 def score_options(metric: Any, score_dtype: Any) -> None:
     """Raise unless the metric and the rounding are known."""
     one_of("metric", metric, METRICS)
-    if score_dtype not in _SCORE_DTYPES:
+    if str(score_dtype) not in _SCORE_DTYPES:
         raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
 
 
@@ -77,7 +80,7 @@ def keys(name: str, x: Any, layout: Any) -> torch.Tensor:
     """``x`` as ``[B, H, S, Dh]``; raise unless it is that, or ``[B, S, H, Dh]``, of a served dtype."""
     one_of("layout", layout, ("BHSD", "BSHD"))
     tensor(name, x)
-    if x.dtype not in _HIDDEN_DTYPES:
+    if str(x.dtype) not in _HIDDEN_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have four dimensions ({layout}), got shape {list(x.shape)}")
@@ -123,3 +126,109 @@ def table(name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, like: t
 def unit_stride(h: torch.Tensor) -> torch.Tensor:
     """``h`` with a last dimension of stride 1: as it is, or one contiguous copy."""
     return h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
+
+
+def per_segment_k(k: Any, groups: int) -> tuple[int, ...]:
+    """Normalise ``k=`` to one int per segment."""
+    if is_tensor(k):
+        import torch
+
+        if k.device.type != "cpu":
+            raise ValueError("k must be known on the host (an int, a list or a CPU tensor): shapes depend on it")
+        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.dim() > 1:
+            raise TypeError(f"k as a tensor must be integer with 0 or 1 dimensions, got {kind(k)}")
+        k = k.tolist()
+    if isinstance(k, list | tuple):
+        if len(k) != groups:
+            raise ValueError(f"k must have one int per segment ({groups}), got {len(k)}")
+        ks = tuple(k)
+    else:
+        ks = (k,) * groups
+        if groups == 0:
+            require_int("k", k)
+    for x in ks:
+        require_int("k", x)
+    return ks
+
+
+def host_cu_seqlens(cu_seqlens: Any, total: int | None = None) -> tuple[int, ...]:
+    """Check cumulative lengths and return them as ints."""
+    if is_tensor(cu_seqlens):
+        check_offsets(cu_seqlens)
+        cu_seqlens = cu_seqlens.tolist()
+    if not isinstance(cu_seqlens, list | tuple):
+        raise TypeError(f"cu_seqlens must be a list or a tensor of ints, got {kind(cu_seqlens)}")
+    cu = tuple(cu_seqlens)
+    for x in cu:
+        require_int("cu_seqlens", x)
+    if not cu or cu[0] != 0:
+        raise ValueError(f"cu_seqlens must start with 0, got {list(cu[:1])}")
+    for a, b in zip(cu[:-1], cu[1:], strict=True):
+        if b < a:
+            raise ValueError(f"cu_seqlens must ascend, got {a} before {b}")
+    if total is not None and cu[-1] != total:
+        raise ValueError(f"cu_seqlens must end at T = {total}, got {cu[-1]}")
+    return cu
+
+
+def check_offsets(cu_seqlens: torch.Tensor) -> None:
+    """Raise unless a tensor of offsets has the right shape and dtype; its values are not read."""
+    import torch
+
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be int32 [B + 1], got {kind(cu_seqlens)}")
+
+
+def check_padding_side(side: str) -> None:
+    """Raise unless ``side`` is a side."""
+    if side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
+
+
+def is_tensor(x: Any) -> TypeGuard[torch.Tensor]:
+    """Whether ``x`` is a tensor. Nothing else that an argument may be asks for torch."""
+    if x is None or isinstance(x, int | list | tuple) or not hasattr(x, "dtype"):
+        return False
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return isinstance(x, torch.Tensor)
+
+
+def is_int(x: Any) -> bool:
+    """Whether ``x`` is an int, or the symbolic one of a traced call."""
+    return isinstance(x, int) or type(x).__name__ == "SymInt"
+
+
+def is_pair(x: Any) -> bool:
+    """Whether ``x`` is one (start, stop)."""
+    return isinstance(x, list | tuple) and len(x) == 2 and all(isinstance(y, int) for y in x)
+
+
+def check_spans(item: int, spans: tuple[tuple[int, int], ...], lo: int, hi: int) -> None:
+    """Raise unless the spans of an item ascend inside its rows."""
+    at = lo
+    for start, stop in spans:
+        if stop < start:
+            raise ValueError(f"droppable span ({start}, {stop}) of item {item} is reversed")
+        if start < lo or stop > hi:
+            raise ValueError(f"droppable span ({start}, {stop}) of item {item} lies outside its rows [{lo}, {hi})")
+        if start < at:
+            raise ValueError(f"droppable span ({start}, {stop}) of item {item} overlaps or precedes the one before it")
+        at = stop
+
+
+def require_int(name: str, x: Any) -> None:
+    """Raise unless ``x`` is an int >= 0 (symbolic ones included)."""
+    if isinstance(x, bool) or not is_int(x):
+        raise TypeError(f"{name} must be an int, got {kind(x)}")
+    if x < 0:
+        raise ValueError(f"{name} must be >= 0, got {x}")
+
+
+def kind(x: Any) -> str:
+    """How an error message names a value."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{x.dtype} tensor of shape {tuple(x.shape)}"
+    return f"{type(x).__name__} {x!r}"

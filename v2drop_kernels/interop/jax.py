@@ -1,0 +1,491 @@
+"""The ops for JAX arrays, under ``jit`` and ``grad``: custom calls of XLA (its FFI) to the same library, on CPUs and CUDA GPUs.
+
+Names, arguments, results, order and ties are those of the torch functions, and so is every bit of a result on a CPU; torch need not
+be installed. What shapes depend on (``k``, ``droppable``, ``cu_seqlens``) is static: Python ints, or NumPy arrays of them.
+Row indices are int32, as those of ``jax.lax.top_k``. ``vmap`` calls the library once per element; a batch dimension costs less.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ModuleNotFoundError as error:
+    raise ImportError("v2drop_kernels.jax needs jax: pip install jax") from error
+try:
+    from .. import _xla  # type: ignore[attr-defined,unused-ignore]
+except ImportError as error:
+    raise ImportError(
+        "v2drop_kernels.jax needs its native module, which is built where jax is installed: "
+        f"pip install jax && pip install --no-build-isolation . in a checkout of v2drop_kernels ({error})"
+    ) from error
+
+from ..core.arguments import host_cu_seqlens
+from ..core.layout import TokenLayout, is_packed, n_keep
+from ..core.plan import Plan
+from ..core.types import Compacted, Dropped, TopK
+from . import arrays
+from .arrays import METRICS, ORDERS, Part, code, rounding
+
+__all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
+           "variation_topk"]  # fmt: skip
+
+for _name, _handler in _xla.cpu.items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+for _name, _handler in _xla.gpu.items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="CUDA")
+
+
+def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype: Any = None) -> Any:
+    """Score every token by the change that one decoder layer made to it.
+
+    Parameters
+    ----------
+    h_prev, h_cur : Array
+        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; float32, float16 or bfloat16.
+    metric : {"l2", "l1", "cosine"}
+        The norm of ``h_cur - h_prev``, or ``1 - cos(h_prev, h_cur)``.
+    score_dtype : dtype, optional
+        Round the difference and the score to this dtype; default: float32 throughout.
+
+    Returns
+    -------
+    Array
+        float32 ``[B, N]`` or ``[T]``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes or dtypes that differ; an unknown metric; the message names the argument.
+
+    Notes
+    -----
+    Differentiable in both hidden states; the subgradient at score 0 is 0. Equivalent plain JAX:
+    ``jnp.linalg.norm(h_cur.astype("f4") - h_prev.astype("f4"), axis=-1)``.
+
+    Examples
+    --------
+    >>> variation_score(jnp.zeros((1, 2, 4)), jnp.ones((1, 2, 4))).tolist()
+    [[2.0, 2.0]]
+    """
+    a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
+    arrays.pair(a, b, None)
+    return _score(code("metric", metric, METRICS), rounding(score_dtype), a, b)
+
+
+def segmented_topk(scores: Any, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position") -> TopK:
+    """Keep the k highest scores of every segment.
+
+    Parameters
+    ----------
+    scores : Array
+        ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16.
+    k : int | list of int
+        Tokens to keep, for all segments alike or one count per segment; 0 is allowed, more than a segment has keeps it whole.
+    cu_seqlens : sequence of int, optional
+        ``[B + 1]`` offsets of a packed batch.
+    droppable : optional
+        Which tokens compete: None for all, one ``(start, stop)`` for every item, a list with the spans of each item (every
+        span is a segment), or a :class:`TokenLayout` of spans.
+    order : {"position", "score"}
+        Indices ascend, or follow the score.
+
+    Returns
+    -------
+    TopK
+        ``values`` and int32 ``indices`` ``[G, K]``, one row per segment: positions along ``N`` (padded) or rows of ``T``
+        (packed). A segment that keeps fewer than ``K`` is filled at its end with value -inf and index -1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`variation_score`; spans, offsets or counts that cannot be, or that are traced.
+
+    Notes
+    -----
+    The order is (score descending, index ascending): NaN ranks above +inf, -0.0 equals 0.0. Values carry the gradient of
+    ``scores``. Equivalent plain JAX for one budget and no NaN: ``jnp.sort(jax.lax.top_k(scores, k)[1])``.
+
+    Examples
+    --------
+    >>> segmented_topk(jnp.array([[1.0, 3.0, 2.0]]), 2).indices.tolist()
+    [[1, 2]]
+    """
+    x = _read("scores", scores)
+    arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
+    plan, _ = arrays.planned("topk", x, k, droppable, cu_seqlens)
+    return TopK(*_topk(_Select(plan, code("order", order, ORDERS), 0, 0), (x,)))
+
+
+def variation_topk(
+    h_prev: Any,
+    h_cur: Any,
+    k: Any,
+    *,
+    metric: str = "l2",
+    cu_seqlens: Any = None,
+    droppable: Any = None,
+    order: str = "position",
+    score_dtype: Any = None,
+) -> TopK:
+    """Keep the k tokens of every segment that one decoder layer changed most; score and select in one call.
+
+    Parameters
+    ----------
+    h_prev, h_cur, metric, score_dtype
+        As in :func:`variation_score`.
+    k, cu_seqlens, droppable, order
+        As in :func:`segmented_topk`.
+
+    Returns
+    -------
+    TopK
+        As :func:`segmented_topk`; values are float32.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As both.
+
+    Notes
+    -----
+    Equivalent: ``segmented_topk(variation_score(h_prev, h_cur), k)``, gradients of the values included.
+
+    Examples
+    --------
+    >>> h = jnp.zeros((1, 3, 4))
+    >>> variation_topk(h, h + jnp.array([[[1.0], [3.0], [2.0]]]), 2).indices.tolist()
+    [[1, 2]]
+    """
+    a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
+    arrays.pair(a, b, is_packed(droppable, cu_seqlens))
+    options = code("order", order, ORDERS), code("metric", metric, METRICS), rounding(score_dtype)
+    plan, _ = arrays.planned("topk", b, k, droppable, cu_seqlens)
+    return TopK(*_topk(_Select(plan, *options), (a, b)))
+
+
+def compact(
+    keep: Any,
+    hidden: Any,
+    *,
+    position_ids: Any = None,
+    kv: Any = None,
+    kv_layout: str = "BHSD",
+    attention_mask: Any = None,
+    rope: Any = None,
+    labels: Any = None,
+    cu_seqlens: Any = None,
+) -> Compacted:
+    """Gather the kept rows of everything that belongs to a batch, in one pass.
+
+    Parameters
+    ----------
+    keep : integer Array | TopK
+        Rows that survive: ``[B, S]`` positions along ``N``, or ``[T']`` rows of ``T`` for a packed batch; -1 is an empty row
+        (padding). Any order; each row at most once.
+    hidden : Array
+        ``[B, N, ...]``, or packed ``[T, ...]`` with ``cu_seqlens``; any dtype.
+    position_ids : Array, optional
+        ``[B, N]``, ``[1, N]`` or M-RoPE's ``[3, B, N]`` (packed ``[T]`` or ``[3, T]``).
+    kv : Array or nested tuples/lists, optional
+        K and V of any number of layers, ``[B, H, N, D]`` or ``[B, N, H, D]`` (packed without ``B``); any dtype.
+    kv_layout : {"BHSD", "BSHD"}
+    attention_mask : Array, optional
+        ``[B, N]``, any dtype. Padding of the result is 0.
+    rope : tuple of Array, optional
+        (cos, sin) tables ``[B, N, R]``, ``[1, N, R]``, ``[N, R]`` or ``[3, B, N, R]``.
+    labels : Array, optional
+        ``[B, N]`` signed integers. Padding of the result is -100.
+    cu_seqlens
+        As in :func:`segmented_topk`.
+
+    Returns
+    -------
+    Compacted
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`variation_score`. A row of ``keep`` outside the input is an error of the XLA runtime on a CPU, and an empty
+        row on a GPU.
+
+    Notes
+    -----
+    Differentiable in ``hidden``, ``kv`` and ``rope``. Equivalent plain JAX:
+    ``jnp.take_along_axis(hidden, keep[..., None], axis=1)``.
+
+    Examples
+    --------
+    >>> compact(jnp.array([[0, 2]]), jnp.arange(6.0).reshape(1, 3, 2)).hidden.tolist()
+    [[[0.0, 1.0], [4.0, 5.0]]]
+    """
+    packed = cu_seqlens is not None
+    h = _read("hidden", hidden)
+    at = arrays.rows_of("hidden", h, packed)
+    rows = _read("keep", keep.indices if isinstance(keep, TopK) else keep)
+    if rows.dtype.kind not in "iu":
+        raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
+    if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
+        raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
+    rows = rows.astype(jnp.int32)
+    parts, restore = arrays.collect(
+        at, _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv, attention_mask=attention_mask, rope=rope,
+        labels=labels,
+    )  # fmt: skip
+    cu = None
+    if packed:
+        old = jnp.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), jnp.int32)
+        cu = ((rows >= 0) & (rows < old[:, None])).sum(1, dtype=jnp.int32)
+    results = _gather(_Move.of(parts, at.rows, at.batch or 1), rows, tuple(part.array for part in parts))
+    return Compacted(keep=rows, cu_seqlens=cu, **restore(list(results)))
+
+
+def drop_tokens(
+    h_prev: Any,
+    h_cur: Any,
+    k: Any,
+    *,
+    droppable: Any = None,
+    scores: Any = None,
+    position_ids: Any = None,
+    kv: Any = None,
+    kv_layout: str = "BHSD",
+    attention_mask: Any = None,
+    rope: Any = None,
+    labels: Any = None,
+    cu_seqlens: Any = None,
+    metric: str = "l2",
+    score_dtype: Any = None,
+) -> Dropped:
+    """Drop all but the k droppable tokens of every segment that the last layer changed most, and compact the rest.
+
+    Parameters
+    ----------
+    h_prev, h_cur : Array
+        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; ``h_cur`` is what goes on.
+    k, droppable, cu_seqlens
+        As in :func:`segmented_topk`; tokens that are not droppable (text, system prompt) are all kept.
+    scores : Array, optional
+        float ``[B, N]`` (packed ``[T]``): rank by these instead; ``h_prev`` may then be None.
+    position_ids, kv, kv_layout, attention_mask, rope, labels
+        As in :func:`compact`; kept tokens keep their position ids.
+    metric, score_dtype
+        As in :func:`variation_score`.
+
+    Returns
+    -------
+    Dropped
+        ``hidden`` ``[B, S, D]``, ``keep`` ``[B, S]`` (input rows, ascending, -1 for padding) and everything else that was
+        given. ``layout`` is None, since a jitted function could not return it: the next stage's is ``TokenLayout.after(k)``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`variation_score`; arrays that do not agree, spans or counts that cannot be, or that are traced.
+
+    Notes
+    -----
+    Order and ties are those of :func:`segmented_topk`. Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and
+    ``rope``; never through the choice. Equivalent plain JAX for one item and one span ``[a, b)``:
+    ``s = jnp.linalg.norm(h_cur[0, a:b] - h_prev[0, a:b], axis=-1)``, ``i = a + jnp.sort(jax.lax.top_k(s, k)[1])``,
+    ``keep = jnp.concatenate([jnp.arange(a), i, jnp.arange(b, N)])``, ``h_cur[:, keep]`` and the same for every other array.
+
+    Examples
+    --------
+    >>> h = jnp.zeros((1, 5, 4))
+    >>> grown = h + jnp.array([0.0, 1.0, 3.0, 2.0, 0.0])[None, :, None]
+    >>> jax.jit(lambda a, b: drop_tokens(a, b, 2, droppable=(1, 4)).keep)(h, grown).tolist()
+    [[0, 2, 3, 4]]
+    """
+    packed = is_packed(droppable, cu_seqlens)
+    h = _read("h_cur", h_cur)
+    if scores is None:
+        before = _read("h_prev", h_prev)
+        arrays.pair(before, h, packed)
+        ranked: tuple[Any, ...] = before, h
+    else:
+        arrays.hidden("h_cur", h, packed)
+        given = _read("scores", scores)
+        arrays.given_scores(given, h)
+        ranked = (given,)
+    options = code("metric", metric, METRICS), rounding(score_dtype)
+    plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
+    parts, restore = arrays.collect(
+        arrays.rows_of("h_cur", h, packed), _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv,
+        attention_mask=attention_mask, rope=rope, labels=labels,
+    )  # fmt: skip
+    move = _Move.of(parts, plan.rows, plan.batch)
+    keep, results = _drop(_Select(plan, 0, *options), move, ranked, tuple(part.array for part in parts))
+    keep = keep[0] if packed else keep
+    fields = restore(list(results))
+    if plan.ragged and not packed:
+        fields.setdefault("attention_mask", keep >= 0)
+    cu: Any = jnp.array(found.out_cu, jnp.int32) if packed else None
+    return Dropped(keep=keep, cu_seqlens=cu, **fields)
+
+
+class _Select(NamedTuple):
+    """How a selection is made: the static arguments of a call."""
+
+    plan: Plan
+    order: int
+    metric: int
+    round_to: int
+
+    def attributes(self, ranked: tuple[Any, ...]) -> dict[str, Any]:
+        table = np.array(self.plan.flat_table(), np.int64)
+        return _numbers(ranked=len(ranked), metric=self.metric, round_to=self.round_to) | {"stretches": table}
+
+
+class _Move(NamedTuple):
+    """How parts are gathered: where their rows lie, and how many there are; the static arguments of a call."""
+
+    batch_dims: tuple[int, ...]
+    row_dims: tuple[int, ...]
+    fills: tuple[int, ...]
+    rows: int
+    batch: int
+
+    @classmethod
+    def of(cls, parts: list[Part], rows: int, batch: int) -> _Move:
+        return cls(tuple(p.batch_dim for p in parts), tuple(p.row_dim for p in parts), tuple(p.fill for p in parts), rows, batch)
+
+    def attributes(self) -> dict[str, Any]:
+        return {name: np.array(getattr(self, name), np.int64) for name in ("batch_dims", "row_dims", "fills")}
+
+    def results(self, arrays: tuple[Any, ...], rows: int) -> list[jax.ShapeDtypeStruct]:
+        """What the arrays are with another number of rows."""
+        return [
+            jax.ShapeDtypeStruct((*x.shape[:dim], rows, *x.shape[dim + 1 :]), x.dtype)
+            for x, dim in zip(arrays, self.row_dims, strict=True)
+        ]
+
+    def of_gradients(self, which: list[int]) -> _Move:
+        """The same for some of the parts, with zeros in rows that were not kept."""
+        batch_dims, row_dims = (tuple(dims[i] for i in which) for dims in (self.batch_dims, self.row_dims))
+        return self._replace(batch_dims=batch_dims, row_dims=row_dims, fills=(0,) * len(which))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _score(metric: int, round_to: int, prev: Any, cur: Any) -> Any:
+    scores = jax.ShapeDtypeStruct(prev.shape[:-1], jnp.float32)
+    return _call("v2drop_variation_score", [scores], (0, 0, 0), prev, cur, **_numbers(metric=metric, round_to=round_to))[0]
+
+
+def _score_forward(metric: int, round_to: int, prev: Any, cur: Any) -> Any:
+    return _score(metric, round_to, prev, cur), (prev, cur)
+
+
+def _score_backward(metric: int, round_to: int, saved: Any, grad: Any) -> Any:
+    results = [jax.ShapeDtypeStruct(h.shape, h.dtype) for h in saved]
+    return tuple(_call("v2drop_variation_score_backward", results, (0, 0, 0), grad, *saved, **_numbers(metric=metric)))
+
+
+_score.defvjp(_score_forward, _score_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _topk(how: _Select, ranked: tuple[Any, ...]) -> Any:
+    plan = how.plan
+    shape = plan.groups, plan.out_rows
+    values = jax.ShapeDtypeStruct(shape, ranked[0].dtype if len(ranked) == 1 else jnp.float32)
+    scratch = plan.batch * plan.rows, plan.groups, plan.out_rows
+    attributes = how.attributes(ranked) | _numbers(order=how.order)
+    found, indices = _call("v2drop_topk", [values, _pairs_like(shape)], scratch, *ranked, **attributes)
+    return found, indices[..., 0]
+
+
+def _topk_forward(how: _Select, ranked: tuple[Any, ...]) -> Any:
+    values, indices = _topk(how, ranked)
+    return (values, indices), (indices, ranked)
+
+
+def _topk_backward(how: _Select, saved: Any, grads: Any) -> Any:
+    indices, ranked = saved
+    lead = ranked[0].shape if len(ranked) == 1 else ranked[0].shape[:-1]
+    entries = np.array(how.plan.flat_table()[::8], np.int64) // max(how.plan.rows, 1) * how.plan.rows
+    total = int(np.prod(lead))
+    rows = jnp.where(indices >= 0, indices + jnp.asarray(entries, jnp.int32)[:, None], total)
+    grad = jnp.zeros(total, grads[0].dtype).at[rows].add(grads[0], mode="drop").reshape(lead)
+    return ((grad,) if len(ranked) == 1 else _score_backward(how.metric, how.round_to, ranked, grad),)
+
+
+_topk.defvjp(_topk_forward, _topk_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(move: _Move, keep: Any, arrays: tuple[Any, ...]) -> Any:
+    results = move.results(arrays, keep.shape[-1])
+    return tuple(_call("v2drop_compact", results, (0, 0, 0), _pairs(keep), *arrays, **move.attributes()))
+
+
+def _gather_forward(move: _Move, keep: Any, arrays: tuple[Any, ...]) -> Any:
+    return _gather(move, keep, arrays), keep
+
+
+def _gather_backward(move: _Move, keep: Any, grads: Any) -> Any:
+    """The gradients of what is given; integers have none."""
+    which = [i for i, grad in enumerate(grads) if grad.dtype != jax.dtypes.float0]
+    some = tuple(grads[i] for i in which)
+    back = move.of_gradients(which)
+    attributes = back.attributes() | _numbers(rows=move.rows)
+    scratch = move.batch * move.rows, 0, 0
+    found = _call("v2drop_compact_backward", back.results(some, move.rows), scratch, _pairs(keep), *some, **attributes)
+    by_part = dict(zip(which, found, strict=True))
+    return None, tuple(by_part.get(i) for i in range(len(grads)))
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _drop(how: _Select, move: _Move, ranked: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
+    plan = how.plan
+    shape = plan.batch, plan.out_rows
+    results = [_pairs_like(shape), *move.results(arrays, plan.out_rows)]
+    attributes = how.attributes(ranked) | move.attributes()
+    keep, *found = _call("v2drop_drop_tokens", results, (plan.batch * plan.rows, plan.groups, 0), *ranked, *arrays, **attributes)
+    return keep[..., 0], tuple(found)
+
+
+def _drop_forward(how: _Select, move: _Move, ranked: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
+    keep, found = _drop(how, move, ranked, arrays)
+    return (keep, found), keep
+
+
+def _drop_backward(how: _Select, move: _Move, keep: Any, grads: Any) -> Any:
+    return None, _gather_backward(move, keep, grads[1])[1]
+
+
+_drop.defvjp(_drop_forward, _drop_backward)
+
+
+def _read(name: str, x: Any) -> Any:
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+    return jnp.asarray(x)
+
+
+def _call(name: str, results: list[Any], scratch: tuple[int, int, int], *args: Any, **attributes: Any) -> list[Any]:
+    """The results of a custom call; ``scratch`` (rows, segments, width) is what the size of a GPU's workspace depends on."""
+    needed = _xla.workspace_bytes_cuda(*scratch) + 256  # room to align it
+    call = jax.ffi.ffi_call(name, [*results, jax.ShapeDtypeStruct((needed,), jnp.uint8)], vmap_method="sequential")
+    return list(call(*args, **attributes))[:-1]
+
+
+def _numbers(**given: int) -> dict[str, Any]:
+    return {name: np.int64(x) for name, x in given.items()}
+
+
+def _pairs(rows: Any) -> Any:
+    """int32 rows as the words of int64 ones, which JAX does not have unless told so."""
+    return jnp.stack([rows, rows >> 31], axis=-1)
+
+
+def _pairs_like(shape: tuple[int, ...]) -> Any:
+    return jax.ShapeDtypeStruct((*shape, 2), jnp.int32)
