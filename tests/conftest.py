@@ -8,6 +8,7 @@ built with V2DROP_CUDA=EMULATE on ``cuda`` (a process loads one native library).
 
 from __future__ import annotations
 
+import collections
 import os
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from v2drop_kernels import _native
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = not INTERPRETER and _native.available()[0] and _native.cuda_archs() == "emulated"
+
+LEFT_OUT: collections.Counter[str] = collections.Counter()  # tests that were collected and will not run, by reason
 
 # The compiler needs a process without TRITON_INTERPRET, and minutes: collected only when named.
 collect_ignore = ["compile_only"]
@@ -37,15 +40,12 @@ def _backends() -> list[object]:
         return [pytest.param(On("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter)]
     if EMULATED:
         return [pytest.param(On("cuda", "cpu"), id="emulated", marks=pytest.mark.emulated)]
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-    no_nvidia = pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.hip), reason="needs a CUDA device")
-    no_kernels = pytest.mark.skipif(not _native.cuda_archs(), reason="the native library was built without CUDA")
-    return [
-        pytest.param(On("reference", "cpu"), id="reference"),
-        pytest.param(On("cpu", "cpu"), id="cpu"),
-        pytest.param(On("triton", "cuda"), id="triton", marks=[pytest.mark.gpu, no_gpu]),
-        pytest.param(On("cuda", "cuda"), id="cuda", marks=[pytest.mark.gpu, no_nvidia, no_kernels]),
-    ]
+    found = [pytest.param(On("reference", "cpu"), id="reference"), pytest.param(On("cpu", "cpu"), id="cpu")]
+    if torch.cuda.is_available():
+        found.append(pytest.param(On("triton", "cuda"), id="triton", marks=pytest.mark.gpu))
+        if not torch.version.hip and _native.available()[0] and _native.cuda_archs():
+            found.append(pytest.param(On("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu))
+    return found
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,14 +61,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another process runs: the processes of Triton's interpreter and of the emulated kernels run the tests of
-    their own backend only."""
+    """Leave out what this process cannot run, and count it: see ``pytest_terminal_summary``."""
     mine = "interpreter" if INTERPRETER else "emulated" if EMULATED else None
-    chosen = [x for x in items if not x.get_closest_marker("elsewhere") and (mine is None or x.get_closest_marker(mine))]
+    chosen = []
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            LEFT_OUT["needs a GPU"] += 1
+        elif item.get_closest_marker("elsewhere"):
+            LEFT_OUT["runs on backends of other processes: GPU, interpreter, emulated"] += 1
+        elif mine and not item.get_closest_marker(mine):
+            LEFT_OUT["runs in the main process"] += 1
+        else:
+            chosen.append(item)
     if len(chosen) < len(items):
-        left_out = set(items) - set(chosen)
-        config.hook.pytest_deselected(items=list(left_out))
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = chosen
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests did not run, by reason."""
+    skipped = collections.Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    for verb, counted in (("skipped", skipped), ("left out", LEFT_OUT)):
+        for reason, n in counted.most_common():
+            terminalreporter.write_line(f"{n:6} {verb}: {reason}")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return why.removeprefix("Skipped: ")
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ import v2drop_kernels.array as va
 from v2drop_kernels import _native
 
 no_bfloat16 = pytest.mark.skipif(importlib.util.find_spec("ml_dtypes") is None, reason="ml_dtypes is not installed")
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def same_as_torch(name, *args, **given):
@@ -83,8 +82,7 @@ def test_score_in_bfloat16():
     same(va.variation_score(prev.numpy(), cur.numpy(), score_dtype="bfloat16"), want)
 
 
-@dtypes
-@cross(kind=SCORES, k=KS, order=ORDERS)
+@cross(together="kind k order", dtype=FLOATS, kind=SCORES, k=KS, order=ORDERS)
 def test_segmented_topk(dtype, kind, k, order):
     b = SPANS[6]
     same_as_torch("segmented_topk", scores(kind, b.lead, dtype), b.k(k), droppable=b.droppable, order=order)
@@ -254,9 +252,7 @@ EMULATED = _native.available()[0] and _native.cuda_archs() == "emulated"
 
 
 @pytest.fixture(
-    params=[
-        pytest.param("emulated", marks=pytest.mark.emulated) if EMULATED else pytest.param("cupy", marks=[pytest.mark.gpu, no_gpu])
-    ],
+    params=[pytest.param("emulated", marks=pytest.mark.emulated) if EMULATED else pytest.param("cupy", marks=pytest.mark.gpu)],
 )
 def cupy(request, monkeypatch):
     if request.param == "emulated":

@@ -82,11 +82,7 @@ def test_traced_calls_reach_the_backend(on):
     same([got.keep, got.hidden, *got.kv], [want.keep, want.hidden, *want.kv])
 
 
-def _needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
-
-
-@_needs_gpu
+@pytest.mark.gpu
 def test_calls_follow_the_current_stream(on):
     """The inputs are written late on a stream of our own: a call on another stream would read them too early."""
     prev, cur = hidden_pair((2, 300, 64), torch.bfloat16)
@@ -103,7 +99,7 @@ def test_calls_follow_the_current_stream(on):
     same(to([got.keep, got.hidden], "cpu"), [want.keep, want.hidden])
 
 
-@_needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("b", [BATCHES[2], RAGGED], ids=str)
 def test_a_graph_is_captured_by_the_first_call(on, b):
     """Nothing is copied from the host: a table travels in the launches while a graph is captured."""
@@ -121,7 +117,7 @@ def test_a_graph_is_captured_by_the_first_call(on, b):
         same(to([got.keep, got.hidden], "cpu"), [want.keep, want.hidden])
 
 
-@_needs_gpu
+@pytest.mark.gpu
 def test_calls_do_not_synchronise(on):
     prev, cur = to(hidden_pair((4, 50, 16), torch.bfloat16), "cuda")
     run = lambda: vk.drop_tokens(prev, cur, RAGGED.k("n/3"), backend=on.backend, **RAGGED.arguments())

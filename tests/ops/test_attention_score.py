@@ -115,7 +115,7 @@ def within(got, q, k, **options):
     assert ((got - want).abs() <= bound).all(), ((got - want).abs() - bound).max()
 
 
-@cross(shape=list(SHAPES), dtype=FLOATS, mode=["softmax", "dot"], heads=HEADS)
+@cross(together="dtype mode heads", shape=list(SHAPES), dtype=FLOATS, mode=["softmax", "dot"], heads=HEADS)
 def test_attention_score(on, shape, dtype, mode, heads):
     q, k = inputs(shape, dtype)
     options = {**masks(k.shape[0], q.shape[2], k.shape[2], shape), "mode": mode, "heads": heads}

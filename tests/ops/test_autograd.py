@@ -92,7 +92,7 @@ def check_score_gradients(got, prev, cur, metric, incoming):
 
 
 @pytest.mark.backends("cpu", "triton", "cuda")
-@cross(metric=METRICS, dtype=FLOATS, D=[1, 7, 64, 1000], strides=STRIDES)
+@cross(together="metric dtype D", metric=METRICS, dtype=FLOATS, D=[1, 7, 64, 1000], strides=STRIDES)
 def test_variation_score_gradients(on, metric, dtype, D, strides):
     prev, cur = normal((2, 9, D), dtype, "a"), normal((2, 9, D), dtype, "b")
     incoming = torch.randn(2, 9, generator=seeded("g"))

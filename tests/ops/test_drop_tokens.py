@@ -60,7 +60,7 @@ def check_facts(got, b, keep, ks):
     assert [s.available for s in after.segments()] == [min(k, len(s)) for k, s in zip(ks, b.flat, strict=True)]
 
 
-@cross(N=SIZES, k=KS, dtype=FLOATS, metric=["l2", "l1"])
+@cross(together="k dtype metric", N=SIZES, k=KS, dtype=FLOATS, metric=["l2", "l1"])
 def test_drop_tokens(on, N, k, dtype, metric):
     prev, cur = hidden_pair((2, N, 24), dtype)
     k = count(k, N)

@@ -24,6 +24,9 @@ else:
     backends = pytest.mark.backends("triton")
 
 
+WIDTHS = [1, 7, 64, 200 if INTERPRETED else 1000]
+
+
 def naive_merge(x, offsets, rows, weights=None, mean=False):
     """The definition, edge by edge, in float64."""
     out = torch.zeros(x.shape[0], offsets.shape[1] - 1, x.shape[2], dtype=torch.float64)
@@ -53,7 +56,14 @@ def moved(on, *tensors):
 
 
 @backends
-@cross(dtype=FLOATS, strides=STRIDES, weighted=[True, False], mean=[False, True], D=[1, 7, 64, fewer([1000], [200])[0]])
+@cross(
+    together="dtype weighted mean",
+    dtype=FLOATS,
+    strides=STRIDES,
+    weighted=[True, False],
+    mean=[False, True],
+    D=[1, 7, 64, fewer([1000], [200])[0]],
+)
 def test_weighted_merge(on, dtype, strides, weighted, mean, D):
     """Integer rows and weights: sums are exact in float32 in any order; only the quotient of a mean, and the dtype, round."""
     x = integers((3, 9, D), dtype, "x")
@@ -235,7 +245,7 @@ def naive_bipartite(x, metric, r, size, protected):
 
 
 @backends
-@cross(n=[1, 2, 9, 50], r=[0, 1, 7, 100], protected=[0, 1, 2], ties=[False, True])
+@cross(together="n r protected", n=[1, 2, 9, 50], r=[0, 1, 7, 100], protected=[0, 1, 2], ties=[False, True])
 def test_bipartite_merge(on, n, r, protected, ties):
     x = normal((2, n, 6), torch.float32, "x")
     metric = normal((2, n, 5), torch.float32, "m")

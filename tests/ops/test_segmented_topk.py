@@ -36,7 +36,7 @@ def check(on, x, segments, ks, got, order, **arguments):
     same_values(got.values, values)
 
 
-@cross(rounds=2, N=SIZES, values=SCORES, k=KS, dtype=FLOATS, order=ORDERS)
+@cross(rounds=2, together="values k order", N=SIZES, values=SCORES, k=KS, dtype=FLOATS, order=ORDERS)
 def test_segmented_topk(on, N, values, k, dtype, order):
     x = scores(values, (2, N), dtype)
     k = count(k, N)

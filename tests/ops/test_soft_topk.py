@@ -374,7 +374,6 @@ def test_soft_topk_keeps_what_segmented_topk_keeps():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("kind", ["random", "three", "special"])
 def test_soft_topk_on_a_gpu(kind, ties):

@@ -108,6 +108,7 @@ def test_variation_score_cosine_of_zero_parallel_and_opposite_rows(on):
 
 
 @cross(
+    together="dtype score_dtype metric",
     dtype=[torch.float16, torch.bfloat16],
     score_dtype=[torch.float16, torch.bfloat16, torch.float32],
     metric=["l2", "l1"],

@@ -43,7 +43,7 @@ def check(on, prev, cur, b, k, order, metric="l2"):
     same_values(got.values, values)
 
 
-@cross(N=SIZES, k=KS, dtype=FLOATS, metric=["l2", "l1"], order=ORDERS)
+@cross(together="k dtype metric", N=SIZES, k=KS, dtype=FLOATS, metric=["l2", "l1"], order=ORDERS)
 def test_variation_topk(on, N, k, dtype, metric, order):
     prev, cur = hidden_pair((2, N, 24), dtype)
     got = vk.variation_topk(prev.to(on.device), cur.to(on.device), count(k, N), metric=metric, order=order, backend=on.backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import v2drop_kernels as vk
@@ -13,9 +14,7 @@ SPANS = [b for b in BATCHES if not isinstance(b.droppable, torch.Tensor) and get
 
 def numpy_dtype(dtype):
     if dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16)
     # NumPy has no 8-bit floats; a copy must not care.
     return np.dtype(np.uint8) if dtype == torch.float8_e4m3fn else torch.empty(0, dtype=dtype).numpy().dtype
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import v2drop_kernels as vk
+from support.pairs import all_pairs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FULL = os.environ.get("V2DROP_TEST_FULL") == "1" and not INTERPRETED
 
 SIZES = [1, 3, 63, 576, 577, 1025]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,16 +41,22 @@ def _label(name: str, value: Any) -> str:
     return value if isinstance(value, str) else f"{name}_{value}" if isinstance(value, bool | int) else str(value)
 
 
-def cross(rounds: int = 1, **axes: list[Any]) -> Any:
-    """Parametrise over all combinations; in the slow interpreter over a few that hold every value ``rounds`` times."""
-    if INTERPRETED:
-        longest = max(len(values) for values in axes.values())
+def cross(rounds: int = 1, together: str = "", **axes: list[Any]) -> Any:
+    """Parametrise over cases that hold every pair of values of any two axes.
+
+    The axes named in ``together`` (by spaces) occur in every combination of their values: name three where a mistake would need all
+    three. ``V2DROP_TEST_FULL=1`` takes the full product of all axes. The slow interpreter takes a few cases that hold every value
+    ``rounds`` times.
+    """
+    values = list(axes.values())
+    if FULL:
+        combinations = list(itertools.product(*values))
+    elif INTERPRETED:
         combinations = [
-            tuple(values[(i + j * (i // len(values))) % len(values)] for j, values in enumerate(axes.values()))
-            for i in range(rounds * longest)
+            tuple(x[(i + j * (i // len(x))) % len(x)] for j, x in enumerate(values)) for i in range(rounds * max(map(len, values)))
         ]
     else:
-        combinations = list(itertools.product(*axes.values()))
+        combinations = all_pairs(values, [list(axes).index(name) for name in together.split()])
     params = [
         pytest.param(*c, id="-".join(_label(name, x) for name, x in zip(axes, c, strict=True))) for c in dict.fromkeys(combinations)
     ]
