@@ -195,7 +195,8 @@ def test_a_call_leaves_no_garbage():
     b = SPANS[6]
     prev, cur = (h.numpy() for h in hidden_pair((*b.lead, 6), torch.float16))
     given = {name: to_numpy(x) for name, x in travelling(b).items()}
-    gc.collect()
+    while gc.collect():  # of other tests, too: what a finalizer leaves behind
+        pass
     gc.disable()
     try:
         va.drop_tokens(prev, cur, 3, droppable=b.droppable, **given)
