@@ -100,7 +100,7 @@ def policies(out: Path, env: dict[str, Any]) -> str:
 
 
 def readme(folder: Path) -> str:
-    """The README's part on one GPU."""
+    """The part of docs/results/gpu.md on one GPU."""
     results, bars = read(folder / "results.csv"), read(folder / "bars.csv")
     if any(row["run"] != "full" for row in [*results, *bars]):
         raise SystemExit(f"{folder} does not hold a full measurement")
@@ -125,7 +125,7 @@ def readme(folder: Path) -> str:
             f"{status.count('pass')} pass, {len(failed)} fail{': ' + '; '.join(failed) if failed else ''}, "
             f"{len(bars) - status.count('pass') - len(failed)} are without a verdict.",
             f"Measured on {where['gpu']} ({conditions(where)}). "
-            f"Everything: [bench/results/{folder.name}](bench/results/{folder.name}/report.md).",
+            f"Everything: [bench/results/{folder.name}](../../bench/results/{folder.name}/report.md).",
         ]
     )
 

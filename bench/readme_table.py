@@ -1,22 +1,33 @@
-"""The tables of the measured results, made from the CSV files; nothing is typed by hand.
+"""The tables of measured results in README.md and docs/results, made from the CSV files; no figure is typed by hand.
 
-``python bench/readme_table.py`` prints the README's headline and table, ``--write`` puts them between the README's markers
-``<!-- headline:begin -->``, ``<!-- bench:begin -->``, ``<!-- gpu:begin -->`` and their ends, ``--check`` fails where the README
-differs from the CSV files. The GPU part comes from all folders of bench/results but that of the CPU.
+``python bench/readme_table.py`` prints them. ``--write`` puts each between its markers ``<!-- NAME:begin -->`` and
+``<!-- NAME:end -->`` in the file that :data:`FILES` gives, and ``--check`` fails where a file differs from the CSV files. The GPU
+part comes from every folder of bench/results that holds an ``env.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
-HEADLINE, TABLE, GPU = "headline", "bench", "gpu"  # the README's markers are <!-- NAME:begin --> and <!-- NAME:end -->
+HEADLINE, SUMMARY, TABLE, ACCURACY, MODEL, GPU = "headline", "results", "bench", "accuracy", "model", "gpu"
+FILES = {
+    HEADLINE: "README.md",
+    SUMMARY: "README.md",
+    TABLE: "docs/results/cpu.md",
+    ACCURACY: "docs/results/accuracy.md",
+    MODEL: "docs/results/model.md",
+    GPU: "docs/results/gpu.md",
+}
 COMMAND = "make bench"
+WIDTH = 110  # columns of a line outside of tables
 
 Row = dict[str, str]
 
@@ -94,35 +105,143 @@ def drop_table(rows: list[Row]) -> str:
     return table(head, lines)
 
 
-def readme(folder: Path) -> str:
-    """What stands between the markers."""
+def cpu(folder: Path) -> str:
+    """The tables of docs/results/cpu.md."""
     results, bars = read(folder / "results.csv"), read(folder / "bars.csv")
     if any(row["run"] != "full" for row in [*results, *bars]):
         raise SystemExit(f"{folder} does not hold a full, gated measurement")
     return "\n\n".join(
         [
             drop_table(results),
-            f"Medians of `{COMMAND}`; GB/s counts 2 N D E + 2 k D E bytes per item, a copy of as many is 100 %. Cold inputs come "
-            "from DRAM, warm ones from the last-level cache. No side pays page faults for its temporaries. The asserted ratios "
-            "(minima of calls in turns, one thread):",
+            paragraph(
+                f"Medians of `{COMMAND}`. GB/s counts 2 N D E + 2 k D E bytes per item; a copy of as many bytes is 100 %. Cold "
+                "inputs come from DRAM, warm ones from the last-level cache. Freed pages are reused for all candidates. The ratios "
+                "that have a target (minima of calls taken in turns, one thread):"
+            ),
             bars_table(bars, asserted=True),
-            f"Measured on {conditions(results[0])}. Everything: [bench/results/cpu](bench/results/cpu/report.md).",
+            paragraph(
+                f"Measured on {conditions(results[0])}. Every shape, op and provider: "
+                "[bench/results/cpu](../../bench/results/cpu/report.md)."
+            ),
         ]
     )
 
 
+def paragraph(text: str) -> str:
+    """Text in lines of at most :data:`WIDTH` columns."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def asserted(rows: Iterable[Row], bar: str) -> Row:
+    """The first ratio of this name that has a target and a value."""
+    for row in rows:
+        if row["bar"] == bar and row["asserted"] == "yes" and row["value"]:
+            return row
+    raise SystemExit(f"there is no valid figure for {bar!r}")
+
+
 def headline(folder: Path) -> str:
-    """The README's one measured number, with its conditions."""
-    name = "drop_tokens over plain eager, image"
-    rows = [row for row in read(folder / "bars.csv") if row["bar"] == name and row["asserted"] == "yes"]
-    if len(rows) != 1 or not rows[0]["value"]:
-        raise SystemExit(f"{folder}/bars.csv has no quiet figure for {name}")
-    row = rows[0]
-    return (
-        f"On one CPU core a whole drop step on one LLaVA image ({row['case']}) takes **{duration(row['a_min_us'])}**, "
-        f"**{float(row['value']):.1f} times** faster than the same step in plain PyTorch ({duration(row['b_min_us'])}; "
-        f"float32 scores, minima of calls taken in turns, `{COMMAND}`, {row['machine']})."
+    """The README's first figure, with its conditions."""
+    row = asserted(read(folder / "bars.csv"), "drop_tokens over plain eager, image")
+    return paragraph(
+        f"On one CPU core ({row['machine'].split(';')[0]}) the drop step for one LLaVA-1.5 image takes **{duration(row['a_min_us'])}**, "
+        f"**{float(row['value']):.1f} times** faster than eager PyTorch ({row['case']}, minima of calls in turns, `{COMMAND}`)."
     )
+
+
+def summary(results: Path) -> str:
+    """The README's six rows, misses included."""
+    ratios = [
+        ("drop_tokens over plain eager", "`drop_tokens`, times as fast as eager PyTorch"),
+        ("drop_tokens over torch.compile, preallocated", "`drop_tokens`, times as fast as `torch.compile`"),
+        ("drop_tokens against a memcpy of the same bytes", "`drop_tokens`, time over that of a memcpy of the same bytes"),
+        ("score against a read-only sum of the same bytes", "`variation_score`, time over that of reading its inputs"),
+        ("attention_score against reading the keys once", "`attention_score`, time over that of reading the keys"),
+    ]
+    rows = [*read(results / "cpu" / "bars.csv"), *read(results / "cpu" / "attention.csv")]
+    lines = []
+    for bar, what in ratios:
+        row = asserted(rows, bar)
+        verdict = {"pass": "met", "fail": "**missed**"}[row["status"]]
+        lines.append([what, row["case"], f"{float(row['value']):.2f}", row["limit"], verdict])
+    costs = {row["method"]: row for row in read(results / "policies" / "llava" / "policies.csv")}
+    row = costs["variation L2"]
+    lines.append(
+        [
+            "prefill of a narrow LLaVA with V2Drop, times as fast as undropped",
+            f"{row['average_tokens']} of {costs['nothing dropped']['average_tokens']} tokens per block",
+            f"{float(row['speedup']):.2f}",
+            f"{float(row['predicted']):.2f} by FLOPs",
+            "-",
+        ]
+    )
+    rows = read(results / "accuracy" / "tiny_vlm" / "accuracy.csv")
+    progressive = [row for row in rows if not row["shape"] or (row["shape"], row["positions"]) == ("progressive", "persistent")]
+    right = {row["policy"]: float(row["accuracy"]) for row in progressive if row["budget"] in ("", "33.0")}
+    return "\n\n".join(
+        [
+            table(["on one CPU thread", "case", "measured", "target", "result"], lines),
+            paragraph(
+                "Accuracy depends on model and method. On the small trained model of `examples/tiny_vlm`, at 33 % of the tokens "
+                f"from the first drop on, V2Drop's L2 ranking answers {right['variation L2']:.1f} % of the questions, last-token "
+                f"attention {right['last-token attention']:.1f} %, and the undropped model {right['none']:.1f} %. "
+                "[All results](docs/results/accuracy.md)."
+            ),
+        ]
+    )
+
+
+def accuracy(results: Path) -> str:
+    """Every method at a budget of 33 %, the best first."""
+    rows = [row for row in read(results / "accuracy" / "tiny_vlm" / "accuracy.csv") if row["budget"] in ("", "33.0")]
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["policy"], row["shape"], row["positions"]), []).append(row)
+    mean = lambda group, column: statistics.fmean(float(row[column]) for row in group)
+    lines = [
+        [
+            policy,
+            shape or "-",
+            f"{positions} ids" if positions else "-",
+            f"{mean(group, 'accuracy'):.1f}",
+            f"{mean(group, 'agreement'):.1f}",
+        ]
+        for (policy, shape, positions), group in sorted(found.items(), key=lambda item: -mean(item[1], "accuracy"))
+    ]
+    return "\n\n".join(
+        [
+            table(["ranking", "shape", "position ids", "accuracy, %", "agreement with the undropped model, %"], lines),
+            paragraph(
+                f"Random rankings are means over their seeds. Measured on {conditions(rows[0])}, by `python bench/accuracy`."
+            ),
+        ]
+    )
+
+
+def model(results: Path) -> str:
+    """Prefill of the narrow LLaVA with each preset, from the raw output of the model level."""
+    lines = []
+    for threads, name in (("1", "cpu-1-thread.txt"), ("2", "cpu-2-threads.txt")):
+        for line in (results / "model" / name).read_text().splitlines():
+            cells = line.split()
+            if (
+                len(cells) == 14 and cells[0].startswith("LLaVA") and cells[5] == "1"
+            ):  # a schedule, no token generated after the first
+                _, policy, schedule, _, _, _, prefill, _, cache, tokens, speedup, _, predicted, reached = cells
+                lines.append(
+                    [
+                        f"{policy}, {schedule}",
+                        threads,
+                        tokens,
+                        f"{float(prefill):.0f} ms",
+                        f"{speedup}x",
+                        f"{predicted}x",
+                        reached,
+                        f"{cache} MB",
+                    ]
+                )
+    head = ["ranking, schedule", "threads", "tokens per block", "prefill", "speed-up", "by FLOPs", "reached", "KV cache"]
+    return table(head, lines)
 
 
 def gpus(folder: Path) -> str:
@@ -131,15 +250,15 @@ def gpus(folder: Path) -> str:
 
     found = sorted(path.parent for path in folder.glob("*/env.json"))
     if not found:
-        return "There are no GPU results yet: nothing here has run on one. `make gpu-check` on a machine with a GPU makes them."
+        return "There are no GPU results yet: nothing has been run on a GPU."
     return "\n\n".join(gpu_report.readme(path) for path in found)
 
 
 def updated(text: str, inner: str, name: str = TABLE) -> str:
-    """The README with new text between the markers of this name."""
+    """A file's text with new text between the markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise SystemExit(f"README.md needs one {begin} and, after it, one {end}")
+        raise SystemExit(f"{FILES.get(name, 'the file')} needs one {begin} and, after it, one {end}")
     head, rest = text.split(begin)
     return f"{head}{begin}\n{inner}\n{end}{rest.split(end)[1]}"
 
@@ -147,25 +266,34 @@ def updated(text: str, inner: str, name: str = TABLE) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with results.csv and bars.csv")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder with README.md and docs/results")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help="put the table into the README")
-    what.add_argument("--check", action="store_true", help="exit with 1 where the README does not hold this table")
+    what.add_argument("--write", action="store_true", help="put the tables into README.md and docs/results")
+    what.add_argument("--check", action="store_true", help="exit with 1 where a file does not hold its table")
     options = parser.parse_args(arguments)
-    inner = readme(options.results)
-    first = headline(options.results)
-    gpu = gpus(options.results.parent)
+    table_of_cpu = cpu(options.results)  # first: it refuses a measurement that is not full
+    inner = {
+        HEADLINE: headline(options.results),
+        SUMMARY: summary(options.results.parent),
+        TABLE: table_of_cpu,
+        ACCURACY: accuracy(options.results.parent),
+        MODEL: model(options.results.parent),
+        GPU: gpus(options.results.parent),
+    }
     if not (options.write or options.check):
-        print(first, inner, gpu, sep="\n\n")
+        print(*inner.values(), sep="\n\n")
         return 0
-    text = options.readme.read_text()
-    new = updated(updated(updated(text, inner), first, HEADLINE), gpu, GPU)
-    if options.write:
-        options.readme.write_text(new)
-    elif new != text:
-        print(f"{options.readme} differs from {options.results.parent}: run python bench/readme_table.py --write", file=sys.stderr)
-        return 1
-    return 0
+    differ = False
+    for name, text in inner.items():
+        path = options.root / FILES[name]
+        old = path.read_text()
+        new = updated(old, text, name)
+        if options.write:
+            path.write_text(new)
+        elif new != old:
+            differ = True
+            print(f"{path} differs from {options.results.parent}: run python bench/readme_table.py --write", file=sys.stderr)
+    return int(differ)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 import v2drop_kernels
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "linking.md"
 TORCH_NAMES = sorted(
     set(v2drop_kernels.__all__) - {"Compacted", "Dropped", "Schedule", "Stage", "TokenLayout", "TopK", "n_keep", "schedule"}
 )
@@ -43,10 +43,10 @@ def python(tmp_path_factory):
 
 
 def blocks(module):
-    return [b for b in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL) if module in b]
+    return [b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL) if module in b]
 
 
-def test_readme_example_for_numpy(python):
+def test_documented_example_for_numpy(python):
     (block,) = blocks("v2drop_kernels.array")
     assert len([line for line in block.splitlines() if line.strip()]) <= 15
     assert python("-c", block).strip() == "(2, 352, 1024) (2, 8, 352, 64)"

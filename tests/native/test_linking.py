@@ -1,4 +1,4 @@
-"""Other programs link libv2drop, from an installed tree and from the Python package: by CMake, pkg-config, as the README says."""
+"""Other programs link libv2drop, from an installed tree and from the Python package: by CMake and pkg-config, as docs/linking.md says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "linking.md"
 PACKAGE = Path(importlib.util.find_spec("v2drop_kernels").origin).parent
 # The commands of this environment first: its python has the package, its cmake was pinned.
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -156,19 +156,17 @@ def test_config_without_the_library(tmp_path):
         assert expected in line
 
 
-def readme_blocks(language: str) -> list[str]:
-    section = re.search(r"^## Link it from your framework\n(.*?)(?=^## |\Z)", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert section, "README.md has no section 'Link it from your framework'"
-    return re.findall(rf"^```{language}\n(.*?)^```", section.group(1), re.MULTILINE | re.DOTALL)
+def documented_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_readme_commands(tmp_path):
+def test_documented_commands(tmp_path):
     """Every shell block, in order, exactly as written, in a fresh copy of the sources, which must not hide what is installed."""
     for name in ("csrc", "cmake", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "v2drop_kernels", tmp_path / "v2drop_kernels", ignore=BARE)
     shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
-    blocks = readme_blocks("sh")
+    blocks = documented_blocks("sh")
     assert len(blocks) >= 3
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", "\n".join(blocks)], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False
@@ -178,8 +176,8 @@ def test_readme_commands(tmp_path):
 
 
 @pytest.mark.parametrize("framework", ["array", "jax"])
-def test_readme_python(framework):
-    (block,) = [x for x in readme_blocks("python") if re.search(rf"\bv2drop_kernels(\.| import ){framework}\b", x)]
+def test_documented_python(framework):
+    (block,) = [x for x in documented_blocks("python") if re.search(rf"\bv2drop_kernels(\.| import ){framework}\b", x)]
     if framework == "jax" and importlib.util.find_spec("jax") is None:
         pytest.skip("jax is not installed (extra 'jax')")
     run(sys.executable, "-c", block)

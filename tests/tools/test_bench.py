@@ -185,7 +185,7 @@ def test_readme_table_replaces_what_is_between_the_markers(modules: Any):
     updated = modules.readme_table.updated
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
     assert updated(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\nnew\n{end}\nb"
-    with pytest.raises(SystemExit, match="README"):
+    with pytest.raises(SystemExit, match="docs/results/cpu.md needs one"):
         updated("no markers", "new")
 
 
@@ -222,15 +222,17 @@ def gpu_results(folder: Path, run: str = "full") -> None:
             out.writerows(lines)
 
 
-def test_the_gpu_part_of_the_readme_comes_from_its_csv_files(modules: Any, tmp_path: Path, capsys: Any):
+def test_the_gpu_part_of_the_docs_comes_from_its_csv_files(modules: Any, tmp_path: Path, capsys: Any):
     main, (begin, end) = modules.readme_table.main, ("<!-- gpu:begin -->", "<!-- gpu:end -->")
-    shutil.copytree(BENCH / "results" / "cpu", tmp_path / "cpu")
+    results, page = tmp_path / "results", tmp_path / "docs" / "results" / "gpu.md"
+    shutil.copytree(BENCH / "results", results)
+    shutil.copytree(BENCH.parent / "docs" / "results", page.parent)
     shutil.copy(BENCH.parent / "README.md", tmp_path / "README.md")
-    given = ["--results", str(tmp_path / "cpu"), "--readme", str(tmp_path / "README.md")]
-    part = lambda: (tmp_path / "README.md").read_text().split(begin)[1].split(end)[0]
+    given = ["--results", str(results / "cpu"), "--root", str(tmp_path)]
+    part = lambda: page.read_text().split(begin)[1].split(end)[0]
     assert main([*given, "--write"]) == 0
     assert "There are no GPU results yet" in part()
-    gpu_results(tmp_path / "some-gpu")
+    gpu_results(results / "some-gpu")
     assert main([*given, "--check"]) == 1
     assert "readme_table.py --write" in capsys.readouterr().err
     assert main([*given, "--write"]) == main([*given, "--check"]) == 0
@@ -238,12 +240,12 @@ def test_the_gpu_part_of_the_readme_comes_from_its_csv_files(modules: Any, tmp_p
     assert "| [1, 576, 4096] bfloat16, k = 144 | cold | cuda | 8.00 us | 1100 | 0.50x | 5.00x | 3.00x | - | - | - |" in part()
     assert "Of 3 bars 1 pass, 1 fail: 5 triton: over eager 3.9 (asked >= 4), 1 are without a verdict." in part()
     assert "Measured on Some GPU (M; instruction set avx2; torch 2; 2026-01-02, commit abc)" in part()
-    gpu_results(tmp_path / "dry", run="dry")
+    gpu_results(results / "dry", run="dry")
     with pytest.raises(SystemExit, match="dry does not hold a full measurement"):
         main([*given, "--check"])
 
 
-def test_the_committed_readme_holds_the_committed_results():
+def test_the_committed_pages_hold_the_committed_results():
     checked = run(BENCH / "readme_table.py", "--check")
     assert checked.returncode == 0, checked.stderr
 
