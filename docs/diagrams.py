@@ -174,8 +174,8 @@ def engine() -> str:
     d.box(
         250, 260, 590, 60, ["ops: drop_tokens, attention_score, compact_, ...", "one call per stage for the whole batch"], "green"
     )
-    for a in ((200, 60, 248, 60), (450, 60, 498, 60), (575, 90, 575, 138), (765, 90, 765, 138), (350, 90, 350, 138), (250, 170, 202, 170),
-              (575, 200, 575, 258), (765, 200, 765, 258), (650, 80, 700, 138)):  # fmt: skip
+    down = [(x, 90, x, 138) for x in (350, 575, 765)] + [(x, 200, x, 258) for x in (575, 765)]
+    for a in [(200, 60, 248, 60), (450, 60, 498, 60), (250, 170, 202, 170), (650, 80, 700, 138), *down]:
         d.arrow(*a)
     d.text(110, 225, "forward hooks exist only", size=12, ink=SOFT)
     d.text(110, 242, "inside the with block", size=12, ink=SOFT)

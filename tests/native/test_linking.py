@@ -1,4 +1,4 @@
-"""Other programs link libv2drop, from an installed tree and from the Python package: by CMake and pkg-config, as docs/linking.md says."""
+"""Other programs link libv2drop, installed alone or with the Python package, by the commands of docs/linking.md."""
 
 from __future__ import annotations
 
