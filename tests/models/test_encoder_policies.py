@@ -1,6 +1,6 @@
 """Policies before the decoder against slow restatements: loops over single patches, from what plain hooks saw of the tower.
 
-Which patch became which row is found by comparing embeddings, so that the map of ``models/_tower.py`` is not trusted either.
+Which patch became which row is found by comparing embeddings, so that ``adapters/tower.py`` is not trusted either.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def test_a_few_steps_train_it():
     assert losses[-1] < 0.8 * losses[0]
     assert kept[0] == [14, 8]
     assert kept[-1][0] < 12
-    learnt = dropping.learnt()
+    learnt = dropping.learned_schedule()
     assert [stage.keep for stage in learnt.stages] == [1 - ratio.item() for ratio in dropping.ratios]
     assert learnt.counts(16)[1] < learnt.counts(16)[0] <= kept[-1][0]  # the last step came after
 
@@ -261,7 +261,7 @@ KEYNORM = '''
 from dataclasses import dataclass
 
 import v2drop_kernels as vk
-from v2drop_kernels.models import Method, Policy, Stop
+from v2drop_kernels.models import DropContext, Method, Policy
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class KeyNorm(Policy):
 
     method = Method(paper="kvpress, Knorm", where="decoder", score="negative norm of the token's keys", needs_weights=False)
 
-    def score(self, at: Stop):
+    def score(self, at: DropContext):
         _, keys = at.project(at.layer, at.hidden, at.last)
         return -vk.key_norm_score(keys, norm=self.norm)
 '''
@@ -311,7 +311,7 @@ def test_scores_from_outside():
     asked = []
 
     def first_and_last(at):
-        asked.append((at.layer, at.counts, at.keep, at.before is None, tuple(at.embeds.shape)))
+        asked.append((at.layer, at.counts, at.keep, at.prev_hidden is None, tuple(at.embeds.shape)))
         rows = torch.arange(at.hidden.shape[1], device=at.hidden.device, dtype=torch.float32).expand(at.hidden.shape[:2])
         return rows if at.layer else -rows
 
@@ -331,11 +331,11 @@ def test_what_a_tower_shows_is_of_this_forward():
 
     @dataclasses.dataclass(frozen=True)
     class Watching(policies.Policy):
-        def watch(self, family, seen):
+        def register_hooks(self, family, seen):
             yield tower.register_forward_hook(lambda *_: seen.setdefault("calls", []).append(1))
 
         def score(self, at):
-            calls.append((at.layer, tuple(at.seen["calls"])))
+            calls.append((at.layer, tuple(at.tower_cache["calls"])))
             if len(calls) == 1:
                 raise InterruptedError
             return torch.zeros(at.hidden.shape[:2])

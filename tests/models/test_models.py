@@ -214,7 +214,7 @@ def test_what_is_remembered_is_row_numbers(schedule, given):
     model, inputs, _ = tiny.batch("llava", ITEMS)
     with torch.no_grad(), TokenDropper(schedule)(model) as dropping:
         cache = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, **given).past_key_values
-        for x in tensors_of([dropping._last, dropping._seen, cache._v2drop_rows]):
+        for x in tensors_of([dropping._last, dropping._setup.tower_caches, cache._v2drop_rows]):
             assert x.dtype in (torch.int64, torch.bool)
             assert x.untyped_storage().nbytes() <= 3 * 42 * 8  # a number for every row of the batch
 

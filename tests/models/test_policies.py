@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from v2drop_kernels.core.layout import TokenLayout
 from v2drop_kernels.models import TokenDropper, policies
-from v2drop_kernels.models._family import family_of
-from v2drop_kernels.models.context import Stop
+from v2drop_kernels.models.adapters import adapter_of
+from v2drop_kernels.models.context import DropContext
 from v2drop_kernels.models.policies import sparsevlm as sparsevlm_module
 from v2drop_kernels.models.policies.twigvlm import twig_schedule
 from v2drop_kernels.models.voco import voco_mask
@@ -64,7 +64,7 @@ def text_behind(n, vision):
 
 
 def batch_of(model, shapes, side, layer, *, mask=False, grids=None, seed=0):
-    """A Stop for the items, padded on one side with what must not matter, and the items."""
+    """A DropContext for the items, padded on one side with what must not matter, and the items."""
     items = [Item(runs, 100 * seed + i) for i, runs in enumerate(shapes)]
     rows = max(item.n for item in items)
     pads = [rows - item.n if side == "left" else 0 for item in items]
@@ -87,10 +87,10 @@ def batch_of(model, shapes, side, layer, *, mask=False, grids=None, seed=0):
         spans = [[(a + pad, b + pad) for a, b in item.spans] for item, pad in zip(items, pads, strict=True)]
         layout = TokenLayout.padded(spans, rows, lengths=lengths, padding_side=side)
     decoder = model.get_decoder()
-    stop = Stop(
-        layer=layer, stage=Stage(layer, 0.5), family=family_of(model), hidden=padded("hidden"), before=padded("before"),
+    stop = DropContext(
+        layer=layer, stage=Stage(layer, 0.5), adapter=adapter_of(model), hidden=padded("hidden"), prev_hidden=padded("before"),
         rope=decoder.rotary_emb(padded("hidden"), ids), mask=None, layout=layout, counts=counts, keep=(), origin=None,
-        embeds=padded("embeds"), grids=grids or (None,) * len(items), seeds=[0] * len(items), seen={},
+        embeds=padded("embeds"), grids=grids or (None,) * len(items), seeds=[0] * len(items), tower_cache={},
     )  # fmt: skip
     return stop, items, pads
 
@@ -351,7 +351,7 @@ def test_padding_that_only_the_mask_knows(name, additive):
     rows = torch.arange(stop.hidden.shape[1])
     seen = ((rows <= rows[:, None]) & stop.real[:, None])[:, None]
     stop.mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if additive else seen
-    stop.layout, stop.seen = TokenLayout.padded(list(stop.layout.spans), stop.layout.rows), {}
+    stop.layout, stop.tower_cache = TokenLayout.padded(list(stop.layout.spans), stop.layout.rows), {}
     assert kept_by(policy, stop, pads) == want
 
 
@@ -366,11 +366,11 @@ def test_rows_that_the_mask_hides(name, options):
     left = rows[~torch.isin(rows, torch.tensor(hidden))]
     cut = lambda x: x[:, left]
     without = dataclasses.replace(
-        stop, hidden=cut(stop.hidden), before=cut(stop.before), embeds=cut(stop.embeds), rope=tuple(map(cut, stop.rope)), mask=None,
-        layout=TokenLayout.padded([stop.layout.spans[0]], len(left)), seen={},
+        stop, hidden=cut(stop.hidden), prev_hidden=cut(stop.prev_hidden), embeds=cut(stop.embeds),
+        rope=tuple(map(cut, stop.rope)), mask=None, layout=TokenLayout.padded([stop.layout.spans[0]], len(left)), tower_cache={},
     )  # fmt: skip
     later = dataclasses.replace(
-        without, embeds=stop.embeds, origin=left[None], seen={}
+        without, embeds=stop.embeds, origin=left[None], tower_cache={}
     )  # hidden because an earlier stage dropped them
     with torch.no_grad():
         got, want, same = (policy.score(x)[:, 5:45] for x in (stop, without, later))
@@ -685,7 +685,7 @@ def test_vtw_keeps_nothing():
 @pytest.mark.parametrize("name", ["sparsevlm", "dart", "cross_modal"])
 def test_no_block_before(name):
     stop, _, _ = batch_of(model_of(2), ONE_IMAGE, "left", 2)
-    stop.before = None
+    stop.prev_hidden = None
     with pytest.raises(ValueError, match=f"'{name}' needs the .* of a block before it"):
         policies.make(name, {}).score(stop)
 
@@ -740,7 +740,7 @@ def test_half_precision(name, options, dtype):
         stop, items, _ = batch_of(model, ONE_IMAGE, "left", 2)
         stop.keep = tuple(min(n, 13) for n in stop.counts)
         cast = lambda x, wide=wide: x.to(dtype).float() if wide else x.to(dtype)
-        stop.hidden, stop.before, stop.embeds = map(cast, (stop.hidden, stop.before, stop.embeds))
+        stop.hidden, stop.prev_hidden, stop.embeds = map(cast, (stop.hidden, stop.prev_hidden, stop.embeds))
         stop.rope = tuple(map(cast, stop.rope))
         with torch.no_grad():
             scores.append([policy.score(stop)[i, stop.droppable[i]] for i, item in enumerate(items) if item.vision])

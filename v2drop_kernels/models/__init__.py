@@ -8,24 +8,25 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from .context import Stop
-    from .dropper import Dropping, TokenDropper
+    from .context import DropContext
+    from .dropper import TokenDropper
     from .inter_layer import Ilvas, ilvas
     from .policies import preset, presets
     from .policies.twigvlm import twig_schedule
     from .policy import Method, Policy
     from .report import Kept, LayerReport, Report
+    from .session import DropSession
     from .voco import voco_mask
 
 __all__ = [
-    "Dropping",
+    "DropContext",
+    "DropSession",
     "Ilvas",
     "Kept",
     "LayerReport",
     "Method",
     "Policy",
     "Report",
-    "Stop",
     "TokenDropper",
     "ilvas",
     "preset",
@@ -34,20 +35,26 @@ __all__ = [
     "voco_mask",
 ]
 
-if not typing.TYPE_CHECKING:  # or type checkers would accept every name
+if not typing.TYPE_CHECKING:  # otherwise type checkers would accept every name
     _HOMES = {
-        "context": ("Stop",),
-        "dropper": ("Dropping", "TokenDropper"),
+        "context": ("DropContext",),
+        "dropper": ("TokenDropper",),
         "inter_layer": ("Ilvas", "ilvas"),
         "policies": ("preset", "presets"),
         "policies.twigvlm": ("twig_schedule",),
         "policy": ("Method", "Policy"),
         "report": ("Kept", "LayerReport", "Report"),
+        "session": ("DropSession",),
         "voco": ("voco_mask",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
+    _DEPRECATED = {"Dropping": "DropSession", "Stop": "DropContext"}
 
     def __getattr__(name: str) -> object:
+        if name in _DEPRECATED:
+            from . import _deprecated
+
+            return _deprecated.class_name(name, _DEPRECATED[name], __getattr__(_DEPRECATED[name]))
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..core.schedule import Schedule
-from .context import project
-from .dropper import Dropping, TokenDropper
+from .adapters.attention import project, scaling
+from .dropper import TokenDropper
+from .session import DropSession
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,15 @@ def ilvas(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     curves = []
-    with TokenDropper(schedule or Schedule(()), spans=spans)(model) as dropping:
+    with TokenDropper(schedule or Schedule(()), spans=spans)(model) as session:
         weights: list[list[torch.Tensor]] = []
-        see = functools.partial(_see, dropping, weights)
+        see = functools.partial(_see, session, weights)
         handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in model.get_decoder().layers]
         try:
             for batch in [inputs] if isinstance(inputs, Mapping) else inputs:
                 weights.clear()
                 model(**{**batch, "use_cache": False})
-                for item, image in enumerate(dropping.totals()):
+                for item, image in enumerate(session.vision_token_counts()):
                     if image:
                         curves.append(_curve([layer[item] for layer in weights], image, n, top))
         finally:
@@ -109,14 +110,14 @@ def ilvas(
     return Ilvas(tuple(map(statistics.fmean, zip(*curves, strict=True))), n, top)
 
 
-def _see(dropping: Dropping, weights: list[list[torch.Tensor]], block: Any, args: Any, kwargs: Any) -> None:
+def _see(session: DropSession, weights: list[list[torch.Tensor]], block: Any, args: Any, kwargs: Any) -> None:
     """Per item ``[H, V]``: the attention of its last token to the vision tokens that are here."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    layout = dropping.layout
+    layout = session.layout
     last = torch.tensor([[max(hi - 1, 0)] for _, hi in layout.bounds], device=hidden.device)
     query, keys = project(block, hidden, last, kwargs["position_embeddings"])
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
-    logits = (query.float() @ keys.float().transpose(2, 3))[:, :, 0] * block.self_attn.scaling
+    logits = (query.float() @ keys.float().transpose(2, 3))[:, :, 0] * scaling(block)
     seen = layout.real_rows(hidden.device) & (torch.arange(hidden.shape[1], device=hidden.device) <= last)
     shares = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     weights.append([x[:, here] for x, here in zip(shares, layout.droppable_rows(hidden.device), strict=True)])

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.schedule import Schedule
+from . import _deprecated
 
 if TYPE_CHECKING:
     import torch
 
-    from ._family import Family
-    from .context import Stop
+    from .adapters import ModelAdapter
+    from .context import DropContext
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,68 @@ class Method:
 class Policy:
     """Base of all policies. Subclass it as a frozen dataclass; its fields are what ``Stage(options={...})`` may set.
 
-    At a stop that keeps nothing of any item, nobody is asked: neither :meth:`score` nor :meth:`merge` is called.
+    A stage that keeps nothing of any item calls neither :meth:`score` nor :meth:`merge`.
 
-    ``seeded = True`` fills ``Stop.seeds``, which reads the prompt's ids on the host.
+    ``seeded = True`` fills ``DropContext.seeds``, which reads the prompt's ids on the host.
     """
 
     method: ClassVar[Method]
     seeded: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "watch" in own and "register_hooks" not in own:
+            _deprecated.warn(f"{cls.__name__}.watch()", f"{cls.__name__}.register_hooks()")
+            cls.register_hooks = own["watch"]  # type: ignore[method-assign]
+        elif "register_hooks" in own and "watch" not in own:
+            cls.watch = _watch(own["register_hooks"])  # type: ignore[attr-defined]
+
     def count(self, n: int, k: int) -> int:
-        """How many of ``n`` tokens stay when the schedule asks for ``k``: for methods that cannot keep any number."""
+        """How many of ``n`` tokens are kept when the schedule requests ``k``: for methods that cannot keep any number."""
         return k
 
-    def counts(self, left: Sequence[int], kept: Sequence[int], seen: dict[str, Any]) -> tuple[int, ...]:
-        """What stays of every item's ``left`` tokens when the schedule asks for ``kept``, before anything is ranked.
+    def counts(self, left: Sequence[int], kept: Sequence[int], tower_cache: dict[str, Any]) -> tuple[int, ...]:
+        """How many of every item's ``left`` tokens are kept when the schedule requests ``kept``, before anything is ranked.
 
-        For budgets that depend on what :meth:`watch` saw, which costs one read by the host. Default: :meth:`count`.
+        For budgets that depend on what :meth:`register_hooks` recorded, which costs one read on the host. Default: :meth:`count`.
         """
         return tuple(self.count(n, k) if n else 0 for n, k in zip(left, kept, strict=True))
 
-    def watch(self, family: Family, seen: dict[str, Any]) -> Iterator[Any]:
-        """Register hooks in the vision tower that write to ``seen``; yield their handles."""
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        """Register hooks in the vision tower that write to ``tower_cache``; yield their handles."""
         return iter(())
 
-    def score(self, at: Stop) -> torch.Tensor | None:
+    def score(self, context: DropContext) -> torch.Tensor | None:
         """float32 ``[B, N]``, higher means keep; rows that are not droppable may hold anything. None: variation by its metric."""
         raise NotImplementedError
 
-    def merge(self, at: Stop, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The kept rows ``hidden [B, K, D]`` after dropped ones flowed in; ``kept [B, K]`` of ``at.hidden``, -1 for padding."""
+    def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The kept rows ``hidden [B, K, D]`` after dropped rows were merged into them; default: unchanged.
+
+        ``kept [B, K]`` are their rows in ``context.hidden``, -1 for padding.
+        """
         return hidden
+
+
+def _watch(register_hooks: Any) -> Any:
+    """``watch`` of a class that defines ``register_hooks``, for subclasses that call ``super().watch``."""
+
+    def watch(self: Policy, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        """Deprecated: use :meth:`register_hooks`."""
+        _deprecated.warn("Policy.watch()", "Policy.register_hooks()")
+        handles: Iterator[Any] = register_hooks(self, adapter, tower_cache)
+        return handles
+
+    return watch
+
+
+Policy.watch = _watch(Policy.register_hooks)  # type: ignore[attr-defined]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Stop":
+        from .context import DropContext
+
+        return _deprecated.class_name("Stop", "DropContext", DropContext)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...ops.attention_score import cross_modal_score
-from .._text import numbers, prompt_rows, text_rows
-from .._tower import Tiles, watch_cls
-from ..context import Stop
+from ..adapters import ModelAdapter
+from ..adapters.tower import record_cls
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..text import numbers, prompt_rows, text_rows
+from ..tiles import Tiles
 from .cross_modal_flash import BUDGETS, solved
-
-if TYPE_CHECKING:
-    from .._family import Family
 
 
 @dataclass(frozen=True)
@@ -52,25 +51,25 @@ class CrossModal(Policy):
         if self.alignment != "cosine" and (isinstance(self.alignment, bool) or not isinstance(self.alignment, int | float)):
             raise ValueError(f"alignment must be a number or 'cosine', got {self.alignment!r}")
 
-    def watch(self, family: Family, seen: dict[str, Any]) -> Iterator[Any]:
-        return watch_cls(family, seen, (self.tower,)) if self.calibrated else iter(())
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        return record_cls(adapter, tower_cache, (self.tower,)) if self.calibrated else iter(())
 
-    def score(self, at: Stop) -> torch.Tensor:
-        if at.before is None:
+    def score(self, context: DropContext) -> torch.Tensor:
+        if context.prev_hidden is None:
             raise ValueError("the policy 'cross_modal' needs the attention of a block before it: not where tokens enter the model")
-        text = text_rows(at)
-        drawn = at.attention(at.layer - 1, at.before, numbers(at, text))
-        if at.layer > self.calibrated:
+        text = text_rows(context)
+        drawn = context.attention(context.layer - 1, context.prev_hidden, numbers(context, text))
+        if context.layer > self.calibrated:
             return drawn
-        tiles = Tiles(at)
+        tiles = Tiles(context)
         seen = tiles.cls(self.tower, "mean")  # [T, W]
         cls = tiles.score(seen, torch.zeros_like(seen), extra=0.0)  # as they are, by row
-        return cross_modal_score(drawn, cls, self._alignment(at, text), self.scale)
+        return cross_modal_score(drawn, cls, self._alignment(context, text), self.scale)
 
-    def _alignment(self, at: Stop, text: torch.Tensor) -> float | torch.Tensor:
+    def _alignment(self, context: DropContext, text: torch.Tensor) -> float | torch.Tensor:
         if not isinstance(self.alignment, str):
             return self.alignment
-        embeds = prompt_rows(at, at.embeds).float()
+        embeds = prompt_rows(context, context.embeds).float()
         # Sums do for means: a cosine knows no length.
-        vision, asked = ((embeds * rows[..., None]).sum(1) for rows in (at.droppable, text))
+        vision, asked = ((embeds * rows[..., None]).sum(1) for rows in (context.droppable, text))
         return torch.nn.functional.cosine_similarity(vision, asked, dim=-1).clamp(min=0)

@@ -14,7 +14,7 @@ import torch
 
 from ...core.budgets import solve
 from ...core.schedule import Schedule
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -45,5 +45,5 @@ class CrossModalFlash(Policy):
         presets=tuple(solved("cross_modal_flash", "cross-modal-flash", *budget) for budget in BUDGETS),
     )
 
-    def score(self, at: Stop) -> torch.Tensor:
-        return at.attention(at.layer, at.hidden, mode="dot")
+    def score(self, context: DropContext) -> torch.Tensor:
+        return context.attention(context.layer, context.hidden, mode="dot")

@@ -21,9 +21,9 @@ import torch
 from ...core.schedule import Schedule, Stage
 from ...ops.similarity import cosine_to_pivots, key_norm_score
 from ...ops.topk.order import ranked
-from .._text import text_rows
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..text import text_rows
 
 
 def _preset(k: int, kept: int) -> Schedule:
@@ -56,16 +56,16 @@ class DART(Policy):
         total = self.pivots + self.text_pivots
         return k if k >= n or k <= self.pivots else self.pivots + total * ((k - self.pivots) // total)
 
-    def score(self, at: Stop) -> torch.Tensor:
-        if at.before is None:
+    def score(self, context: DropContext) -> torch.Tensor:
+        if context.prev_hidden is None:
             raise ValueError("the policy 'dart' needs the keys of a block before it: not where tokens enter the model")
-        _, keys = at.project(at.layer - 1, at.before, at.last)
-        norms, vision = key_norm_score(keys, norm="l1", backend=at.backend), at.droppable
-        eyes, asking = _top(norms, vision, self.pivots), _top(norms, text_rows(at), self.text_pivots)
-        pivots = torch.cat([at.rows_of(eyes, self.pivots), at.rows_of(asking, self.text_pivots)], 1)
+        _, keys = context.project(context.layer - 1, context.prev_hidden, context.last)
+        norms, vision = key_norm_score(keys, norm="l1", backend=context.backend), context.droppable
+        eyes, asking = _top(norms, vision, self.pivots), _top(norms, text_rows(context), self.text_pivots)
+        pivots = torch.cat([context.row_indices(eyes, self.pivots), context.row_indices(asking, self.text_pivots)], 1)
         # The hooks of the norm belong to the engine: its forward alone is what is meant.
-        cosines = cosine_to_pivots(at.family.decoder.norm.forward(at.hidden), pivots, backend=at.backend)
-        left = torch.tensor(at.keep, device=norms.device)[:, None] - eyes.sum(1, keepdim=True)
+        cosines = cosine_to_pivots(context.adapter.decoder.norm.forward(context.hidden), pivots, backend=context.backend)
+        left = torch.tensor(context.keep, device=norms.device)[:, None] - eyes.sum(1, keepdim=True)
         share = -(-left // (pivots >= 0).sum(1, keepdim=True).clamp(min=1))  # all pivots there: exact, by `count`
         pool, scores = vision & ~eyes, torch.where(eyes, 3.0 * pivots.shape[1] + 3, -1.0)
         place = torch.arange(pool.shape[1], device=pool.device)

@@ -16,7 +16,7 @@ from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
 from ...ops.similarity import frame_similarity
 from ...ops.topk.order import ranked
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -59,16 +59,16 @@ class DyCoke(Policy):
         pruned = frames - -(-frames // 4)
         return fixed + max(k - fixed, 0) // pruned * pruned if pruned else n
 
-    def score(self, at: Stop) -> torch.Tensor:
-        spans = at.layout.spans
-        if at.layer or at.layout.counts is not None or any(len(item) > 1 for item in spans):
+    def score(self, context: DropContext) -> torch.Tensor:
+        spans = context.layout.spans
+        if context.layer or context.layout.counts is not None or any(len(item) > 1 for item in spans):
             raise ValueError("the policy 'dycoke' takes items of one video, where they enter the model (layer 0)")
-        found = torch.zeros(at.hidden.shape[:2], device=at.hidden.device)
+        found = torch.zeros(context.hidden.shape[:2], device=context.hidden.device)
         for item, ((start, stop),) in ((i, x) for i, x in enumerate(spans) if x and x[0][1] - x[0][0] >= self.per_frame):
             frames = (stop - start) // self.per_frame
             end = start + frames * self.per_frame
-            video = at.hidden[item, start:end].unflatten(0, (frames, self.per_frame))
-            order = ranked(frame_similarity(video, pairs="dycoke", backend=at.backend))
+            video = context.hidden[item, start:end].unflatten(0, (frames, self.per_frame))
+            order = ranked(frame_similarity(video, pairs="dycoke", backend=context.backend))
             rank = torch.empty_like(order).scatter_(1, order, torch.arange(self.per_frame, device=order.device).expand_as(order))
             rank[::4] = -1
             found[item, start:end] = -rank.flatten().float()

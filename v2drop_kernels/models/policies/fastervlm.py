@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from ...core.schedule import Schedule, Stage
-from .._tower import Tiles, watch_cls
-from ..context import Stop
+from ..adapters import ModelAdapter
+from ..adapters.tower import record_cls
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class FasterVLM(Policy):
     )
     layer: int = -2
 
-    def watch(self, family: Any, seen: dict[str, Any]) -> Iterator[Any]:
-        return watch_cls(family, seen, [self.layer])
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        return record_cls(adapter, tower_cache, [self.layer])
 
-    def score(self, at: Stop) -> torch.Tensor:
-        tiles = Tiles(at)
+    def score(self, context: DropContext) -> torch.Tensor:
+        tiles = Tiles(context)
         rank = tiles.rank(tiles.cls(self.layer, "mean"))
         return tiles.score(rank < tiles.even(tiles.budget())[:, None], rank)

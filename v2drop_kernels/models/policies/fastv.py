@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -34,7 +34,7 @@ class FastV(Policy):
         ),
     )
 
-    def score(self, at: Stop) -> torch.Tensor:
-        if at.before is None:
+    def score(self, context: DropContext) -> torch.Tensor:
+        if context.prev_hidden is None:
             raise ValueError("the policy 'fastv' needs the attention of a block before it: not where tokens enter the model")
-        return at.attention(at.layer - 1, at.before)
+        return context.attention(context.layer - 1, context.prev_hidden)

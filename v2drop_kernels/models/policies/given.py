@@ -1,6 +1,6 @@
 """Scores from outside: ``TokenDropper(schedule, scores=callable)``, for a model of one's own that ranks, or for experiments.
 
-The callable gets the :class:`~v2drop_kernels.models.policy.Stop` and returns float ``[B, N]``, higher means keep.
+The callable takes the :class:`~v2drop_kernels.models.DropContext` and returns float ``[B, N]``, higher means keep.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -19,5 +19,5 @@ class Given(Policy):
 
     method = Method(paper="-", where="decoder", score="the caller's", needs_weights=False)
 
-    def score(self, at: Stop) -> torch.Tensor:
-        return at.given_scores()
+    def score(self, context: DropContext) -> torch.Tensor:
+        return context.given_scores()

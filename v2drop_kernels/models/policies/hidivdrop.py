@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -59,12 +59,12 @@ class HiDivDrop(Policy):
         if self.queries not in ("mean", "l2"):
             raise ValueError(f"queries must be 'mean' or 'l2', got {self.queries!r}")
 
-    def score(self, at: Stop) -> torch.Tensor:
-        rows = at.last
+    def score(self, context: DropContext) -> torch.Tensor:
+        rows = context.last
         if self.tokens == "all":
-            most = max(hi - lo - n for (lo, hi), n in zip(at.layout.bounds, at.counts, strict=True))
-            rows = at.rows_of(at.visible & ~at.droppable, max(1, most))
-            rows[:, :1] = torch.where(rows[:, :1] < 0, at.last, rows[:, :1])  # nothing but vision tokens
-        elif self.tokens == "rounds" and at.labels is not None:
-            rows = at.answers()
-        return at.attention(at.layer, at.hidden, rows, queries=self.queries)
+            most = max(hi - lo - n for (lo, hi), n in zip(context.layout.bounds, context.counts, strict=True))
+            rows = context.row_indices(context.visible & ~context.droppable, max(1, most))
+            rows[:, :1] = torch.where(rows[:, :1] < 0, context.last, rows[:, :1])  # nothing but vision tokens
+        elif self.tokens == "rounds" and context.labels is not None:
+            rows = context.answers()
+        return context.attention(context.layer, context.hidden, rows, queries=self.queries)

@@ -17,9 +17,11 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ...ops.topk.order import ranked
-from .._tower import Tiles, watch_cls
-from ..context import Stop
+from ..adapters import ModelAdapter
+from ..adapters.tower import record_cls
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..tiles import Tiles
 
 
 def _preset(keep: float, name: str, what: str) -> Schedule:
@@ -51,11 +53,11 @@ class HiRED(Policy):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha!r}")
 
-    def watch(self, family: Any, seen: dict[str, Any]) -> Iterator[Any]:
-        return watch_cls(family, seen, [self.early, self.late])
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        return record_cls(adapter, tower_cache, [self.early, self.late])
 
-    def score(self, at: Stop) -> torch.Tensor:
-        tiles = Tiles(at)
+    def score(self, context: DropContext) -> torch.Tensor:
+        tiles = Tiles(context)
         looked, top = self._looked(tiles)
         is_whole = [i for rows, columns in tiles.tower.grids for i in (True, *(False,) * (rows * columns))]
         sizes = [n + 1 for n in (rows * columns for rows, columns in tiles.tower.grids) for _ in range(n + 1)]  # tiles of its image

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -37,5 +37,5 @@ class PDrop(Policy):
         ),
     )
 
-    def score(self, at: Stop) -> torch.Tensor:
-        return at.attention(at.layer, at.hidden)
+    def score(self, context: DropContext) -> torch.Tensor:
+        return context.attention(context.layer, context.hidden)

@@ -20,9 +20,11 @@ from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
 from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.visionzip import contextual_targets
-from .._tower import SEEN, Tiles, check_entry, watch_cls
-from ..context import Stop
+from ..adapters import ModelAdapter
+from ..adapters.tower import TOWER, record_cls
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..tiles import Tiles, check_entry
 
 
 def _preset(name: str, n: int, what: str, uniform: float) -> Schedule:
@@ -63,15 +65,15 @@ class PruMerge(Policy):
         if self.adaptive and self.uniform == 1:
             raise ValueError("uniform must be below 1 with adaptive, which adds samples to outliers until they are that share")
 
-    def watch(self, family: Any, seen: dict[str, Any]) -> Iterator[Any]:
-        if self.adaptive and (family.kind != "llava" or family.config.vision_feature_select_strategy != "default"):
-            raise ValueError(f"adaptive must be False for {family.kind!r} where features are not just all the patches of a tile")
-        return watch_cls(family, seen, [self.layer])
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        if self.adaptive and (adapter.kind != "llava" or adapter.config.vision_feature_select_strategy != "default"):
+            raise ValueError(f"adaptive must be False for {adapter.kind!r} where features are not just all the patches of a tile")
+        return record_cls(adapter, tower_cache, [self.layer])
 
-    def counts(self, left: Sequence[int], kept: Sequence[int], seen: dict[str, Any]) -> tuple[int, ...]:
+    def counts(self, left: Sequence[int], kept: Sequence[int], tower_cache: dict[str, Any]) -> tuple[int, ...]:
         if not self.adaptive or not any(left):
-            return super().counts(left, kept, seen)
-        tower = seen.get(SEEN)
+            return super().counts(left, kept, tower_cache)
+        tower = tower_cache.get(TOWER)
         if tower is None or not tower.queries:
             raise ValueError(
                 "pixel_values must go through the model's own vision tower in this forward: the policy ranks by what it saw"
@@ -89,18 +91,18 @@ class PruMerge(Policy):
         outlying = (attention > quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])).sum(1)
         # Samples come on top: as many as make them the share `uniform` of both.
         sampled = (outlying.double() * (self.uniform / (1 - self.uniform))).round().long()
-        seen["adaptive"] = outlying, sampled
+        tower_cache["adaptive"] = outlying, sampled
         found = iter((outlying + sampled + int(self.extra)).clamp(max=width).tolist())
         per_item = [sum(next(found) for _ in range(n // width)) for n in items]
         return tuple(n for n in per_item for _ in range(copies))
 
-    def score(self, at: Stop) -> torch.Tensor:
-        check_entry(at)
-        tiles = Tiles(at)
+    def score(self, context: DropContext) -> torch.Tensor:
+        check_entry(context)
+        tiles = Tiles(context)
         attention = tiles.cls(self.layer, "single-head")
         rank = tiles.rank(attention)
         if self.adaptive:
-            best_ones, sampled = at.seen["adaptive"]
+            best_ones, sampled = context.tower_cache["adaptive"]
         else:
             budget = (tiles.even(tiles.budget()) - int(self.extra)).clamp(min=0)
             sampled = (budget.double() * self.uniform).floor().long()
@@ -110,15 +112,15 @@ class PruMerge(Policy):
         # The rank of the best patch that is left, whose row the extra token takes.
         best = rank.masked_fill(chosen | ~tiles.present, rank.shape[1]).amin(1, keepdim=True)
         target = (rank == best) & tiles.present & self.extra
-        at.seen["prumerge"] = attention, target
+        context.tower_cache["prumerge"] = attention, target
         return tiles.score(2 * chosen + target, rank)
 
-    def merge(self, at: Stop, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        tiles = Tiles(at)
-        attention, target = at.seen.pop("prumerge")
+    def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        tiles = Tiles(context)
+        attention, target = context.tower_cache.pop("prumerge")
         keep, keys = tiles.rows(kept), tiles.tower.keys[self.layer][:, 1:]
         merged = merge_dropped(
             tiles.features, keep, "prumerge", metric=keys, scores=attention, targets=target if self.extra else None,
-            droppable=tiles.present, neighbours=self.neighbours, backend=at.backend,
+            droppable=tiles.present, neighbours=self.neighbours, backend=context.backend,
         )  # fmt: skip
         return tiles.embed(keep, merged, kept, hidden)

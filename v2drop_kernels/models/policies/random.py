@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from ...ops.similarity import random_score
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -22,6 +22,6 @@ class Random(Policy):
     method = Method(paper="control", where="decoder", score="seeded chance", needs_weights=False)
     seeded: ClassVar[bool] = True
 
-    def score(self, at: Stop) -> torch.Tensor:
-        number = at.droppable.cumsum(1).sub(1).clamp(min=0)  # whatever lies before it
-        return random_score(at.hidden, item_seeds=at.seeds).gather(1, number)
+    def score(self, context: DropContext) -> torch.Tensor:
+        number = context.droppable.cumsum(1).sub(1).clamp(min=0)  # whatever lies before it
+        return random_score(context.hidden, item_seeds=context.seeds).gather(1, number)

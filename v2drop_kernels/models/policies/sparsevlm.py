@@ -31,9 +31,9 @@ from ...ops.attention_score.reference import chunks
 from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.sparsevlm import recycled_clusters
 from ...ops.topk.order import ranked
-from .._text import numbers, prompt_rows, text_rows
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..text import numbers, prompt_rows, text_rows
 
 RECYCLED = 0.3
 
@@ -80,38 +80,40 @@ class SparseVLM(Policy):
         if self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads!r}")
 
-    def score(self, at: Stop) -> torch.Tensor:
-        if at.before is None:
+    def score(self, context: DropContext) -> torch.Tensor:
+        if context.prev_hidden is None:
             raise ValueError("the policy 'sparsevlm' needs the attention of a block before it: not where tokens enter the model")
-        raters = _raters(at)
+        raters = _raters(context)
         if self.version == 2:
-            return self._gravity_free(at, at.before, raters)
-        scores, droppable = at.attention(at.layer - 1, at.before, raters), at.droppable
-        most = [_tokens(n, k) for n, k in zip(at.counts, at.keep, strict=True)]
+            return self._gravity_free(context, context.prev_hidden, raters)
+        scores, droppable = context.attention(context.layer - 1, context.prev_hidden, raters), context.droppable
+        most = [_tokens(n, k) for n, k in zip(context.counts, context.keep, strict=True)]
         first = torch.arange(scores.shape[1], device=scores.device) < torch.tensor(most, device=scores.device)[:, None]
         kept = torch.zeros_like(droppable).scatter_(1, ranked(scores, droppable), first) & droppable
-        clusters = at.seen["clusters"] = recycled_clusters(at.hidden, scores, droppable & ~kept, share=RECYCLED)
+        clusters = context.tower_cache["clusters"] = recycled_clusters(context.hidden, scores, droppable & ~kept, share=RECYCLED)
         centre = clusters == torch.arange(scores.shape[1], device=scores.device)
         return torch.where(kept, 3.0, torch.where(centre, 2.0, scores))  # weights are at most 1
 
-    def merge(self, at: Stop, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self.version == 2:
             return hidden
-        clusters = at.seen.pop("clusters")
-        return merge_dropped(at.hidden, kept, "sparsevlm", clusters=clusters, droppable=at.droppable, backend=at.backend)
+        clusters = context.tower_cache.pop("clusters")
+        return merge_dropped(
+            context.hidden, kept, "sparsevlm", clusters=clusters, droppable=context.droppable, backend=context.backend
+        )
 
-    def _gravity_free(self, at: Stop, hidden: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
+    def _gravity_free(self, context: DropContext, hidden: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
         """Plain PyTorch, some raters at a time: heads are chosen by their totals over all raters, after the division."""
-        query, keys = at.project(at.layer - 1, hidden, raters)
-        attn = at.blocks[at.layer - 1].self_attn
+        query, keys = context.project(context.layer - 1, hidden, raters)
+        attn = context.blocks[context.layer - 1].self_attn
         batch, n_heads, _, d = query.shape
         n, per_key = keys.shape[2], n_heads // keys.shape[1]
         rotate = sys.modules[type(attn).__module__].apply_rotary_pos_emb
         ones = torch.ones(batch, 1, n, d, device=keys.device)
-        pulled = rotate(ones, ones, *(x.expand(batch, -1, -1).float() for x in at.rope))[0][:, 0]
+        pulled = rotate(ones, ones, *(x.expand(batch, -1, -1).float() for x in context.rope))[0][:, 0]
         pull = pulled[torch.arange(batch, device=keys.device)[:, None], raters.clamp(min=0)] @ pulled.transpose(1, 2) * attn.scaling
-        seen = at.visible[:, None] & (torch.arange(n, device=keys.device) <= raters[..., None])  # [B, Q, N]
-        rated, total = seen & at.droppable[:, None], torch.zeros(batch, n_heads, n, device=keys.device)
+        seen = context.visible[:, None] & (torch.arange(n, device=keys.device) <= raters[..., None])  # [B, Q, N]
+        rated, total = seen & context.droppable[:, None], torch.zeros(batch, n_heads, n, device=keys.device)
         for part in chunks(query, keys):
             q = query[:, :, part].float()
             logits = q.reshape(batch, keys.shape[1], -1, d) @ keys.float().transpose(2, 3) * attn.scaling
@@ -122,32 +124,32 @@ class SparseVLM(Policy):
         return total.gather(1, best.expand(-1, -1, n)).mean(1) / (raters >= 0).sum(1, keepdim=True).clamp(min=1)
 
 
-def _raters(at: Stop) -> torch.Tensor:
+def _raters(context: DropContext) -> torch.Tensor:
     """int64 ``[B, Q]``: rows of the raters, -1 in places without one; who rates is found at the first stop and remembered."""
-    if "rates" not in at.seen:
-        text = numbers(at, text_rows(at))
-        chosen = _chosen(at, text)
+    if "rates" not in context.tower_cache:
+        text = numbers(context, text_rows(context))
+        chosen = _chosen(context, text)
         # By rows of the prompt, for an ordinal among text_rows shifts when the first of several images goes.
-        origin = chosen if at.origin is None else at.origin.gather(1, chosen.clamp(min=0))
-        rates = torch.zeros(chosen.shape[0], at.embeds.shape[1] + 1, dtype=torch.bool, device=chosen.device)
-        rates.scatter_(1, torch.where(chosen < 0, at.embeds.shape[1], origin), True)
-        apart = at.layout.counts is not None or any(len(spans) > 1 for spans in at.layout.spans)
-        at.seen["rates"] = rates[:, :-1], text.shape[1], apart
+        origin = chosen if context.origin is None else context.origin.gather(1, chosen.clamp(min=0))
+        rates = torch.zeros(chosen.shape[0], context.embeds.shape[1] + 1, dtype=torch.bool, device=chosen.device)
+        rates.scatter_(1, torch.where(chosen < 0, context.embeds.shape[1], origin), True)
+        apart = context.layout.counts is not None or any(len(spans) > 1 for spans in context.layout.spans)
+        context.tower_cache["rates"] = rates[:, :-1], text.shape[1], apart
         return chosen
-    rates, most, apart = at.seen["rates"]
+    rates, most, apart = context.tower_cache["rates"]
     # No more rows than at the first stop, whose bound serves: that of `numbers` leaves out text before the first token left.
-    rows = at.rows_of(prompt_rows(at, rates) & at.visible, most)
-    rows[:, :1] = torch.where(rows[:, :1] < 0, at.last, rows[:, :1])  # an image's last token rated, having no text, and is gone
+    rows = context.row_indices(prompt_rows(context, rates) & context.visible, most)
+    rows[:, :1] = torch.where(rows[:, :1] < 0, context.last, rows[:, :1])  # no rater is left
     if not apart:
         return rows
     # Raters between images see none of what is left when that is a later image: there others are chosen, as for it alone.
-    sees = at.droppable.cumsum(1).gather(1, rows.amax(1, keepdim=True)) > 0
-    return torch.where(sees, rows, _chosen(at, at.rows_of(text_rows(at), most)))
+    sees = context.droppable.cumsum(1).gather(1, rows.amax(1, keepdim=True)) > 0
+    return torch.where(sees, rows, _chosen(context, context.row_indices(text_rows(context), most)))
 
 
-def _chosen(at: Stop, text: torch.Tensor) -> torch.Tensor:
+def _chosen(context: DropContext, text: torch.Tensor) -> torch.Tensor:
     """Those of ``text [B, Q]`` that rate, the others -1; all where none exceeds the average."""
-    found = text_raters(at.droppable, text, prompt_rows(at, at.embeds)) >= 0
+    found = text_raters(context.droppable, text, prompt_rows(context, context.embeds)) >= 0
     return torch.where(found | ~found.any(1, keepdim=True), text, -1)
 
 

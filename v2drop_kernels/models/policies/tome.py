@@ -20,9 +20,11 @@ import torch
 from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
 from ...ops.bipartite_merge import bipartite_merge
-from .._tower import Tiles, Tower, check_entry, clip_of, watch_tower
-from ..context import Stop
+from ..adapters import ModelAdapter
+from ..adapters.tower import Tower, clip_tower, record_tower
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..tiles import Tiles, check_entry
 
 
 def _preset(n: int) -> Schedule:
@@ -51,19 +53,19 @@ class ToMe(Policy):
     def __post_init__(self) -> None:
         require_int("tokens", self.tokens)
 
-    def watch(self, family: Any, seen: dict[str, Any]) -> Iterator[Any]:
-        clip, vision = clip_of(family), family.config.vision_config
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        clip, vision = clip_tower(adapter), adapter.config.vision_config
         if str(clip.config._attn_implementation).startswith("flash") and self.proportional:
             raise ValueError(
                 "proportional must be False with flash attention in the tower, which cannot add log(size) to its logits"
             )
-        layer, blocks = family.config.vision_feature_layer, clip.encoder.layers
+        layer, blocks = adapter.config.vision_feature_layer, clip.encoder.layers
         if not isinstance(layer, int):
             raise ValueError(f"model must take its features from one block of the tower, got vision_feature_layer {layer}")
         merging, patches = layer % (len(blocks) + 1), (vision.image_size // vision.patch_size) ** 2
         lose = max(patches - self.tokens, 0)
         left = 1 + patches
-        record, handles = watch_tower(family, seen)
+        record, handles = record_tower(adapter, tower_cache)
         for index, block in enumerate(blocks[:merging]):
             r = lose * (index + 1) // merging - lose * index // merging
             if r > (left - 1) // 2:
@@ -71,12 +73,12 @@ class ToMe(Policy):
             left -= r
             yield from _watch_block(block, record, index, r, self.proportional)
         # Before the hook that counts what the projector gave.
-        yield family.body.multi_modal_projector.register_forward_hook(functools.partial(_hand_back, record))
+        yield adapter.body.multi_modal_projector.register_forward_hook(functools.partial(_hand_back, record))
         yield from handles
 
-    def score(self, at: Stop) -> torch.Tensor:
-        check_entry(at)
-        tiles = Tiles(at)
+    def score(self, context: DropContext) -> torch.Tensor:
+        check_entry(context)
+        tiles = Tiles(context)
         group = tiles.tower.notes["row"][:, 1:]
         size = torch.zeros_like(group).scatter_add(1, group, tiles.present.long())
         index = torch.arange(group.shape[1], device=group.device).expand_as(group)
@@ -87,7 +89,7 @@ class ToMe(Policy):
 
 
 def _watch_block(block: Any, record: Tower, index: int, r: int, proportional: bool) -> Iterator[Any]:
-    """Merge before the MLP. The block's own sum with its input is idle: it adds zero to tokens that are no longer looked at."""
+    """Merge before the MLP. The block's own residual sum is unused: it adds zero to tokens that nothing reads."""
     notes = record.notes
 
     def enter(module: Any, args: Any, kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ every token would supply the same and rank nothing, so it is held by ``relax`` o
 
 Source: TopV (CVPR 2025), by its abstract: Sinkhorn transport once, before block 2, with those three terms, no attention weights.
 No code is published and its formulas were not at hand: the weights, the relaxed supply and the score are **this package's
-reading**, and numbers made with it are not the paper's. ``p`` is the token's cell in ``Stop.grids`` (a video's frames are a third
+reading**, and its numbers are not the paper's. ``p`` is the token's cell in ``context.grids`` (a video's frames are a third
 axis) when all tokens of one image are there, else its number in a row. The ``n x n`` cost and kernel are in memory, over droppable
 tokens only: inherent to the method, and why it is no method for long videos.
 """
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -64,12 +64,12 @@ class TopV(Policy):
         if self.epsilon <= 0 or self.epsilon < self.central / 80:
             raise ValueError(f"epsilon must be positive and at least central / 80, got {self.epsilon}")
 
-    def score(self, at: Stop) -> torch.Tensor:
-        droppable, most = at.droppable, max(at.counts, default=0)
-        rows = at.rows_of(droppable, most)
+    def score(self, context: DropContext) -> torch.Tensor:
+        droppable, most = context.droppable, max(context.counts, default=0)
+        rows = context.row_indices(droppable, most)
         there, items = rows >= 0, torch.arange(len(rows), device=rows.device)[:, None]
-        x = torch.nn.functional.normalize(at.hidden[items, rows.clamp(min=0)].float(), dim=-1)
-        p = torch.stack([_places(at, item, n, most) for item, n in enumerate(at.counts)]).to(x.device)
+        x = torch.nn.functional.normalize(context.hidden[items, rows.clamp(min=0)].float(), dim=-1)
+        p = torch.stack([_places(context, item, n, most) for item, n in enumerate(context.counts)]).to(x.device)
         cost = 1 - x @ x.transpose(1, 2) + self.spatial / 2 * torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist")
         cost = cost + self.central * p.norm(dim=-1)[..., None]
         both = there[:, :, None] & there[:, None]
@@ -87,10 +87,10 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1 / x, 0)
 
 
-def _places(at: Stop, item: int, n: int, most: int) -> torch.Tensor:
+def _places(context: DropContext, item: int, n: int, most: int) -> torch.Tensor:
     """float32 ``[most, 3]``: the cell of each of ``n`` tokens, from the middle, in half diagonals; padding at 0."""
-    grid = at.grids[item]
-    sizes = grid if grid is not None and at.origin is None and math.prod(grid) == n else (n,)
+    grid = context.grids[item]
+    sizes = grid if grid is not None and context.origin is None and math.prod(grid) == n else (n,)
     cells = torch.cartesian_prod(*(torch.arange(size) - (size - 1) / 2 for size in sizes)).reshape(n, len(sizes))
     found = torch.zeros(most, 3)
     if n > 1:

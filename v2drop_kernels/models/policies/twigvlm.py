@@ -1,7 +1,7 @@
 """TwigVLM: a small trained decoder ("twig") ranks the tokens behind block K; all of them are wiped out behind block T.
 
-Here the twig's scores come from the caller, ``TokenDropper("twigvlm-192", scores=callable)``: ``callable(stop)`` gets the
-:class:`~v2drop_kernels.models.policy.Stop` before block K, whose ``hidden`` is what the twig's blocks start from, and returns
+Here the twig's scores come from the caller, ``TokenDropper("twigvlm-192", scores=callable)``: ``callable(context)`` takes the
+:class:`~v2drop_kernels.models.DropContext` before block K, whose ``hidden`` is the input of the twig's blocks, and returns
 float ``[B, N]`` (published: attention of the last token in the twig's last block, mean over heads). The ``k`` highest stay before
 block K, none before block T. With an average of ``R`` tokens over ``L`` blocks ``k = ceil((L R - K n) / (T - K))``: 227 for 192.
 Source: TwigVLM (ICCV 2025); K = 2, T = 24, both 0-based "before block". Twig training and its speculative decoding
@@ -17,7 +17,7 @@ from math import ceil
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -66,5 +66,5 @@ class TwigVLM(Policy):
         presets=tuple(twig_schedule(average, name=f"twigvlm-{average}") for average in (192, 128, 64)),
     )
 
-    def score(self, at: Stop) -> torch.Tensor:
-        return at.given_scores()
+    def score(self, context: DropContext) -> torch.Tensor:
+        return context.given_scores()

@@ -15,7 +15,7 @@ from ...core.schedule import Schedule, Stage
 from ..policy import Method, Policy
 
 if TYPE_CHECKING:
-    from ..context import Stop
+    from ..context import DropContext
 
 _SUPPLEMENT = "V2Drop, supplement: LLaVA-1.5-7B (32 blocks), drop {} % before layers 3, 17 and 22; one token stays, as in the code"
 _ONE_TIME = (
@@ -60,6 +60,6 @@ class Variation(Policy):
         presets=PRESETS,
     )
 
-    def score(self, at: Stop) -> None:
-        if at.before is None:
+    def score(self, context: DropContext) -> None:
+        if context.prev_hidden is None:
             raise ValueError("the policy 'variation' needs tokens that a block has changed: not where they enter the model")

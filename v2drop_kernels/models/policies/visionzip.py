@@ -19,9 +19,11 @@ from ...core.arguments import require_int
 from ...core.schedule import Schedule, Stage
 from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.visionzip import contextual_targets
-from .._tower import Tiles, check_entry, watch_cls
-from ..context import Stop
+from ..adapters import ModelAdapter
+from ..adapters.tower import record_cls
+from ..context import DropContext
 from ..policy import Method, Policy
+from ..tiles import Tiles, check_entry
 
 
 def _preset(n: int, contextual: int) -> Schedule:
@@ -52,26 +54,26 @@ class VisionZip(Policy):
     def __post_init__(self) -> None:
         require_int("contextual", self.contextual)
 
-    def watch(self, family: Any, seen: dict[str, Any]) -> Iterator[Any]:
-        return watch_cls(family, seen, [self.layer])
+    def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
+        return record_cls(adapter, tower_cache, [self.layer])
 
-    def score(self, at: Stop) -> torch.Tensor:
-        check_entry(at)
-        tiles = Tiles(at)
+    def score(self, context: DropContext) -> torch.Tensor:
+        check_entry(context)
+        tiles = Tiles(context)
         budget = tiles.even(tiles.budget())
         contextual = budget.clamp(max=self.contextual)
         rank = tiles.rank(tiles.cls(self.layer, "sum"))
         dominant = rank < (budget - contextual)[:, None]
         targets = contextual_targets(dominant, contextual, droppable=tiles.present)
-        at.seen["visionzip"] = targets
+        context.tower_cache["visionzip"] = targets
         return tiles.score(2 * dominant + targets, rank)
 
-    def merge(self, at: Stop, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        tiles = Tiles(at)
-        targets = at.seen.pop("visionzip")
+    def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        tiles = Tiles(context)
+        targets = context.tower_cache.pop("visionzip")
         keep = tiles.rows(kept)
         keys = tiles.tower.keys[self.layer][:, 1:].unflatten(-1, (tiles.tower.heads, -1)).mean(2)
         merged = merge_dropped(
-            tiles.features, keep, "visionzip", metric=keys, targets=targets, droppable=tiles.present, backend=at.backend
+            tiles.features, keep, "visionzip", metric=keys, targets=targets, droppable=tiles.present, backend=context.backend
         )
         return tiles.embed(keep.masked_fill(~targets.gather(1, keep.clamp(min=0)), -1), merged, kept, hidden)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
-from ..context import Stop
+from ..context import DropContext
 from ..policy import Method, Policy
 
 
@@ -33,5 +33,5 @@ class VTW(Policy):
             raise ValueError(f"keep must be 0 for the policy 'vtw', which withdraws all vision tokens, got {k} of {n}")
         return 0
 
-    def score(self, at: Stop) -> torch.Tensor:
-        return at.hidden.new_zeros(at.hidden.shape[:2], dtype=torch.float32)
+    def score(self, context: DropContext) -> torch.Tensor:
+        return context.hidden.new_zeros(context.hidden.shape[:2], dtype=torch.float32)

@@ -1,0 +1,41 @@
+"""Queries and keys of a decoder block, computed again from its input with the block's own projections."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+
+def rotate(block: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """The rotary embedding of the block's model, ``apply_rotary_pos_emb``."""
+    return sys.modules[type(block.self_attn).__module__].apply_rotary_pos_emb(query, key, cos, sin)
+
+
+def scaling(block: Any) -> float:
+    """What the block multiplies the attention logits by."""
+    return float(block.self_attn.scaling)
+
+
+def project(
+    block: Any, hidden: torch.Tensor, rows: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries ``[B, H, Q, Dh]`` of ``rows`` int64 ``[B, Q]``, and keys ``[B, Hkv, N, Dh]`` of all rows, in one block.
+
+    ``hidden`` is the input of the block, ``rope`` the ``(cos, sin)`` tables of its rows.
+    """
+    attn = block.self_attn
+    items = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+    normed = block.input_layernorm(hidden)
+
+    def heads(projection: Any, norm: str, x: torch.Tensor) -> torch.Tensor:
+        y = projection(x).unflatten(-1, (-1, attn.head_dim))
+        return (getattr(attn, norm)(y) if hasattr(attn, norm) else y).transpose(1, 2)
+
+    at = rows.clamp(min=0)
+    query, keys = heads(attn.q_proj, "q_norm", normed[items, at]), heads(attn.k_proj, "k_norm", normed)
+    cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rope)
+    query, _ = rotate(block, query, query, cos[items, at], sin[items, at])
+    keys, _ = rotate(block, keys, keys, cos, sin)
+    return query, keys

@@ -1,0 +1,66 @@
+"""transformers' cache classes: which can hold layers of different lengths, and what is stored on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+STATE = "_v2drop_rows"  # attribute of a cache that holds its CacheState
+
+
+def check_cache(cache: Any) -> None:
+    """Raise ValueError unless every layer of the cache keeps its own length."""
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    kinds = {type(layer) for layer in getattr(cache, "layers", [None])} | {getattr(cache, "layer_class_to_replicate", None)}
+    odd = sorted(kind.__name__ for kind in kinds - {DynamicLayer, StaticLayer, None} if isinstance(kind, type))
+    if odd or not hasattr(cache, "layers"):
+        what = odd[0] if odd else type(cache).__name__
+        raise ValueError(f"past_key_values must be a DynamicCache or StaticCache with full attention; {what} cannot be ragged")
+
+
+def is_static(cache: Any) -> bool:
+    """Whether keys and values are preallocated."""
+    from transformers.cache_utils import StaticLayer
+
+    return any(isinstance(layer, StaticLayer) for layer in cache.layers)
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens in the cache by its first layer; 0 without a cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_one_length(cache: Any) -> None:
+    """Raise ValueError if the layers differ in length. A static layer's length is on the device and is not read."""
+    lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
+    if len(lengths) > 1:
+        raise ValueError("past_key_values must be of a prefill under a TokenDropper, but its layers differ in length")
+
+
+def key_count(cache: Any, new: int, layer: int) -> int:
+    """Number of keys that a layer attends to when ``new`` tokens are added."""
+    return new if cache is None else int(cache.get_mask_sizes(new, layer)[0])
+
+
+def filled_layers(cache: Any, start: int, stop: int) -> list[Any]:
+    """The layers ``start`` to ``stop`` that hold keys; under gradient checkpointing nothing is cached."""
+    return [layer for layer in cache.layers[start:stop] if layer.is_initialized]
+
+
+def keys_and_values(layers: Sequence[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def replace_keys_and_values(layers: Sequence[Any], kv: Any) -> None:
+    """Store compacted keys and values in dynamic layers."""
+    for layer, (keys, values) in zip(layers, kv, strict=True):
+        layer.keys, layer.values = keys, values
+
+
+def shorten_static(layers: Sequence[Any], length: int) -> None:
+    """Set the length of static layers whose first ``length`` rows were compacted in place."""
+    for layer in layers:
+        layer.cumulative_length.fill_(length)

@@ -1,0 +1,112 @@
+"""transformers' attention masks: padding read from them, masks of decoding steps, and masks cut to the rows that are left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..rows import KeptRows
+
+
+def full_attention(mask: Any) -> Any:
+    """The mask of layers with full attention, where the model was given one mask per attention type."""
+    return mask.get("full_attention") if isinstance(mask, dict) else mask
+
+
+def last_row(mask: torch.Tensor, prompt: int) -> torch.Tensor:
+    """bool ``[B, prompt]``: which rows of the prompt the last row of a 4-D mask may attend to."""
+    last = mask[:, 0, -1, :prompt]
+    return last if last.dtype == torch.bool else last >= 0
+
+
+def padding_of(mask: Any, rows: int) -> tuple[list[int] | None, str]:
+    """Real tokens of each item and the padded side, read from the mask on the host.
+
+    ``None`` for the lengths means that every row counts as a token: there is no padding, or it is not on one side. Padding rows
+    are then kept, and stay masked.
+    """
+    mask = full_attention(mask)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[2] == rows <= mask.shape[3]:
+        # generate() makes such masks for static caches. A mask of the caller may hide more than padding.
+        real = last_row(mask, rows)
+        visible = mask[:, 0, :, :rows] if mask.dtype == torch.bool else mask[:, 0, :, :rows] >= 0
+        if not bool(((visible == (visible.new_ones(rows, rows).tril() & real[:, None])) | ~real[:, :, None]).all()):
+            return None, "left"
+    elif not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[1] != rows:
+        return None, "left"
+    else:
+        real = mask.bool()
+    # The padding before and behind the tokens; rows that are masked between tokens stay, and stay masked.
+    full, lead, trail = torch.stack([real.any(1), real.int().argmax(1), real.flip(1).int().argmax(1)]).tolist()
+    if not any(lead) and not any(trail) and all(full):
+        return None, "left"
+    if not any(trail):
+        return [rows - n if some else 0 for some, n in zip(full, lead, strict=True)], "left"
+    if not any(lead):
+        return [rows - n if some else 0 for some, n in zip(full, trail, strict=True)], "right"
+    return None, "left"
+
+
+def step_mask(mask: torch.Tensor | None, first: int, new: int, hidden: torch.Tensor, attention: str, *, static: bool) -> Any:
+    """The mask of ``new`` tokens behind ``first`` others, over all rows of the prompt, as the model would make it; or None.
+
+    ``mask`` is the caller's: ``[B, first + new]``; or ``[B, 1, new, first + new]``, which is returned unchanged; or None. As in
+    transformers, the mask of a single token is read on the host and left out if nothing is padded.
+    """
+    if mask is not None and mask.dim() == 4:
+        return mask
+    if mask is not None:
+        if mask.shape[1] != first + new:
+            raise ValueError(f"attention_mask must be [B, {first + new}], the prompt and all that follows, got {list(mask.shape)}")
+        mask = mask.bool()
+    if not static and attention != "eager" and (new == 1 or attention != "sdpa") and (mask is None or bool(mask.all())):
+        return None
+    if attention.startswith("flash"):
+        return mask
+    visible = torch.ones(new, first + new, dtype=torch.bool, device=hidden.device).tril(first)[None, None]
+    visible = (visible if mask is None else visible & mask[:, None, None]).expand(hidden.shape[0], -1, -1, -1)
+    if attention == "eager":
+        return torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, torch.finfo(hidden.dtype).min)
+    return visible
+
+
+def cut_mask(
+    mask: torch.Tensor | None, rows: KeptRows, prompt: int, *, prefill: bool, length: int, flash: bool
+) -> torch.Tensor | None:
+    """The mask of a layer whose keys are ``rows`` and then the tokens after the prompt.
+
+    ``mask`` is what the model made for all rows: None (causal, no padding), ``[B, 1, Q, K]`` bool or additive, or for
+    FlashAttention ``[B, K]``. ``length`` is the number of keys that the layer attends to.
+    """
+    if mask is None:
+        return _mask_of_padding(rows, prefill=prefill, length=length, flash=flash)
+    keep = rows.keep.to(mask.device)
+    valid, at = keep >= 0, keep.clamp(min=0)
+    if flash:
+        return torch.cat([mask.gather(1, at) & valid, mask[:, prompt:]], dim=1)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask = mask.expand(keep.shape[0], -1, -1, -1)
+    if prefill:
+        items = torch.arange(keep.shape[0], device=keep.device)[:, None, None]
+        cut = mask[items, :, at[:, :, None], at[:, None, :]].permute(0, 3, 1, 2)
+    else:
+        cut = mask.gather(3, at[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+    if rows.ragged:
+        cut = cut.masked_fill(~valid[:, None, None, :], hidden)
+    if not prefill:
+        cut = torch.cat([cut, mask[..., prompt:]], dim=-1)
+    return torch.nn.functional.pad(cut, (0, length - cut.shape[-1]), value=hidden) if cut.shape[-1] < length else cut
+
+
+def _mask_of_padding(rows: KeptRows, *, prefill: bool, length: int, flash: bool) -> torch.Tensor | None:
+    """:func:`cut_mask` where the model made no mask: the padding that dropping made is all that must be hidden."""
+    if not rows.ragged:
+        return None
+    keep = rows.keep
+    valid = torch.nn.functional.pad(keep >= 0, (0, length - keep.shape[1]), value=True)
+    if flash:
+        return valid
+    causal = torch.ones(keep.shape[1], length, dtype=torch.bool, device=keep.device).tril() if prefill else True
+    return valid[:, None, None, :] & causal

@@ -1,0 +1,192 @@
+"""A prompt on its way through the layers: where its vision tokens lie, what every stage keeps of them, and late injection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..core.layout import TokenLayout
+from ..ops.drop_tokens import drop_tokens
+from .adapters.arguments import LayerCall
+from .adapters.masks import padding_of
+from .adapters.spans import Grid, Spans, given_spans, prompt_spans
+from .caches import CacheState
+from .rows import KeptRows, insert_vision
+from .setup import Setup
+
+
+@dataclass
+class Prefill:
+    """The state of one prefill.
+
+    Attributes
+    ----------
+    batch, rows : int
+        Shape of the prompt, padding included.
+    spans, grids : tuple
+        Vision tokens of every item, and the patch grid of items with one image or video.
+    layout : TokenLayout
+        Of the rows that the next layer receives.
+    lengths, vision : tuple of int
+        Real rows of each item of the prompt; droppable tokens of each item that are left.
+    budgets : dict
+        Tokens to keep of each item, for every layer at which something is dropped.
+    item_ids : list
+        Real token ids of every item, if a policy draws random numbers.
+    entering : list
+        Per layer: tokens and droppable tokens of each item, and rows of the batch.
+    inject : int
+        The vision rows are absent before this layer.
+    cache_state : CacheState
+        The rows that each layer's cache holds.
+    current : KeptRows | None
+        The rows that are present; None while all are.
+    full_layout : TokenLayout | None
+        The layout with the vision rows, while they are absent.
+    embeds, prev_hidden : Tensor | None
+        Input of layer 0, which the model keeps anyway; input of the previous layer.
+    stages : list
+        ``(layer, rows)`` after every drop.
+    rope, position_ids, labels
+        Rotary tables and ids of the present rows, if they differ from the model's; labels of the prompt.
+    itemsize : int
+        Bytes of an element of the hidden states.
+    """
+
+    batch: int
+    rows: int
+    spans: Spans
+    grids: tuple[Grid, ...]
+    layout: TokenLayout
+    lengths: tuple[int, ...]
+    vision: tuple[int, ...]
+    budgets: dict[int, tuple[int, ...]]
+    item_ids: list[list[int]]
+    entering: list[tuple[tuple[int, ...], tuple[int, ...], int]]
+    inject: int
+    cache_state: CacheState
+    current: KeptRows | None = None
+    full_layout: TokenLayout | None = None
+    embeds: torch.Tensor | None = None
+    prev_hidden: torch.Tensor | None = None
+    stages: list[tuple[int, KeptRows]] = field(default_factory=list)
+    rope: Any = None
+    position_ids: Any = None
+    labels: torch.Tensor | None = None
+    itemsize: int = 0
+
+    @property
+    def depth(self) -> int:
+        return len(self.entering)
+
+    def finish(self) -> None:
+        """Release everything but row numbers."""
+        self.rope = self.position_ids = self.prev_hidden = self.embeds = self.labels = None
+        for _, rows in self.stages:
+            rows.forget()
+
+
+def real_lengths(layout: TokenLayout) -> tuple[int, ...]:
+    """Real rows of every item."""
+    return tuple(stop - start for start, stop in layout.bounds)
+
+
+def begin(setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: torch.Tensor | None) -> Prefill:
+    """Find the vision tokens of a new prompt and what every stage keeps of them.
+
+    Parameters
+    ----------
+    setup : Setup
+    top, decoder : dict
+        Arguments of the model and of its decoder, by name.
+    labels : Tensor | None
+        Of the model, ignored unless ``[B, N]``.
+    """
+    input_ids: Any = top.get("input_ids")
+    shape = (decoder["inputs_embeds"] if input_ids is None else input_ids).shape
+    batch, rows = int(shape[0]), int(shape[1])
+    spans, grids = _vision(setup, top, batch, rows)
+    device = setup.adapter.decoder.norm.weight.device if input_ids is None else input_ids.device
+    layout = _layout(spans, rows, *padding_of(decoder.get("attention_mask"), rows), device)
+    vision = tuple(sum(stop - start for start, stop in item) for item in spans)
+    lengths = real_lengths(layout)
+    inject = setup.schedule.inject if any(vision) else 0
+    budgets = _budgets(setup, vision, lengths, inject)
+    item_ids: list[list[int]] = [[]] * batch
+    if input_ids is not None and any(policy.seeded for policy in setup.policies.values()):
+        item_ids = [ids[start:stop] for ids, (start, stop) in zip(input_ids.tolist(), layout.bounds, strict=True)]
+    depth = setup.adapter.depth
+    return Prefill(
+        batch=batch, rows=rows, spans=spans, grids=grids, layout=layout, lengths=lengths, vision=vision, budgets=budgets,
+        item_ids=item_ids, entering=[(lengths, vision, rows)] * depth, inject=inject,
+        cache_state=CacheState(rows, (None,) * depth),
+        labels=labels if labels is not None and tuple(labels.shape) == (batch, rows) else None,
+    )  # fmt: skip
+
+
+def _vision(setup: Setup, top: dict[str, Any], batch: int, rows: int) -> tuple[Spans, tuple[Grid, ...]]:
+    if setup.options.spans is not None:
+        return given_spans(setup.options.spans, batch, rows), (None,) * batch
+    if top.get("input_ids") is None:
+        raise ValueError("spans must be given where inputs_embeds take the place of input_ids")
+    return prompt_spans(setup.adapter, top)
+
+
+def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, device: torch.device) -> TokenLayout:
+    """One selection per item, also if the item has several images."""
+    if all(len(item) <= 1 for item in spans):
+        return TokenLayout.padded(list(spans), rows, batch=len(spans), lengths=lengths, padding_side=side)
+    mask = torch.zeros(len(spans), rows, dtype=torch.bool)
+    for item, pairs in enumerate(spans):
+        for start, stop in pairs:
+            mask[item, start:stop] = True
+    counts = mask.sum(1).tolist()
+    return TokenLayout.from_mask(mask.to(device), counts, lengths=lengths, padding_side=side)
+
+
+def _budgets(setup: Setup, vision: tuple[int, ...], lengths: tuple[int, ...], inject: int) -> dict[int, tuple[int, ...]]:
+    """Tokens to keep of each item, for every layer at which something is dropped."""
+    vision_only = [item for item, (n, length) in enumerate(zip(vision, lengths, strict=True)) if n and n == length]
+    if inject and vision_only:
+        raise ValueError(f"schedule must not inject late in item {vision_only[0]}: it has nothing but vision tokens")
+    ratios, budgets, left = setup.soft.values(), {}, vision
+    for layer in setup.stages:
+        kept = setup.counts(left, layer, ratios.get(layer))
+        for item in vision_only:
+            if not kept[item]:
+                raise ValueError(f"schedule must keep a token of item {item} at layer {layer}: it has nothing but vision tokens")
+        if kept != left or (layer in ratios and any(left)):
+            budgets[layer] = left = kept
+    return budgets
+
+
+def remove_vision(setup: Setup, prefill: Prefill, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """Late injection: the layers before it receive the text alone, with the position ids that it has among the vision tokens."""
+    prefill.cache_state.attach(call, prefill.rows)
+    dropped = drop_tokens(
+        None, hidden, 0, droppable=prefill.layout, scores=hidden.new_zeros(hidden.shape[:2], dtype=torch.float32),
+        rope=call.rope, backend=setup.options.backend,
+    )  # fmt: skip
+    assert dropped.layout is not None
+    lengths, width = real_lengths(dropped.layout), dropped.keep.shape[1]
+    prefill.current, prefill.rope = KeptRows(dropped.keep, any(n != width for n in lengths)), dropped.rope
+    prefill.layout, prefill.full_layout = dropped.layout, prefill.layout
+    every = KeptRows(torch.arange(prefill.rows, device=dropped.keep.device).expand(prefill.batch, -1), False)
+    inject = prefill.inject
+    prefill.cache_state.layers = (prefill.current,) * inject + (every,) * (prefill.depth - inject)
+    prefill.entering[:inject] = [(lengths, (0,) * prefill.batch, width)] * inject
+    return dropped.hidden
+
+
+def inject_vision(prefill: Prefill, hidden: torch.Tensor) -> torch.Tensor:
+    """Late injection: put the embeddings of the vision tokens among the hidden states of the text."""
+    assert prefill.current is not None
+    assert prefill.embeds is not None
+    assert prefill.full_layout is not None
+    hidden = insert_vision(hidden, prefill.current, prefill.embeds)
+    prefill.current.forget()
+    prefill.current = prefill.rope = None
+    prefill.layout, prefill.full_layout = prefill.full_layout, None
+    return hidden

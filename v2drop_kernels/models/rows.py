@@ -1,0 +1,64 @@
+"""Rows of a prompt after drops, vision rows that are inserted late, and results put back at their places in the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class KeptRows:
+    """The rows of the prompt that are left after a drop.
+
+    Attributes
+    ----------
+    keep : Tensor
+        int64 ``[B, S]``: the row of the prompt that each kept row was, ascending, -1 for padding.
+    ragged : bool
+        Whether there is padding (known on the host).
+    shift : Tensor | None
+        With compacted positions ``[B, 1]`` or ``[3, B, 1]``: the position ids of later tokens are this much lower than the model's.
+    """
+
+    keep: torch.Tensor
+    ragged: bool
+    shift: torch.Tensor | None = None
+    _memo: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, source: object, make: Any) -> Any:
+        """``make()``, evaluated once for all layers that call with the same ``source``."""
+        found = self._memo.get(name)
+        if found is None or found[0] is not source:
+            found = self._memo[name] = (source, make())
+        return found[1]
+
+    def forget(self) -> None:
+        """Release what :meth:`once` stored."""
+        self._memo.clear()
+
+
+def insert_vision(hidden: torch.Tensor, rows: KeptRows, embeds: torch.Tensor) -> torch.Tensor:
+    """``embeds [B, N, D]`` in which the rows that are present, ``hidden [B, S, D]``, replace theirs: one gather."""
+    keep = rows.keep.to(hidden.device)
+    (batch, width), n = keep.shape, embeds.shape[1]
+    source = torch.arange(width, width + n + 1, device=keep.device).repeat(batch, 1)  # one more, which padding writes to
+    source.scatter_(1, torch.where(keep >= 0, keep, n), torch.arange(width, device=keep.device).expand(batch, -1))
+    return torch.cat([hidden, embeds], dim=1).gather(1, source[:, :n, None].expand(-1, -1, hidden.shape[2]))
+
+
+def scatter_to_prompt(hidden: torch.Tensor, rows: KeptRows, lengths: tuple[int, ...], left: bool, prompt: int) -> torch.Tensor:
+    """``[B, S, D]`` back to ``[B, prompt, D]``: a dropped row takes the state of the last kept row before it, 0 if there is none.
+
+    Logits and labels thus keep their places in the prompt, and the last kept token before a text token still predicts it.
+    ``lengths`` are the real rows of each item in ``hidden``, padded on the left if ``left``.
+    """
+    keep = rows.keep.to(hidden.device)
+    present = torch.zeros(keep.shape[0], prompt + 1, dtype=torch.int64, device=keep.device)
+    present.scatter_(1, torch.where(keep >= 0, keep, prompt), 1)
+    count = present[:, :prompt].cumsum(1)
+    pad = torch.tensor([keep.shape[1] - n if left else 0 for n in lengths], device=keep.device)[:, None]
+    slot = (count - 1).clamp(min=0) + pad
+    gathered = hidden.gather(1, slot[..., None].expand(-1, -1, hidden.shape[2]))
+    return gathered.masked_fill((count == 0)[..., None], 0)
