@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -77,6 +77,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = set(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = chosen
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist; all of them collect the same tests
+        session.config.workeroutput["left_out"] = dict(LEFT_OUT)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for reason, n in getattr(node, "workeroutput", {}).get("left_out", {}).items():
+        LEFT_OUT[reason] = n
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
