@@ -160,11 +160,11 @@ MUTANTS = [
     ),
     Mutant(
         "fastv reads the block behind the drop", f"{ENGINE}/policies/fastv.py",
-        "context.attention(context.layer - 1, context.prev_hidden)", "context.attention(context.layer, context.prev_hidden)", POLICIES,
+        "attention(context.layer - 1, context.prev", "attention(context.layer, context.prev", POLICIES,
     ),
     Mutant(
         "random draws start at the second token", f"{ENGINE}/policies/random.py",
-        "context.droppable.cumsum(1).sub(1).clamp(min=0)", "context.droppable.cumsum(1).clamp(min=0)", POLICIES,
+        "cumsum(1).sub(1).clamp(min=0)", "cumsum(1).clamp(min=0)", f"{MODELS} {POLICIES}",
     ),
 ]  # fmt: skip
 
