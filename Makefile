@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the native build, the package itself.
 #   make demo [ARGS="photo.jpg --preset 128"]     make test     make bench [ARGS=...]
 #   make lint     make format     make setup     make clean     make test-main [ARGS="-k compact"]
-#   make sanitize gpu-check     make bench-c
+#   make sanitize gpu-check gpu-check-dry     make bench-c
 # PYTHON=/path/to/python3 chooses the Python of a new environment.
 
 .DEFAULT_GOAL := help
@@ -16,7 +16,7 @@ COMMA := ,
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
 CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error
 
-.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check bench bench-c lint format docs docs-serve clean
+.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -74,9 +74,18 @@ test-emulated: setup
 	$(CTEST) --test-dir build/emulated
 	V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/ops tests/native tests/interop/test_array.py $(ARGS)
 
-# On a machine with a GPU: build for it with its own torch, test, measure, report. Needs no network and none of the setup above.
+# On a machine with a GPU and its own torch: test, measure and report, without network or the setup above. Call it again to go on.
+#   make gpu-check ARGS="--minutes 9 --out DIR"
 gpu-check:
 	bench/gpu_check.sh $(ARGS)
+
+# Run this before the tree is copied to such a machine without .git, so that every row of the results names its commit.
+commit-file:
+	python3 bench/provenance.py
+
+# gpu-check without a GPU: the package versions of the GPU machine, tiny shapes, a copy of the tree without .git.
+gpu-check-dry:
+	bench/gpu_check_dry.sh
 
 # die_after_fork=0: one test forks while threads are running, which the library allows and ThreadSanitizer refuses by default.
 sanitize: setup

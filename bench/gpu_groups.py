@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -166,9 +165,19 @@ def own(case: Case, meter: HostMeter, designs: bool = False) -> Iterator[tuple[s
                 yield f"cuda-{design}", "cuda", functools.partial(choice.load("cuda").design, design), why
 
 
-def own_backends(meter: HostMeter) -> tuple[str, ...]:
-    """The backends that are judged; the reference stands in for them where there is no GPU."""
-    return ("triton", "cuda") if meter.device.type == "cuda" else ("reference", "triton", "cuda")
+class OwnBackends:
+    """The backends of this package that are judged, without those in ``pending``, whose library is still being built."""
+
+    def __init__(self) -> None:
+        self.pending: set[str] = set()
+
+    def __call__(self, meter: HostMeter) -> tuple[str, ...]:
+        """Without a GPU the reference stands in for them, beside Triton's interpreter and an emulated library."""
+        names = ("triton", "cuda") if meter.device.type == "cuda" else ("reference", "triton", "cuda")
+        return tuple(name for name in names if name not in self.pending)
+
+
+own_backends = OwnBackends()
 
 
 def ours(
@@ -616,7 +625,7 @@ def more_launches(backend: str, meter: HostMeter, tiny: Callable[[Case], Case]) 
     return len(meter.launches(_step(backend, case, meter, kv=kv))) - len(meter.launches(_step(backend, case, meter)))
 
 
-# --- the list, most important first
+# --- the list
 
 
 def at_least(number: str, text: str, limit: float, value: Any, mode: str = "cold") -> Bar:
@@ -700,71 +709,58 @@ def _extras_group(case: Case, layers: int) -> Group:
     return Group(f"extras {case} {layers} layers", "drop", case, build, ("cold",), bars, moved_bytes("drop", case))
 
 
-def urgent() -> list[Group | Trial]:
-    """What must be known even of a run that is cut at once."""
-    return [
-        _drop_group(
-            IMAGE,
-            at_most("4", "image: drop over one kernel of one block", 4.0, within("one-block")),
-            at_most("4", "image: drop over a copy of the same bytes", 1.9, within(*COPIES)),
-            at_least("5", "image: drop over view-based eager", 4.0, faster("eager")),
-            at_least("5", "image: drop over top-k of given scores + gather", 2.0, faster("topk+gather", "flashinfer+gather")),
-        ),
-        Trial("15", "host time of drop_tokens, B=1 N=64", "drop", "at most", 12.0, "us", host),
-        Trial("15", "launches of drop_tokens, N=576", "drop", "at most", 2, "", functools.partial(launches, IMAGE)),
-        Trial("15", "launches of drop_tokens, N=6272", "drop", "at most", 3, "", functools.partial(launches, VIDEO)),
-        Trial("14", "replays of 100 that differ in a bit", "drop", "at most", 0, "", repeated),
-        Trial("14", "wrong replays after the lengths changed on the device", "drop", "at most", 0, "", relengthed),
-        Trial("14", "extra memory per token at the peak, N=65536", "drop", "at most", 16, "bytes", memory),
-    ]  # fmt: skip
+def _eager_bar(limit: float, where: str) -> Bar:
+    return at_least("7", f"drop over view-based eager, {where}", limit, faster("eager"))
 
 
-def others() -> list[Group | Trial]:
-    """Everything else, in the order in which it is measured."""
+def _compile_bar(limit: float, where: str) -> Bar:
+    return at_least("7", f"drop over torch.compile, {where}", limit, faster(*COMPILED))
+
+
+def steps() -> dict[str, list[Group | Trial]]:
+    """What is measured, in the order in which it is: steps by name, and their groups and trials."""
     big = Case(32, 576, 4096, QUARTER)
-    eager = lambda limit, where: at_least("7", f"drop over view-based eager, {where}", limit, faster("eager"))
-    compiled = lambda limit, where: at_least("7", f"drop over torch.compile, {where}", limit, faster(*COMPILED))
-    first = [
-        _drop_group(VIDEO, _copy_bar(1.30, "B=1 N=6272"), eager(3.0, "B=1 N=6272")),
-        _drop_group(IMAGES, _copy_bar(1.20, "B=8 N=576")),
-        _score_group(4096, BF16),
-        _gather_group(0),
-        _gather_group(8),
-        _drop_group(big, _copy_bar(1.15, "B=32 N=576")),
-        _drop_group(LONG, _copy_bar(1.08, "B=1 N=65536"), eager(1.6, "B=1 N=65536")),
-        _attention_group(
-            1, 65536, 28, 4,
-            at_most("13", "attention of one query, GQA 28/4, N=65536, over reading K once", 1.25, within(*READS)),
-            at_least("13", "attention of one query, GQA 28/4, N=65536, over eager with repeated K", 3.0, faster("eager")),
-        ),
-        Group(
-            "eager drop", "drop", IMAGE, drop, ("eager", "host"),
-            (at_least("6", "image, wall time: drop over view-based eager", 5.0, faster("eager"), "eager"),),
-        ),
-        _compile_group(
-            IMAGE,
-            at_least("5", "image: drop over torch.compile", 3.0, faster(*COMPILED)),
-            at_least("6", "image, wall time: drop over torch.compile", 2.5, faster("compile"), "eager"),
-        ),
-        _compile_group(VIDEO, compiled(2.2, "B=1 N=6272")),
-        _compile_group(LONG, compiled(1.0, "B=1 N=65536")),
-    ]  # fmt: skip
-    second: list[Group | Trial] = [
-        *(_score_group(d, BF16) for d in (2560, 3584, 5120, 8192)),
-        *(_score_group(d, dtype) for dtype in (FP16, FP32) for d in (2560, 3584, 4096, 5120, 8192)),
-        *(_select_group(b, n) for n in (576, 6272, 65536) for b in (1, 8, 32)),
-        _drop_group(VIDEOS, _copy_bar(1.15, "B=8 N=6272"), eager(1.8, "B=8 N=6272")),
-        _compile_group(VIDEOS, compiled(1.2, "B=8 N=6272")),
-        Group(
-            "ragged", "drop", Case(32, 6272, 3584, QUARTER), ragged, ("cold",),
-            (
-                at_most("10", "packed batch of 32 lengths over a dense one", 1.15, within("{}@dense", own="{}@ragged")),
-                at_most("10", "kept tokens in runs over scattered ones", 1.05, within("{}@dense", own="{}@dense-in-runs")),
+    return {
+        "image": [
+            _drop_group(
+                IMAGE,
+                at_most("4", "image: drop over one kernel of one block", 4.0, within("one-block")),
+                at_most("4", "image: drop over a copy of the same bytes", 1.9, within(*COPIES)),
+                at_least("5", "image: drop over view-based eager", 4.0, faster("eager")),
+                at_least("5", "image: drop over top-k of given scores + gather", 2.0, faster("topk+gather", "flashinfer+gather")),
             ),
-        ),
-        _extras_group(VIDEO, 4),
-        Trial("11", "launches that K and V of eight layers add", "drop", "at most", 0, "", more_launches),
-        *(
+            _drop_group(IMAGES, _copy_bar(1.20, "B=8 N=576")),
+        ],
+        "host": [
+            Trial("15", "host time of drop_tokens, B=1 N=64", "drop", "at most", 12.0, "us", host),
+            Trial("15", "launches of drop_tokens, N=576", "drop", "at most", 2, "", functools.partial(launches, IMAGE)),
+            Trial("15", "launches of drop_tokens, N=6272", "drop", "at most", 3, "", functools.partial(launches, VIDEO)),
+            Group(
+                "eager drop", "drop", IMAGE, drop, ("eager", "host"),
+                (at_least("6", "image, wall time: drop over view-based eager", 5.0, faster("eager"), "eager"),),
+            ),
+            Trial("14", "replays of 100 that differ in a bit", "drop", "at most", 0, "", repeated),
+            Trial("14", "wrong replays after the lengths changed on the device", "drop", "at most", 0, "", relengthed),
+            Trial("14", "extra memory per token at the peak, N=65536", "drop", "at most", 16, "bytes", memory),
+        ],
+        "constants": [],
+        "video": [
+            _drop_group(VIDEO, _copy_bar(1.30, "B=1 N=6272"), _eager_bar(3.0, "B=1 N=6272")),
+            _drop_group(VIDEOS, _copy_bar(1.15, "B=8 N=6272"), _eager_bar(1.8, "B=8 N=6272")),
+        ],
+        "long": [
+            _drop_group(LONG, _copy_bar(1.08, "B=1 N=65536"), _eager_bar(1.6, "B=1 N=65536")),
+        ],
+        "select": [_select_group(b, n) for n in (6272, 65536, 576) for b in (1, 8, 32)],
+        "kv": [
+            _extras_group(VIDEO, 4),
+            _extras_group(VIDEO, 32),
+            Trial("11", "launches that K and V of eight layers add", "drop", "at most", 0, "", more_launches),
+            _gather_group(8),
+            _gather_group(0),
+            _extras_group(VIDEO, 1),
+        ],
+        "backward": [
             Group(
                 f"backward {case}", "backward", case, backward, ("cold",),
                 (
@@ -774,22 +770,52 @@ def others() -> list[Group | Trial]:
                 case.batch * (case.n + case.k) * case.row_bytes,
             )
             for case, where in ((Case(1, 16384, 4096, QUARTER), "N=16384"), (LONG, "N=65536"))
-        ),
-    ]  # fmt: skip
-    # No bar, but asked for: other sizes, keep ratios, batches, widths, and the strongest torch.compile.
-    third = [
-        *(_attention_group(b, n, 28, 4) for b, n in ((1, 576), (1, 6272), (8, 6272))),
-        *(_attention_group(b, n, 32, 32) for b, n in ((1, 576), (1, 6272), (8, 6272), (1, 65536))),
-        _drop_group(Case(32, 6272, 3584, QUARTER)),
-        *(_drop_group(case._replace(ratio=ratio)) for ratio in (Fraction(1, 20), Fraction(1, 2)) for case in (IMAGE, VIDEO, LONG)),
-        _drop_group(Case(64, 576, 4096, QUARTER)),
-        *(_drop_group(Case(1, 6272, d, QUARTER)) for d in (2560, 4096, 5120, 8192)),
-        *(_extras_group(VIDEO, layers) for layers in (1, 32)),
-        Group(f"max-autotune {IMAGE}", "drop", IMAGE, functools.partial(compiled_drop, modes=COMPILED[2:]), ("cold",), (),
-              moved_bytes("drop", IMAGE)),
-        *(_drop_group(LONG._replace(batch=batch)) for batch in (8, 32)),
-    ]  # fmt: skip
-    return [*first, *second, *third]
+        ],
+        "ragged": [
+            Group(
+                "ragged", "drop", Case(32, 6272, 3584, QUARTER), ragged, ("cold",),
+                (
+                    at_most("10", "packed batch of 32 lengths over a dense one", 1.15, within("{}@dense", own="{}@ragged")),
+                    at_most("10", "kept tokens in runs over scattered ones", 1.05, within("{}@dense", own="{}@dense-in-runs")),
+                ),
+            ),
+        ],
+        "model": [],
+        "score": [
+            *(_score_group(d, BF16) for d in (4096, 2560, 3584, 5120, 8192)),
+            *(_score_group(d, dtype) for dtype in (FP16, FP32) for d in (2560, 3584, 4096, 5120, 8192)),
+        ],
+        "attention": [
+            _attention_group(
+                1, 65536, 28, 4,
+                at_most("13", "attention of one query, GQA 28/4, N=65536, over reading K once", 1.25, within(*READS)),
+                at_least("13", "attention of one query, GQA 28/4, N=65536, over eager with repeated K", 3.0, faster("eager")),
+            ),
+            *(_attention_group(b, n, 28, 4) for b, n in ((1, 576), (1, 6272), (8, 6272))),
+            *(_attention_group(b, n, 32, 32) for b, n in ((1, 576), (1, 6272), (8, 6272), (1, 65536))),
+        ],
+        "compile": [
+            _compile_group(
+                IMAGE,
+                at_least("5", "image: drop over torch.compile", 3.0, faster(*COMPILED)),
+                at_least("6", "image, wall time: drop over torch.compile", 2.5, faster("compile"), "eager"),
+            ),
+            _compile_group(VIDEO, _compile_bar(2.2, "B=1 N=6272")),
+            _compile_group(LONG, _compile_bar(1.0, "B=1 N=65536")),
+            _compile_group(VIDEOS, _compile_bar(1.2, "B=8 N=6272")),
+            Group(f"max-autotune {IMAGE}", "drop", IMAGE, functools.partial(compiled_drop, modes=COMPILED[2:]), ("cold",), (),
+                  moved_bytes("drop", IMAGE)),
+        ],
+        # Most of these have no target; other batches, keep ratios and widths were asked for.
+        "sizes": [
+            _drop_group(big, _copy_bar(1.15, "B=32 N=576")),
+            _drop_group(Case(32, 6272, 3584, QUARTER)),
+            *(_drop_group(case._replace(ratio=r)) for r in (Fraction(1, 20), Fraction(1, 2)) for case in (IMAGE, VIDEO, LONG)),
+            _drop_group(Case(64, 576, 4096, QUARTER)),
+            *(_drop_group(Case(1, 6272, d, QUARTER)) for d in (2560, 4096, 5120, 8192)),
+            *(_drop_group(LONG._replace(batch=batch)) for batch in (8, 32)),
+        ],
+    }  # fmt: skip
 
 
 # What the papers report, on other GPUs: V2Drop's Table 4 and its video table.
@@ -797,15 +823,6 @@ MODEL_LEVEL = (
     at_least("model", "LLaVA-1.5-7B with 128 of 576 tokens: throughput over no dropping", 1.22, None, mode=""),
     at_least("model", "LLaVA-OneVision-7B, video of 32 frames: throughput over no dropping", 1.38, None, mode=""),
 )
-
-
-def not_there(model: Path) -> list[tuple[Bar, str]]:
-    """What is asked for and nothing here can judge, each with the reason."""
-    if model.exists():
-        return []
-    package = importlib.util.find_spec("v2drop_kernels.models")
-    missing = f"bench/{model.name}" if package else "v2drop_kernels.models"
-    return [(bar, f"not there yet: {missing} does not exist") for bar in MODEL_LEVEL]
 
 
 def tiny(case: Case) -> Case:

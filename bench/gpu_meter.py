@@ -34,7 +34,7 @@ class HostMeter:
 
     device = torch.device("cpu")
     cold_bytes = 1 << 13  # inputs are rotated over at least so much
-    calls, rounds = 2, 1  # calls in a run at least, runs at least
+    calls, many, rounds = 2, 4, 1  # calls in a run at least, calls in a run of short ones, runs at least
 
     def __init__(self) -> None:
         self.name = "dry"
@@ -101,7 +101,7 @@ class CudaMeter(HostMeter):
     """GPU time of captured graphs by events, launches by the profiler, memory by the allocator."""
 
     device = torch.device("cuda", 0)
-    calls, rounds = 20, 9
+    calls, many, rounds = 20, 100, 9
 
     def __init__(self) -> None:
         torch.cuda.set_device(self.device)

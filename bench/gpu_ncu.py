@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,8 @@ import harness
 HERE = Path(__file__).resolve().parent
 # (B, N, D): an image, a video, a long video.
 SIZES = {"image": (1, 576, 4096), "video": (1, 6272, 3584), "long": (1, 65536, 4096)}
-TINY = {"image": (1, 40, 32), "video": (1, 50, 32), "long": (1, 64, 32)}
+SMALL = (2, 300, 512)  # a checked run is many times slower
+TINY = {"small": (1, 40, 32), "image": (1, 40, 32), "video": (1, 50, 32), "long": (1, 64, 32)}
 KERNEL = re.compile(r"\w*(score|select|gather)\w*")
 METRICS = {
     "gpu__time_duration.sum": ("us", 1e-3),
@@ -38,8 +38,7 @@ METRICS = {
 COLUMNS = ("backend", "size", "B", "N", "D", "kernel", "name", "status", *(name for name, _ in METRICS.values()),
            *harness.CONDITIONS)  # fmt: skip
 MISSING, FORBIDDEN = "ncu is not installed", "no permission to read the GPU's counters (ERR_NVGPUCTRPERM)"
-LATE = "not reached in the time given"
-LEAST_SECONDS = 20
+LEAST_SECONDS = 20  # no profile is begun with less
 SECONDS = 120  # for one backend and size: ncu replays every kernel a few times, after Python and Triton have started
 
 
@@ -49,13 +48,15 @@ def drive(backend: str, size: str, dry: bool) -> None:
 
     import v2drop_kernels as vk
 
-    b, n, d = (TINY if dry else SIZES)[size]
+    b, n, d = (TINY if dry else SIZES | {"small": SMALL})[size]
     device = "cpu" if dry else "cuda"
     g = torch.Generator(device).manual_seed(0)
     h_prev = torch.randn(b, n, d, generator=g, device=device).bfloat16()
     h_cur = h_prev + torch.randn(b, n, d, generator=g, device=device).bfloat16()
 
     def ops() -> None:
+        if size == "small":  # for compute-sanitizer
+            vk.drop_tokens(h_prev, h_cur, n // 4, kv=h_cur.view(b, 1, n, d), backend=backend)
         scores = vk.variation_score(h_prev, h_cur, backend=backend)
         keep = vk.segmented_topk(scores, n // 4, backend=backend).indices
         vk.compact(keep, h_cur, backend=backend)
@@ -103,7 +104,9 @@ def ncu(backend: str, size: str, dry: bool, seconds: float) -> tuple[list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         command = [
-            "ncu", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off", "--log-file", str(log),
+            # Clocks stay as they are: a lent GPU is measured as it is found.
+            "ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off",
+            "--log-file", str(log),
             "--metrics", ",".join(METRICS), sys.executable, str(HERE / "gpu_ncu.py"), "--drive", backend, size,
             *(["--dry"] if dry else []),
         ]  # fmt: skip
@@ -121,36 +124,28 @@ def ncu(backend: str, size: str, dry: bool, seconds: float) -> tuple[list[dict[s
     return rows, "" if rows else reason(output)
 
 
-def collect(out: Path, seconds: float, dry: bool) -> str:
-    """Write ncu.csv; what became of it, in a line. Nothing that goes wrong here is an error of the caller's."""
-    rows: list[dict[str, str]] = []
-    end = time.monotonic() + seconds
-    why = "" if shutil.which("ncu") else MISSING
-    conditions = harness.conditions("dry" if dry else "full")
-    for size in SIZES:
-        for backend in ("triton", "cuda"):
-            if why in (MISSING, FORBIDDEN):  # for one, so for all
-                continue
-            left = end - time.monotonic()
-            if left < (0 if dry else LEAST_SECONDS):
-                found, why = [], LATE
-            else:
-                found, why = ncu(backend, size, dry, min(left, SECONDS))
-            b, n, d = map(str, (TINY if dry else SIZES)[size])
-            base = {"backend": backend, "size": size, "B": b, "N": n, "D": d}
-            rows += [base | row for row in found] or [base | {"status": why}]
-    rows = [row | conditions for row in rows or [{"status": why}]]
-    if all(row["status"] == LATE for row in rows) and (out / "ncu.csv").exists():
-        return "ncu: not reached in the time given; ncu.csv is that of an earlier run"
-    with (out / "ncu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+def profile(out: Path, size: str, backend: str, seconds: float, dry: bool) -> str | None:
+    """Replace the rows of one size and backend in ncu.csv; why there are no figures, None where there are.
+
+    Nothing that goes wrong here is an error of the caller's.
+    """
+    found, why = ncu(backend, size, dry, min(seconds, SECONDS)) if shutil.which("ncu") else ([], MISSING)
+    b, n, d = map(str, (TINY if dry else SIZES)[size])
+    base = {"backend": backend, "size": size, "B": b, "N": n, "D": d} | harness.conditions("dry" if dry else "full")
+    rows = [base | row for row in found] or [base | {"status": why}]
+    replace_rows(out / "ncu.csv", COLUMNS, rows, ("backend", "size"))
+    print(f"ncu, {size}, {backend}: {why or f'{len(found)} kernels measured'}", flush=True)
+    return why or None
+
+
+def replace_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]], key: Sequence[str]) -> None:
+    """Put rows into a CSV file in place of those with the same key."""
+    old = gpu_report.read(path) if path.exists() else []
+    ours = {tuple(row[c] for c in key) for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    measured = sum(row["status"] == "measured" for row in rows)
-    reasons = dict.fromkeys(row["status"] for row in rows if row["status"] != "measured")
-    line = "; ".join([f"ncu: {measured} kernels measured", *reasons])
-    print(line, flush=True)
-    return line
+        writer.writerows([row for row in old if tuple(row[c] for c in key) not in ours] + list(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,9 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--dry needs a folder")
         from gpu_meter import CudaMeter
 
-        options.out = HERE / "results" / CudaMeter().name
+        options.out = HERE.parent / "build" / "gpu-results" / CudaMeter().name
     options.out.mkdir(parents=True, exist_ok=True)
-    collect(options.out, 10 * SECONDS, options.dry)
+    for size in SIZES:
+        for backend in ("triton", "cuda"):
+            if profile(options.out, size, backend, SECONDS, options.dry) in (MISSING, FORBIDDEN):  # for one, so for all
+                break
     gpu_report.rewrite(options.out)
     return 0
 

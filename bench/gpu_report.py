@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_floors import floors_table
+from gpu_outcomes import Outcomes
 from readme_table import Row, conditions, duration, read, table
 
 OWN = ("triton", "cuda", "cuda-cooperative", "cuda-two", "cuda-three", "reference")
@@ -17,10 +18,25 @@ OTHERS = {
 }  # fmt: skip
 
 
+def latest(rows: list[Row], *key: str) -> list[Row]:
+    """The last row of every key: rows are appended, and a later call may measure something again."""
+    return list({tuple(row[name] for name in key): row for row in rows}.values())
+
+
+def results_of(out: Path) -> list[Row]:
+    """The valid rows of results.csv."""
+    return latest(read(out / "results.csv"), "group", "mode", "provider") if (out / "results.csv").exists() else []
+
+
+def bars_of(out: Path) -> list[Row]:
+    """The valid rows of bars.csv."""
+    return latest(read(out / "bars.csv"), "bar", "what", "backend") if (out / "bars.csv").exists() else []
+
+
 def bars_table(rows: list[Row]) -> str:
     """Every bar and own backend: value, limit, verdict."""
     lines = []
-    for row in sorted(rows, key=lambda row: row["status"].startswith("not there yet")):
+    for row in rows:
         unit = "" if row["unit"] == "ratio" else row["unit"]
         value = f"{row['value']} {unit}".strip() if row["value"] else "-"
         lines.append([f"{row['bar']}: {row['what']}", row["backend"] or "-", value, row["limit"], row["status"]])
@@ -101,7 +117,7 @@ def policies(out: Path, env: dict[str, Any]) -> str:
 
 def readme(folder: Path) -> str:
     """The part of docs/results/gpu.md on one GPU."""
-    results, bars = read(folder / "results.csv"), read(folder / "bars.csv")
+    results, bars = results_of(folder), bars_of(folder)
     if any(row["run"] != "full" for row in [*results, *bars]):
         raise SystemExit(f"{folder} does not hold a full measurement")
     others = ("copy", "eager", "compile", "compile-reduce-overhead", "v2drop", "topk+gather")
@@ -130,19 +146,33 @@ def readme(folder: Path) -> str:
     )
 
 
+def sanitizer_table(rows: list[Row]) -> str:
+    """What compute-sanitizer found."""
+    return table(["tool", "backend", "result", "its last line", "commit"],
+                 [[row[c] for c in ("tool", "backend", "status", "summary", "commit")] for row in rows])  # fmt: skip
+
+
+def forbidden(outcomes: Outcomes, results: list[Row]) -> str:
+    """Which figures failing tests forbid, including those that were measured before the test ran."""
+    found = outcomes.forbidden(("triton", "cuda", "reference"), dict.fromkeys(row["op"] for row in results))
+    if not found:
+        return ""
+    return "**Failing tests forbid these figures:** " + "; ".join(f"{op} of {b} ({test})" for (b, op), test in found.items()) + "."
+
+
 def rewrite(out: Path) -> None:
     """report.md again, after a file beside it changed; nothing where no check has run."""
     if (out / "env.json").exists() and (out / "bars.csv").exists():
-        env = json.loads((out / "env.json").read_text())
-        write(out, env, env.get("tests", ""))
+        write(out, json.loads((out / "env.json").read_text()), Outcomes(out / "tests.jsonl"))
 
 
-def write(out: Path, env: dict[str, Any], tests: str) -> None:
+def write(out: Path, env: dict[str, Any], outcomes: Outcomes) -> None:
     """report.md, as far as things are known."""
-    results, bars = read(out / "results.csv"), read(out / "bars.csv")
+    results, bars = results_of(out), bars_of(out)
     dry = any(row["run"] == "dry" for row in [*results, *bars])
     ncu = read(out / "ncu.csv") if (out / "ncu.csv").exists() else []
-    model = json.loads((out / "model.json").read_text()) if (out / "model.json").exists() else []
+    sanitizer = read(out / "sanitizer.csv") if (out / "sanitizer.csv").exists() else []
+    model = [row for path in sorted(out.glob("model-*.json")) for row in json.loads(path.read_text())]
     counted = {s: sum(row["status"] == s for row in bars) for s in ("pass", "fail")}
     open_bars = len(bars) - sum(counted.values())
     constants = env.get("constants", {})
@@ -150,14 +180,15 @@ def write(out: Path, env: dict[str, Any], tests: str) -> None:
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
     parts = [
         f"# GPU check: {env['gpu']['name']}{' (a dry run: tiny shapes, no measurement)' if dry else ''}",
-        f"`{env['command']}`, {env['date']}, commit {env['commit']}; {env['machine']}; {versions}. {tests} "
+        f"`{env['command']}`, {env['date']}, commit {env['commit']}; {env['machine']}; {versions}. {outcomes.words()} "
         f"Bars: {counted['pass']} pass, {counted['fail']} fail, {open_bars} without a verdict.",
         f"Device: {', '.join(f'{k} {v}' for k, v in env['gpu'].items())}. Build: {env['build']}.",
-        "GPU times are medians of replays of a CUDA graph of at least 20 calls (3 where a call moves over 4 GB), all candidates of "
-        "a group taken in turns; cold: inputs rotated over three times the L2 cache or 180 MB, warm: the same inputs. Eager: wall "
-        "time of as many calls launched one by one. reduce-overhead and max-autotune replay their own graphs, jax and cupy launch "
-        "on their own: timed in a stream. Every result was compared with the reference before it was timed; no figure stands where "
-        "a test was red.",
+        forbidden(outcomes, results),
+        "GPU times are medians of replays of a CUDA graph of at least 20 calls (100 where a call takes less than 20 us, 3 where it "
+        "moves over 4 GB), all candidates of a group taken in turns; cold: inputs rotated over three times the L2 cache or 180 MB, "
+        "warm: the same inputs. Eager: wall time of as many calls launched one by one. reduce-overhead and max-autotune replay "
+        "their own graphs, jax and cupy launch on their own: timed in a stream. Every result was compared with the reference "
+        "before it was timed; no figure is taken where a test fails.",
         "## Bars",
         bars_table(bars) if bars else "None yet.",
         "## Constants",
@@ -167,6 +198,8 @@ def write(out: Path, env: dict[str, Any], tests: str) -> None:
         floors_table(results, constants),
         "## Nsight Compute",
         ncu_table(ncu) if ncu else "Not run yet.",
+        "## compute-sanitizer",
+        sanitizer_table(sanitizer) if sanitizer else "Not run yet.",
         "## Tuning",
         "[tune.md](tune/tune.md)" if (out / "tune" / "tune.md").exists() else "Not run yet: `bench/gpu_check.sh --tune`.",
         "## Models",
@@ -194,7 +227,7 @@ def plot(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results, bars = read(out / "results.csv"), read(out / "bars.csv")
+    results, bars = results_of(out), bars_of(out)
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for name in dict.fromkeys(row["provider"] for row in results):
         mine = [

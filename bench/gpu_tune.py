@@ -21,8 +21,10 @@ from typing import Any
 import gpu_groups as groups
 import gpu_report
 import torch
-from gpu_check import TIMES, Check, begin, environment
+from gpu_build import Build
+from gpu_check import begin, environment
 from gpu_groups import EXACT, FP32, QUARTER, Candidate, Case, Group, Times, bind
+from gpu_measure import TIMES, Check
 from gpu_meter import Call, HostMeter
 from gpu_outcomes import Outcomes
 from harness import ROOT
@@ -246,7 +248,7 @@ class Tuning:
         """Try all candidates of a key, and keep the best if it gains enough."""
         build, times = builder(kind, dict(self.entries)), []
         for case in cases:
-            found = self.check.do(self.group(f"tune {kind} {case}", OPS[kind], case, build))
+            found = {} if self.check.late() else self.check.do(self.group(f"tune {kind} {case}", OPS[kind], case, build))
             if not found:
                 self.late.append(f"{kind} {case}")
                 return
@@ -270,7 +272,7 @@ class Tuning:
 
     def compare(self, case: Case) -> None:
         build = functools.partial(versus, dict(self.entries))
-        found = self.check.do(self.group(f"versus {case}", "drop", case, build, ("cold", "eager")))
+        found = {} if self.check.late() else self.check.do(self.group(f"versus {case}", "drop", case, build, ("cold", "eager")))
         if found:
             self.sides.append((case, found))
         else:
@@ -374,14 +376,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ship(Path(given[1]))
         return 0
     options, meter, out, deadline = begin(__doc__, given)
+    if not options.dry and options.build != "none":
+        major, minor = torch.cuda.get_device_capability(0)
+        build = Build(f"{major}{minor}", ["-DV2DROP_CUDA=ON"])
+        build.wait(deadline - time.monotonic())
+        print(f"build: {build.note}", flush=True)
     out = out / "tune"
     out.mkdir(exist_ok=True)
-    env = environment(meter, f"bench/gpu_check.sh --tune {'--dry ' if options.dry else ''}{options.minutes:g}")
+    env = environment(meter, f"bench/gpu_check.sh --tune --minutes {options.minutes:g}")
     run = "dry" if options.dry else "full"
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
     measured = {"run": run, **{name: env[name] for name in ("date", "commit", "command")}, "versions": versions}
     # The tests of a check before this one, if there was one, forbid figures here as well.
-    check = Check(out, meter, Outcomes(out.parent / "tests.jsonl", ""), deadline, run, {"results.csv": TIMES})
+    check = Check(out, meter, Outcomes(out.parent / "tests.jsonl"), deadline, run, {"results.csv": TIMES})
     tuning = Tuning(check, measured)
     start = time.monotonic()
     for kind, cases in sweeps():

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker processes would run beside what is measured
 
 import numpy
+import provenance
 import torch
 
 import v2drop_kernels as vk
@@ -99,27 +99,16 @@ def isa() -> str:
     return _native.isa() if served else reason.split(":")[0]
 
 
-def commit() -> str:
-    """The commit of the working tree, ``+changes`` when tracked files outside the results differ from it."""
+def conditions(run: str, native: bool = True) -> dict[str, str]:
+    """The columns that every row of every CSV ends with. ``run`` is full, ungated (noise was let pass) or dry.
 
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def conditions(run: str) -> dict[str, str]:
-    """The columns that every row of every CSV ends with. ``run`` is full, ungated (noise was let pass) or dry."""
+    ``native=False`` leaves the native library alone, which may still be being built, and the column ``isa`` empty.
+    """
     return {
         "run": run,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit(),
-        "isa": isa(),
+        "commit": provenance.commit(),
+        "isa": isa() if native else "",
         "machine": machine(),
         "versions": versions(),
     }

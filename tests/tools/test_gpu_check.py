@@ -21,6 +21,7 @@ import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 MODULES = (
+    "provenance",
     "harness",
     "providers",
     "readme_table",
@@ -31,7 +32,14 @@ MODULES = (
     "gpu_floors",
     "gpu_report",
     "gpu_ncu",
+    "gpu_sanitizer",
+    "gpu_state",
+    "gpu_build",
+    "gpu_tests",
+    "gpu_precompile",
+    "gpu_measure",
     "gpu_check",
+    "gpu_verify",
     "gpu_tune",
 )
 
@@ -45,14 +53,6 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dry")
-    done = run("--dry", 30, out)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out
 
 
 @pytest.fixture
@@ -70,64 +70,44 @@ def check(modules: Any, tmp_path: Path) -> Any:
     def make(*lines: dict[str, Any], deadline: float = float("inf")) -> Any:
         (tmp_path / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         outcomes = modules.gpu_outcomes.Outcomes(tmp_path / "tests.jsonl", "")
-        return modules.gpu_check.Check(tmp_path, modules.gpu_meter.HostMeter(), outcomes, deadline, "dry")
+        return modules.gpu_measure.Check(tmp_path, modules.gpu_meter.HostMeter(), outcomes, deadline, "dry")
 
     return make
 
 
-def test_a_dry_run_leaves_every_file_and_breaks_nothing(dry: Path):
-    assert {f.name for f in dry.iterdir()} == {
-        "env.json", "tests.jsonl", "tests.log", "results.csv", "bars.csv", "report.md", "gpu_roofline.png", "gpu_bars.png",
-        "ncu.csv", *(["model.json", "policies.csv", "policies.md"] if importlib.util.find_spec("transformers") else []),
-    }  # fmt: skip
-    results, bars = rows(dry / "results.csv"), rows(dry / "bars.csv")
-    assert {row["run"] for row in [*results, *bars]} == {"dry"}
-    for row in results:
-        assert row["check"] in ("equal", "none") or row["check"].startswith("missing: "), row
-        assert (float(row["us"]) > 0) if row["check"] in ("equal", "none") else row["us"] == ""
-    assert "dry run" in (dry / "report.md").read_text().splitlines()[0]
-    env = json.loads((dry / "env.json").read_text())
-    assert all(found["value"] == found["value"] for found in env["constants"].values()), env["constants"]
-    assert [json.loads(line)["outcome"] for line in (dry / "tests.jsonl").read_text().splitlines()].count("passed") > 5
+def listed(modules: Any) -> list[Any]:
+    """Every group and trial, in order."""
+    return [one for found in modules.gpu_groups.steps().values() for one in found]
 
 
-def test_a_dry_run_judges_every_bar_of_the_list_on_the_reference_and_the_interpreter(dry: Path):
-    bars = rows(dry / "bars.csv")
-    judged = {
-        backend: {row["bar"] for row in bars if row["backend"] == backend and row["value"]} for backend in ("reference", "triton")
+def test_the_limits_are_those_of_the_list(modules: Any):
+    """A run of all of it is `make gpu-check-dry`; here only what it would be judged by."""
+    found: dict[str, set[str]] = {}
+    for one in (*listed(modules), *modules.gpu_groups.MODEL_LEVEL):
+        for bar in getattr(one, "bars", [one]):
+            found.setdefault(bar.number, set()).add(f"{'>=' if bar.sense == 'at least' else '<='} {bar.limit:g}")
+    assert found == {
+        "1": {"<= 1.06", "<= 1.05"},
+        "2": {"<= 1.1", "<= 1.15"},
+        "3": {"<= 1.3", "<= 1.2", "<= 1.15", "<= 1.08"},
+        "4": {"<= 4", "<= 1.9"},
+        "5": {">= 4", ">= 3", ">= 2"},
+        "6": {">= 5", ">= 2.5"},
+        "7": {">= 3", ">= 2.2", ">= 1.8", ">= 1.2", ">= 1.6", ">= 1"},
+        "8": {">= 4", ">= 3"},
+        "9": {"<= 1.5"},
+        "10": {"<= 1.15", "<= 1.05"},
+        "11": {"<= 1.02", "<= 1.1", "<= 0"},
+        "12": {"<= 1.1", ">= 1.3"},
+        "13": {"<= 1.25", ">= 3"},
+        "14": {"<= 0", "<= 16"},
+        "15": {"<= 12", "<= 2", "<= 3"},
+        "model": {">= 1.22", ">= 1.38"},
     }
-    # The model level has a table of its own, 16 is the CPU's.
-    assert judged["reference"] == {str(number) for number in range(1, 16)}
-    assert judged["triton"] >= judged["reference"] - {"3", "6", "7"}
-    assert not [row for row in bars if row["status"].startswith("not there yet: ")]
-    exact = [row for row in bars if row["value"] and row["bar"] == "14"]
-    assert {float(row["value"]) for row in exact} == {0.0}
-    assert {row["status"] for row in bars if row["value"]} == {"dry"}
-    # The limits are those of the list, whatever the wording.
-    asked = {
-        "1": ["<= 1.06", "<= 1.05"],
-        "2": ["<= 1.1", "<= 1.15"],
-        "3": ["<= 1.3", "<= 1.2", "<= 1.15", "<= 1.08"],
-        "4": ["<= 4", "<= 1.9"],
-        "5": [">= 4", ">= 3", ">= 2"],
-        "6": [">= 5", ">= 2.5"],
-        "7": [">= 3", ">= 2.2", ">= 1.8", ">= 1.2", ">= 1.6", ">= 1"],
-        "8": [">= 4", ">= 3"],
-        "9": ["<= 1.5"],
-        "10": ["<= 1.15", "<= 1.05"],
-        "11": ["<= 1.02", "<= 1.1", "<= 0"],
-        "12": ["<= 1.1", ">= 1.3"],
-        "13": ["<= 1.25", ">= 3"],
-        "14": ["<= 0", "<= 16"],
-        "15": ["<= 12", "<= 2", "<= 3"],
-        "model": [">= 1.22", ">= 1.38"],
-    }
-    for bar, limits in asked.items():
-        assert {row["limit"] for row in bars if row["bar"] == bar} == set(limits), bar
 
 
 def test_a_dry_run_never_reaches_the_committed_results(tmp_path: Path):
-    for arguments in (["--dry", "1"], ["--dry", "1", BENCH / "results" / "dry"]):
+    for arguments in (["--dry"], ["--dry", "--results", BENCH / "results" / "dry"]):
         refused = run(*arguments)
         assert refused.returncode == 2
         assert "outside bench/results" in refused.stderr
@@ -135,40 +115,19 @@ def test_a_dry_run_never_reaches_the_committed_results(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which this would measure")
-@pytest.mark.parametrize("archs", ["", "90"])
-def test_without_a_gpu_or_a_build_only_a_dry_run_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archs: str):
-    """With an architecture that was named it builds; what fails there is told, and no reason to stop."""
-    (tmp_path / "cmake").write_text("#!/bin/sh\necho 'CMake Error: no compiler'\nexit 1\n")
-    (tmp_path / "cmake").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("V2DROP_CUDA_ARCHS", archs)
-    refused = run(1, tmp_path / "out")
+def test_without_a_gpu_only_a_dry_run_is_offered(tmp_path: Path):
+    refused = run("--minutes", 1, "--results", tmp_path / "out")
     assert refused.returncode == 2
     assert "--dry" in refused.stderr
-    assert ("build: failed: CMake Error: no compiler" if archs else "build: not built") in refused.stdout
-
-
-def test_a_cut_run_names_what_it_did_not_reach(modules: Any, check: Any, tmp_path: Path):
-    late = check(deadline=0.0)
-    for step in (*modules.gpu_groups.urgent(), *modules.gpu_groups.others()):
-        late.do(step)
-    bars = rows(tmp_path / "bars.csv")
-    assert {row["status"] for row in bars} == {"not reached in the time given"}
-    assert {row["bar"] for row in bars} >= {"1", "2", "3", "4", "5", "14", "15"}
-    results = rows(tmp_path / "results.csv")
-    assert {row["check"] for row in results} == {"not reached in the time given"}
-    assert len(results) == sum(
-        isinstance(s, modules.gpu_groups.Group) for s in (*modules.gpu_groups.urgent(), *modules.gpu_groups.others())
-    )
 
 
 def of(modules: Any, op: str) -> Any:
-    groups = [s for s in modules.gpu_groups.others() if isinstance(s, modules.gpu_groups.Group)]
+    groups = [s for s in listed(modules) if isinstance(s, modules.gpu_groups.Group)]
     return next(group for group in groups if group.op == op)
 
 
 @pytest.mark.parametrize(
-    ("test", "op", "red"),
+    ("test", "op", "forbids"),
     [
         ("tests/test_variation_score.py::test_values[l2-reference]", "score", True),
         ("tests/test_variation_score.py::test_values[reference-l2]", "drop", True),
@@ -178,11 +137,14 @@ def of(modules: Any, op: str) -> Any:
         ("tests/test_attention_score.py::test_values[reference]", "drop", False),
         ("tests/test_variation_score.py::test_values[reference]", "attention", False),
         ("tests/test_merge.py::test_values[reference]", "drop", False),
-        ("tests/test_determinism.py::test_bits[reference-l2]", "score", True),
-        ("tests/test_device_lengths.py::test_replays", "score", True),
+        ("tests/ops/test_determinism.py::test_bits[reference-l2]", "score", True),
+        ("tests/ops/test_device_lengths.py::test_replays", "score", True),
+        ("tests/interop/test_array.py::test_cupy", "score", False),
+        ("tests/interop/test_jax.py::test_values", "score", False),
+        ("tests/models/test_models.py::test_values[reference]", "score", False),
     ],
 )
-def test_no_figure_where_a_test_is_red(modules: Any, check: Any, tmp_path: Path, test: str, op: str, red: bool):
+def test_no_figure_where_a_test_fails(modules: Any, check: Any, tmp_path: Path, test: str, op: str, forbids: bool):
     group = of(modules, op)
     check({"test": test, "outcome": "failed", "seconds": 1.0, "why": "1 != 2"}).do(group)
     found = [row for row in rows(tmp_path / "results.csv") if row["provider"] == "reference"]
@@ -190,17 +152,28 @@ def test_no_figure_where_a_test_is_red(modules: Any, check: Any, tmp_path: Path,
     assert found
     assert bars
     for row in found:
-        assert row["check"] == (f"red: {test}" if red else "equal")
-        assert (row["us"] == "") == red
+        assert row["check"] == (f"failing: {test}" if forbids else "equal")
+        assert (row["us"] == "") == forbids
     for row in bars:
-        assert (row["value"] == "") == red
-        assert (test in row["status"]) == red
+        assert (row["value"] == "") == forbids
+        assert (test in row["status"]) == forbids
 
 
 def test_only_tests_that_exist_speak_for_an_op(modules: Any):
     """A file that was renamed would speak for everything, or for nothing."""
     for name in modules.gpu_outcomes.SPEAKS_FOR:
-        assert (BENCH.parent / "tests" / f"{name}.py").exists(), name
+        assert list((BENCH.parent / "tests").glob(f"*/{name}.py")), name
+    for name in modules.gpu_tests.SMOKE:
+        assert len(modules.gpu_tests.find(name)) == 1, name
+
+
+def test_a_file_that_could_not_be_collected_forbids_nothing(modules: Any, tmp_path: Path):
+    path = tmp_path / "tests.jsonl"
+    for file in ("tests/interop/test_jax.py", "tests/ops/test_device_lengths.py", "tests/ops/test_compact.py"):
+        path.write_text(json.dumps({"test": file, "outcome": "not collected", "seconds": 0, "why": "ImportError"}) + "\n{half")
+        outcomes = modules.gpu_outcomes.Outcomes(path)
+        assert outcomes.failing("triton", "compact") is None
+        assert outcomes.words() == "Tests: 1 not collected."
 
 
 @pytest.mark.parametrize(("op", "fault"), [("score", "score"), ("score", "raises"), ("attention", "score")])
@@ -305,7 +278,7 @@ def test_steps_name_only_candidates_that_exist(modules: Any):
     """A bar whose name is misspelt would find no time on the GPU, and nobody would know why."""
     groups, meter = modules.gpu_groups, modules.gpu_meter.HostMeter()
     seen = set()
-    for step in (*groups.urgent(), *groups.others()):
+    for step in listed(modules):
         if isinstance(step, groups.Trial) or (key := (step.build, step.bars)) in seen:
             continue
         seen.add(key)
@@ -337,7 +310,7 @@ def test_the_kernels_behind_the_constants_compile_for_a_gpu(modules: Any):
 
 def test_every_shape_that_was_asked_for_has_a_group(modules: Any):
     groups = modules.gpu_groups
-    steps = [s for s in (*groups.urgent(), *groups.others()) if isinstance(s, groups.Group)]
+    steps = [s for s in listed(modules) if isinstance(s, groups.Group)]
     drops = {s.case for s in steps if s.name.startswith("drop ")}
     asked = {groups.Case(b, n, d, groups.QUARTER) for n, d in ((576, 4096), (6272, 3584), (65536, 4096)) for b in (1, 8, 32)}
     asked |= {groups.Case(64, 576, 4096, groups.QUARTER)}
@@ -386,25 +359,21 @@ def test_a_design_that_does_not_apply_is_missing_and_not_broken(modules: Any, ch
         ("import sys; sys.exit('no weights')", "broken: RuntimeError: bench_model.py ended with code 1: no weights"),
         ("import a_package_that_is_not_here", "not there: No module named 'a_package_that_is_not_here'"),
         ("print('[]')", "broken: RuntimeError: bench_model.py printed no list of rows"),
-        (None, "not there yet: "),
     ],
 )
 def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path: Path, monkeypatch: Any, script: str, why: str):
-    monkeypatch.setattr(modules.gpu_check, "MODEL", tmp_path / "bench_model.py")
-    if script:
-        (tmp_path / "bench_model.py").write_text(script)
-    done = check(deadline=modules.gpu_check.time.monotonic() + 60)
-    done.expect()
-    done.model()
+    monkeypatch.setattr(modules.gpu_measure, "MODEL", tmp_path / "bench_model.py")
+    (tmp_path / "bench_model.py").write_text(script)
+    check().model(["--batch", "1"], "model-1.json", 60)
     found = [row["status"] for row in rows(tmp_path / "bars.csv") if row["bar"] == "model"]
     assert len(found) == 2
     assert all(status.startswith(why) for status in found), found
     if why.startswith("see"):
-        written = json.loads((tmp_path / "model.json").read_text())
-        assert written == [{"model": "a", "args": ["--json", "--dry"]}]
+        written = json.loads((tmp_path / "model-1.json").read_text())
+        assert written == [{"model": "a", "args": ["--json", "--seconds", "36", "--batch", "1", "--dry"]}]
         assert "| model | args |" in modules.gpu_report.model_table(written)
     else:
-        assert not (tmp_path / "model.json").exists()
+        assert not (tmp_path / "model-1.json").exists()
 
 
 # --- the policies
@@ -416,8 +385,7 @@ def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path
         ("import pathlib, sys; pathlib.Path(sys.argv[2], 'policies.md').write_text(f'# Title\\n\\n{sys.argv}\\n')", 60, "measured"),
         ("import sys; sys.exit('no memory')", 60, "broken: RuntimeError: bench_policies.py ended with code 1: no memory"),
         ("import a_package_that_is_not_here", 60, "not there: No module named 'a_package_that_is_not_here'"),
-        ("import time; time.sleep(60)", 1, "not reached in the time given"),
-        ("", -1, "not reached in the time given"),
+        ("import time; time.sleep(60)", 1, "cut after 1 s"),
     ],
 )
 def test_the_policies_are_measured_in_the_time_that_is_left(
@@ -425,9 +393,9 @@ def test_the_policies_are_measured_in_the_time_that_is_left(
 ):
     program = tmp_path / "bench_policies.py"
     program.write_text(script)
-    monkeypatch.setattr(modules.gpu_check, "POLICIES", program)
-    done = check(deadline=modules.gpu_check.time.monotonic() + seconds)
-    assert done.policies() == why
+    monkeypatch.setattr(modules.gpu_measure, "POLICIES", program)
+    done = check()
+    assert (done.policies(seconds) or "measured") == why
     assert done.broken == why.startswith("broken")
     told = modules.gpu_report.policies(tmp_path, {"policies": why})
     given = [str(program), "--out", str(tmp_path), "--dry"]
@@ -453,9 +421,9 @@ RAW = (
 )
 
 
-def stub(folder: Path, script: str) -> None:
-    (folder / "ncu").write_text(f"#!{sys.executable}\nimport subprocess, sys\n{script}")
-    (folder / "ncu").chmod(0o755)
+def stub(folder: Path, script: str, name: str = "ncu") -> None:
+    (folder / name).write_text(f"#!{sys.executable}\nimport subprocess, sys\n{script}")
+    (folder / name).chmod(0o755)
 
 
 def test_ncu_figures_reach_the_csv_and_the_report(modules: Any, tmp_path: Path, monkeypatch: Any):
@@ -463,14 +431,17 @@ def test_ncu_figures_reach_the_csv_and_the_report(modules: Any, tmp_path: Path, 
         tmp_path,
         "at = sys.argv.index(sys.executable)\n"
         "if 'triton' in sys.argv and subprocess.run(sys.argv[at:]).returncode:\n    sys.exit('what it profiles failed')\n"
+        "assert sys.argv[1:3] == ['--clock-control', 'none']\n"
         f"open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write({RAW!r})\n",
     )
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(modules.gpu_ncu, "SIZES", {"image": (1, 576, 4096)})
-    assert modules.gpu_ncu.collect(tmp_path, 100, True) == "ncu: 4 kernels measured"
+    for backend in ("triton", "cuda", "triton"):  # measured again, a backend's rows are replaced
+        assert modules.gpu_ncu.profile(tmp_path, "image", backend, 100, True) is None
     found = rows(tmp_path / "ncu.csv")
-    assert [(row["backend"], row["kernel"], row["name"]) for row in found[:2]] == [
+    assert [row["backend"] for row in found] == ["cuda", "cuda", "triton", "triton"]
+    found = found[2:]
+    assert [(row["backend"], row["kernel"], row["name"]) for row in found] == [
         ("triton", "score", "_variation_score_fwd_kernel"), ("triton", "select", "select_kernel"),
     ]  # fmt: skip
     assert [found[0][c] for c in ("us", "dram_gb_s", "l2_hit_percent", "registers")] == ["25", "4100", "12.25", "48"]
@@ -479,33 +450,127 @@ def test_ncu_figures_reach_the_csv_and_the_report(modules: Any, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("script", "why", "asked"),
+    ("script", "why"),
     [
         (
             "print('==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'); sys.exit(1)",
             "no permission to read the GPU's c",
-            1,
         ),
-        ("print('==ERROR== an error occurred'); sys.exit(1)", "ncu gave no figures: ==ERROR== an error occurred", 6),
-        ("pass", "ncu gave no figures: it printed no kernel", 6),
-        (None, "ncu is not installed", 1),
+        ("print('==ERROR== an error occurred'); sys.exit(1)", "ncu gave no figures: ==ERROR== an error occurred"),
+        ("pass", "ncu gave no figures: it printed no kernel"),
+        (None, "ncu is not installed"),
     ],
 )
 def test_what_keeps_ncu_from_its_counters_is_told_and_no_failure(
-    modules: Any, tmp_path: Path, monkeypatch: Any, script: str | None, why: str, asked: int
+    modules: Any, tmp_path: Path, monkeypatch: Any, script: str | None, why: str
 ):
     if script:
         stub(tmp_path, script)
     monkeypatch.setenv("PATH", str(tmp_path) if script is None else f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert why in modules.gpu_ncu.collect(tmp_path, 100, True)
-    found = rows(tmp_path / "ncu.csv")
-    assert len(found) == asked
-    assert all(row["status"].startswith(why) for row in found)
-    # A check that has no time for it keeps what an earlier run found.
+    assert modules.gpu_ncu.profile(tmp_path, "image", "triton", 100, True).startswith(why)
+    assert [row["status"].startswith(why) for row in rows(tmp_path / "ncu.csv")] == [True]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("print('========= ERROR SUMMARY: 0 errors')", "clean"),
+        ("print('========= Invalid __global__ read\\n========= ERROR SUMMARY: 2 errors'); sys.exit(9)", "errors found"),
+        ("print('device not supported'); sys.exit(1)", "ended with code 1"),
+        (None, "compute-sanitizer is not installed"),
+    ],
+)
+def test_the_verdict_of_compute_sanitizer_reaches_the_csv(
+    modules: Any, tmp_path: Path, monkeypatch: Any, script: str | None, status: str
+):
     if script:
-        stub(tmp_path, "pass")
-        assert "of an earlier run" in modules.gpu_ncu.collect(tmp_path, 1.0, False)
-        assert rows(tmp_path / "ncu.csv") == found
+        stub(tmp_path, "assert sys.argv[1:3] == ['--tool', 'racecheck'] and '--drive' in sys.argv\n" + script, "compute-sanitizer")
+    monkeypatch.setenv("PATH", str(tmp_path) if script is None else f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert modules.gpu_sanitizer.check(tmp_path, "racecheck", "cuda", 60, True) == (None if status == "clean" else status)
+    (row,) = rows(tmp_path / "sanitizer.csv")
+    assert (row["tool"], row["backend"], row["status"]) == ("racecheck", "cuda", status)
+    if script and "SUMMARY" in script:
+        assert row["summary"].startswith("ERROR SUMMARY")
+
+
+# --- state, archive, provenance, build
+
+
+def test_an_archive_holds_the_folder_and_a_new_folder_goes_on_from_it(modules: Any, tmp_path: Path):
+    state = modules.gpu_state
+    (tmp_path / "a").mkdir()
+    first = state.State(tmp_path / "a", "abc")
+    first.finish("image/one", ["triton"])
+    (tmp_path / "a" / "results.csv").write_text("x\n")
+    (tmp_path / "a" / "long.log").write_bytes(b"0" * (state.LOG_BYTES + 7))
+    archive = state.pack(tmp_path / "a", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu-check.tar.gz"]
+    state.unpack(archive, tmp_path / "b")
+    assert (tmp_path / "b" / "results.csv").read_text() == "x\n"
+    assert (tmp_path / "b" / "long.log").stat().st_size == state.LOG_BYTES
+    again = state.State(tmp_path / "b", "abc")
+    assert not again.due("image/one", ["triton"])
+    assert again.due("image/one", ["triton", "cuda"])  # measured again once CUDA C++ is built
+    assert again.due("image/two", [])
+    assert state.State(tmp_path / "b", "def").due("image/one", ["triton"])  # another commit begins anew
+
+
+def test_an_archive_stays_within_its_limit(modules: Any, tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tests.jsonl").write_bytes(os.urandom(1 << 20))
+    monkeypatch.setattr(modules.gpu_state, "ARCHIVE_BYTES", 300 << 10)
+    assert modules.gpu_state.pack(tmp_path / "a", tmp_path / "out").stat().st_size <= 300 << 10
+
+
+def test_a_tree_without_git_knows_its_commit(modules: Any, tmp_path: Path, monkeypatch: Any):
+    provenance = modules.provenance
+    monkeypatch.delenv("V2DROP_COMMIT", raising=False)
+    for name in provenance.SOURCES[:-1]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "CMakeLists.txt").write_text("")
+    (tmp_path / "bench" / "a.py").write_text("1")
+    assert provenance.commit(tmp_path) == "unknown"
+    with pytest.raises(SystemExit, match="no git checkout"):
+        provenance.write(tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *arguments], check=True)
+    name = provenance.write(tmp_path)
+    assert name == provenance.from_git(tmp_path)
+    assert len(name) == 12
+    (tmp_path / ".git").rename(tmp_path / "elsewhere")
+    assert provenance.commit(tmp_path) == name
+    (tmp_path / "bench" / "a.py").write_text("2")
+    assert provenance.commit(tmp_path) == f"{name}+changes"
+    monkeypatch.setenv("V2DROP_COMMIT", "feed")
+    assert provenance.commit(tmp_path) == "feed"
+
+
+@pytest.mark.parametrize(
+    ("script", "note"),
+    [
+        ("[ $1 = -S ] || touch $2/_C.so", "for architecture 90 in"),
+        ("echo 'CMake Error: no compiler'; exit 1", "failed: CMake Error: no compiler"),
+        (None, "not built: CMake was not found"),
+    ],
+)
+def test_a_build_in_the_background_is_taken_into_use_or_told(
+    modules: Any, tmp_path: Path, monkeypatch: Any, script: str | None, note: str
+):
+    monkeypatch.delenv("V2DROP_NATIVE_MODULE", raising=False)
+    if script:
+        (tmp_path / "cmake").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) if script is None else f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    folder = tmp_path / "build"
+    build = modules.gpu_build.Build("90", folder=folder)
+    try:
+        assert build.wait(60)
+        assert build.note.startswith(note)
+        assert (os.environ.get("V2DROP_NATIVE_MODULE") == str(folder / "_C.so")) == note.startswith("for")
+    finally:
+        os.environ.pop("V2DROP_NATIVE_MODULE", None)
+        modules.gpu_build.forget()
 
 
 # --- the model of bytes and latencies
@@ -568,7 +633,7 @@ def test_floors_are_bytes_over_what_was_measured(modules: Any):
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tuned")
-    done = run("--tune", "--dry", 30, out)
+    done = run("--tune", "--dry", "--minutes", 30, "--results", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out / "tune"
 
@@ -591,7 +656,9 @@ def test_a_dry_tuning_tries_and_checks_candidates_of_every_kind(modules: Any, tu
 
 
 def fake(times: Any, dry: bool = False) -> Any:
-    return SimpleNamespace(do=lambda group: {"cold": times(group)} if times(group) else {}, dry=dry, conditions={"gpu": "Some GPU"})
+    return SimpleNamespace(
+        late=lambda: False, do=lambda group: {"cold": times(group)} if times(group) else {}, dry=dry, conditions={"gpu": "Some GPU"}
+    )
 
 
 def test_an_entry_is_what_gained_on_all_cases_of_its_key(modules: Any, tmp_path: Path):
