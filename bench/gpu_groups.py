@@ -22,7 +22,7 @@ from providers import Case, Expected, Inputs, _legal_set, _rows, _same_scores, m
 import v2drop_kernels as vk
 from v2drop_kernels import reference
 from v2drop_kernels.backends import choice
-from v2drop_kernels.core.types import Part
+from v2drop_kernels.core.types import GatherSpec
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUARTER = Fraction(1, 4)
@@ -533,7 +533,7 @@ def backward(case: Case, meter: HostMeter) -> list[Candidate]:
     def run(backend: str, grad: torch.Tensor) -> torch.Tensor:
         if backend == "reference":
             return scattered(grad)
-        return choice.load(backend).compact_backward(keep, [Part(grad, 0, 1)], case.n)[0]
+        return choice.load(backend).compact_backward(keep, [GatherSpec(grad, 0, 1)], case.n)[0]
 
     check = same(scattered(grad), "gradients")
     moved = case.batch * (case.n + case.k) * case.row_bytes

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import _native
 from ._native import HEADS, METRICS, MODES, ORDERS, QUERIES, ROUND_TO, lib, maybe_view, outputs, stretches, view
-from .core.plan import CuPlan, Plan
-from .core.types import Part
+from .core.plan import COLUMNS, WIDTH, CuPlan, Plan
+from .core.types import GatherSpec
 
 DESIGNS = {"auto": 0, "cooperative": 1, "two": 2, "three": 3}
 _WORKSPACE_ALIGNMENT = 256
@@ -90,8 +90,8 @@ def _enqueue(
 @functools.lru_cache(maxsize=256)
 def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
     """Stretches of which only ``k`` counts; no segment has more than all rows."""
-    table = torch.zeros(len(ks), 8, dtype=torch.int64)
-    table[:, 4] = torch.tensor(ks).clamp(max=rows)
+    table = torch.zeros(len(ks), WIDTH, dtype=torch.int64)
+    table[:, COLUMNS.k] = torch.tensor(ks).clamp(max=rows)
     return table
 
 
@@ -180,7 +180,7 @@ def drop(
     cur: Tensor | None,
     plan: Plan | CuPlan,
     mask: Tensor | None,
-    parts: Sequence[Part],
+    parts: Sequence[GatherSpec],
     metric: str,
     score_dtype: torch.dtype | None,
     cu_seqlens: Tensor | None = None,
@@ -211,19 +211,19 @@ def drop(
     return keep, results, new_cu
 
 
-def compact(keep: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+def compact(keep: Tensor, parts: Sequence[GatherSpec]) -> list[Tensor]:
     results, described = outputs(parts, keep.shape[-1])
     _enqueue(lib().cuda_compact, keep.device, view(keep), described)
     return results
 
 
-def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Tensor]:
+def compact_backward(keep: Tensor, grads: Sequence[GatherSpec], rows: int) -> list[Tensor]:
     results, described = outputs(grads, rows)
     _enqueue(lib().cuda_compact_backward, keep.device, view(keep), rows, described, rows=keep.shape[0] * rows)
     return results
 
 
-def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
+def compact_(keep: Tensor, parts: Sequence[GatherSpec]) -> None:
     described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
     _enqueue(lib().cuda_compact_inplace, keep.device, view(keep), described)
 

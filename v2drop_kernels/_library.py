@@ -17,8 +17,8 @@ from . import reference
 from ._ops import add_op_namespace_prefix, ops
 from .backends import choice
 from .core.arguments import host_cu_seqlens
-from .core.plan import CuPlan, Plan
-from .core.types import Part
+from .core.plan import COLUMNS, CuPlan, Plan
+from .core.types import GatherSpec
 
 _lib = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 _PLAN = "SymInt[] plan, SymInt batch, SymInt rows, SymInt out_rows"
@@ -70,8 +70,8 @@ def _groups(ints: Sequence[int], batch: int, cu_seqlens: torch.Tensor | None) ->
     return batch if len(ints) == 4 else len(ints) // 8
 
 
-def _parts(tensors: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int]) -> list[Part]:
-    return [Part(t, dims[2 * i], dims[2 * i + 1], fills[i]) for i, t in enumerate(tensors)]
+def _parts(tensors: Sequence[torch.Tensor], dims: Sequence[int], fills: Sequence[int]) -> list[GatherSpec]:
+    return [GatherSpec(t, dims[2 * i], dims[2 * i + 1], fills[i]) for i, t in enumerate(tensors)]
 
 
 def _resized(tensors: Sequence[torch.Tensor], dims: Sequence[int], rows: int) -> list[torch.Tensor]:
@@ -186,7 +186,7 @@ def _drop(
     if cu is None:
         cu = torch.empty(0, dtype=torch.int32, device=keep.device)
         if cu_seqlens is not None and isinstance(found, Plan):  # resolved on the host: its table tells what is kept
-            kept = found.host_table()[:, 4].cumsum(0)
+            kept = found.host_table()[:, COLUMNS.k].cumsum(0)
             cu = torch.nn.functional.pad(kept, (1, 0)).to(torch.int32)
     return outs, keep, cu
 
@@ -388,7 +388,7 @@ class Dispatched:
         return ops.topk(scores, prev, cur, mask, cu_seqlens, *packed, order, metric, score_dtype, self._backend)
 
     def drop(
-        self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, parts: list[Part], metric: str,
+        self, scores: Any, prev: Any, cur: Any, plan: Any, mask: Any, parts: list[GatherSpec], metric: str,
         score_dtype: Any, cu_seqlens: Any = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:  # fmt: skip
         tensors, dims, fills = _split(parts)
@@ -398,10 +398,10 @@ class Dispatched:
         )  # fmt: skip
         return keep, outs, cu if cu_seqlens is not None else None
 
-    def compact(self, keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+    def compact(self, keep: torch.Tensor, parts: list[GatherSpec]) -> list[torch.Tensor]:
         return ops.compact(keep, *_split(parts), self._backend)
 
-    def compact_(self, keep: torch.Tensor, parts: list[Part]) -> None:
+    def compact_(self, keep: torch.Tensor, parts: list[GatherSpec]) -> None:
         tensors, dims, _ = _split(parts)
         ops.compact_(keep, tensors, dims, self._backend)
 
@@ -459,5 +459,5 @@ class _Differentiable(torch.autograd.Function):
         return (None, None, None, *found, *[None] * (len(ctx.saved_tensors) + len(ctx.rest) - len(found)))
 
 
-def _split(parts: list[Part]) -> tuple[list[torch.Tensor], list[int], list[int]]:
+def _split(parts: list[GatherSpec]) -> tuple[list[torch.Tensor], list[int], list[int]]:
     return [p.tensor for p in parts], [d for p in parts for d in (p.batch_dim, p.row_dim)], [p.fill for p in parts]

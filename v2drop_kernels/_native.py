@@ -18,7 +18,7 @@ from ._load import load_library
 
 if TYPE_CHECKING:
     from .core.plan import Plan
-    from .core.types import Part
+    from .core.types import GatherSpec
 
 # Fresh memory of this size is mapped anew by every call, and faulting it in 4 KB at a time costs more than all the rest of a drop.
 _HUGE = 4 << 20
@@ -89,7 +89,7 @@ def _fill_bits(dtype: torch.dtype, fill: int) -> int:
     return int(torch.tensor(fill, dtype=dtype).view(bits).item())
 
 
-def outputs(parts: Sequence[Part], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+def outputs(parts: Sequence[GatherSpec], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
     """The results with `rows` rows, fresh unless given, and the descriptions of the parts that fill them."""
     results, described = [], []
     for tensor, batch_dim, row_dim, fill, result in parts:
@@ -163,7 +163,7 @@ def drop(
     cur: Tensor | None,
     plan: Plan,
     mask: Tensor | None,
-    parts: Sequence[Part],
+    parts: Sequence[GatherSpec],
     metric: str,
     score_dtype: torch.dtype | None,
     cu_seqlens: Tensor | None = None,
@@ -185,19 +185,19 @@ def drop(
     return keep, results, None
 
 
-def compact(keep: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+def compact(keep: Tensor, parts: Sequence[GatherSpec]) -> list[Tensor]:
     results, described = outputs(parts, keep.shape[-1])
     lib().compact(view(keep), described, torch.get_num_threads())
     return results
 
 
-def compact_backward(keep: Tensor, grads: Sequence[Part], rows: int) -> list[Tensor]:
+def compact_backward(keep: Tensor, grads: Sequence[GatherSpec], rows: int) -> list[Tensor]:
     results, described = outputs(grads, rows)
     lib().compact_backward(view(keep), rows, described, torch.get_num_threads())
     return results
 
 
-def compact_(keep: Tensor, parts: Sequence[Part]) -> None:
+def compact_(keep: Tensor, parts: Sequence[GatherSpec]) -> None:
     described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
     lib().compact_inplace(view(keep), described, torch.get_num_threads())
 

@@ -9,17 +9,17 @@ import torch
 from support.compiled import SM90, SM100, SM120, Compiled, compile_for, every_target, hidden, recorded, specialize
 
 from v2drop_kernels.core.plan import CuPlan, Plan
-from v2drop_kernels.core.types import Part
+from v2drop_kernels.core.types import GatherSpec
 from v2drop_kernels.ops import _triton as vt
 
 pytestmark = pytest.mark.compile_only
 
 
-def everything(n: int, layers: int = 32) -> list[Part]:
+def everything(n: int, layers: int = 32) -> list[GatherSpec]:
     """Hidden states, K and V of ``layers`` layers, M-RoPE ids and a mask."""
-    kv = [Part(torch.empty(1, 4, n, 128, dtype=torch.bfloat16), 0, 2) for _ in range(2 * layers)]
+    kv = [GatherSpec(torch.empty(1, 4, n, 128, dtype=torch.bfloat16), 0, 2) for _ in range(2 * layers)]
     ids, mask = torch.empty(3, 1, n, dtype=torch.int64), torch.empty(1, n, dtype=torch.bool)
-    return [Part(hidden(n), 0, 1), *kv, Part(ids, 1, 2), Part(mask, 0, 1)]
+    return [GatherSpec(hidden(n), 0, 1), *kv, GatherSpec(ids, 1, 2), GatherSpec(mask, 0, 1)]
 
 
 def uniform(n: int) -> Plan:
@@ -30,7 +30,7 @@ def table(n: int) -> Plan:
     return Plan(1, n, n // 4, 2, None, (0, 0, n // 2, 0, n // 8, 0, 0, 0, n // 2, 0, n // 2, 0, n // 8, n // 8, 0, 0))
 
 
-def drop(n: int, parts: list[Part], plan: Plan | None = None, mask: torch.Tensor | None = None) -> None:
+def drop(n: int, parts: list[GatherSpec], plan: Plan | None = None, mask: torch.Tensor | None = None) -> None:
     vt.drop(None, hidden(n), hidden(n), plan or uniform(n), mask, parts, "l2", None)
 
 
@@ -94,7 +94,7 @@ def test_topk_by_score_of_device_lengths(target):
 @pytest.mark.parametrize("kv", [False, True], ids=["hidden", "kv"])
 def test_drop(target, n, kv):
     with recorded(target) as launches:
-        drop(n, everything(n) if kv else [Part(hidden(n), 0, 1)])
+        drop(n, everything(n) if kv else [GatherSpec(hidden(n), 0, 1)])
     names = ["variation_score_fwd", "gather_fwd"] if n <= 2048 else ["variation_score_fwd", "select_fwd", "gather_fwd"]
     assert [x.name for x in launches] == names
     compiled = [compile_for(target, x) for x in launches]
@@ -117,7 +117,7 @@ def test_drop(target, n, kv):
 @pytest.mark.parametrize("n", [2048, 8192, 9000, 20000])
 def test_drop_table_and_mask(target, n):
     with recorded(target) as launches:
-        drop(n, [Part(hidden(n), 0, 1)], table(n), torch.empty(1, n, dtype=torch.bool))
+        drop(n, [GatherSpec(hidden(n), 0, 1)], table(n), torch.empty(1, n, dtype=torch.bool))
     assert len(launches) == (2 if n <= 2048 else 3)
     for item in launches:
         compile_for(target, item)
@@ -127,7 +127,7 @@ def test_drop_table_and_mask(target, n):
 def test_drop_device_lengths(target):
     h, plan = hidden(9000)[0], CuPlan(9000, (5,) * 32, 160, True)
     with recorded(target) as launches:
-        vt.drop(None, h, h, plan, None, [Part(h, -1, 0)], "l2", None, torch.empty(33, dtype=torch.int32))
+        vt.drop(None, h, h, plan, None, [GatherSpec(h, -1, 0)], "l2", None, torch.empty(33, dtype=torch.int32))
     assert [x.name for x in launches] == ["variation_score_fwd", "select_fwd", "gather_fwd"]
     for item in launches[:2]:
         compile_for(target, item)
@@ -139,7 +139,7 @@ def test_backward(target):
     keep = torch.empty(1, n // 4, dtype=torch.int64)
     with recorded(target) as launches:
         vt.variation_score_backward(torch.empty(1, n), hidden(n), hidden(n), "cosine", True, True)
-        vt.compact_backward(keep, [Part(hidden(n // 4), 0, 1)], n)
+        vt.compact_backward(keep, [GatherSpec(hidden(n // 4), 0, 1)], n)
     assert [x.name for x in launches] == ["variation_score_bwd", "invert_fwd", "gather_fwd"]
     score, _, gather = (compile_for(target, x) for x in launches)
     if target.backend == "cuda":
@@ -160,10 +160,10 @@ def test_launches_of_many_tensors():
     """Up to 128 tensors share a launch and its 4 KB of parameters; 400 take three more."""
     for tensors, launches_wanted in ((128, 2), (129, 3), (400, 5)):
         with recorded(SM90) as launches:
-            drop(64, [Part(torch.empty(1, 64, 128), 0, 1)] * tensors)
+            drop(64, [GatherSpec(torch.empty(1, 64, 128), 0, 1)] * tensors)
         assert len(launches) == launches_wanted
     with recorded(SM90) as launches:
-        drop(64, [Part(torch.empty(1, 64, 128), 0, 1)] * 128)
+        drop(64, [GatherSpec(torch.empty(1, 64, 128), 0, 1)] * 128)
     header = compile_for(SM90, launches[1]).asm["ptx"].split("{", 1)[0]
     assert 8 * header.count(".param") <= 4096
 

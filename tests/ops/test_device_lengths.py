@@ -15,7 +15,7 @@ import v2drop_kernels as vk
 from v2drop_kernels.backends import choice
 from v2drop_kernels.core import plan as plans
 from v2drop_kernels.core import pytree
-from v2drop_kernels.core.types import Part
+from v2drop_kernels.core.types import GatherSpec
 
 pytestmark = pytest.mark.backends("triton", "cuda")
 OFFSETS = [[0, 20, 21, 90], [0, 0, 90, 90], [0, 90], [0, 30, 60, 90], [0, 0, 0, 0, 0]]
@@ -50,7 +50,7 @@ def test_drop_of_device_offsets(on, cu):
     kv = torch.randn(2, rows, 4, generator=torch.Generator().manual_seed(0))
     capacity = min(sum(ks), rows)
     plan = plans.CuPlan(rows, tuple(ks), capacity, True)
-    parts = [Part(cur.to(on.device), -1, 0), Part(kv.to(on.device), -1, 1)]
+    parts = [GatherSpec(cur.to(on.device), -1, 0), GatherSpec(kv.to(on.device), -1, 1)]
     keep, outs, new = choice.load(on.backend).drop(
         None, prev.to(on.device), cur.to(on.device), plan, None, parts, "l2", None, cu_seqlens=offsets(cu, on)
     )
@@ -77,7 +77,9 @@ def test_wrong_device_offsets_stay_in_bounds(on, cu):
     assert (indices[chosen] < rows).all()
     assert torch.equal(values[chosen], x[indices[chosen]])
     plan = plans.CuPlan(rows, tuple(ks), min(sum(ks), rows), True)
-    keep, (out,), new = backend.drop(x, None, None, plan, None, [Part(x[:, None], -1, 0)], "l2", None, cu_seqlens=offsets(cu, on))
+    keep, (out,), new = backend.drop(
+        x, None, None, plan, None, [GatherSpec(x[:, None], -1, 0)], "l2", None, cu_seqlens=offsets(cu, on)
+    )
     assert ((keep >= -1) & (keep < rows)).all()
     assert not out.isnan().any()
     assert ((new >= 0) & (new <= plan.out_rows)).all()
@@ -125,9 +127,9 @@ def test_every_part_has_the_offsets_of_the_batch(on, key):
     """ids, M-RoPE ids, KV and rope tables packed along T."""
     b = BATCHES[13]
     hidden = hidden_pair((b.rows, 4), torch.float32, device=on.device)[1]
-    at = pytree.rows_of("h_cur", hidden, True)
+    at = pytree.batch_shape("h_cur", hidden, True)
     given = companions(b, key, device=on.device)
-    parts, _ = pytree.collect(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
+    parts, _ = pytree.flatten(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
     x = scores("random", b.lead, torch.float32).to(on.device)
     plan = plans.CuPlan(b.rows, (5, 1, 9), 15, True)
     keep, outs, _ = choice.load(on.backend).drop(x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on))

@@ -30,7 +30,7 @@ from support.cases import (
 from support.oracle import check_compacted, exact, position_ids
 
 import v2drop_kernels as vk
-from v2drop_kernels.core.types import Part
+from v2drop_kernels.core.types import GatherSpec
 
 
 def drop(on, prev, cur, k, **given):
@@ -67,7 +67,7 @@ def test_drop_tokens(on, N, k, dtype, metric):
     got = drop(on, prev, cur, k, metric=metric)
     keep = vk.reference.segmented_topk(exact(prev, cur, metric).float(), k).indices
     same(got.keep.cpu(), keep)
-    same(got.hidden.cpu(), vk.reference.gather(keep, [(Part(cur, 0, 1))])[0])
+    same(got.hidden.cpu(), vk.reference.gather(keep, [(GatherSpec(cur, 0, 1))])[0])
     assert got.attention_mask is None
 
 

@@ -97,8 +97,8 @@ def test_topk_plan_lists_every_segment(b):
     plan = plans.topk_plan(layout, tuple(b.ks("list")))
     ks = [min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True)]
     assert plan.out_rows == max(ks, default=0)
-    assert plan.host_table()[:, 4].tolist() == ks
-    assert plan.host_table()[:, 7].tolist() == [plan.out_rows - k for k in ks]
+    assert plan.host_table()[:, plans.COLUMNS.k].tolist() == ks
+    assert plan.host_table()[:, plans.COLUMNS.pad_after].tolist() == [plan.out_rows - k for k in ks]
 
 
 def test_plan_is_uniform_where_items_are_alike():
@@ -127,7 +127,7 @@ def test_cu_plan_resolves_to_the_host_plan(pack):
     plan = plans.CuPlan(20, ks, sum(ks) if pack else max(ks), pack).resolve(cu)
     rows = plan.host_table()[:, [0, 2, 4]].tolist()
     assert rows == [[0, 5, 3], [5, 0, 0], [5, 1, 1], [6, 14, 9]]
-    out, pad = plan.host_table()[:, 5].tolist(), plan.host_table()[:, 7].tolist()
+    out, pad = plan.host_table()[:, plans.COLUMNS.dst_start].tolist(), plan.host_table()[:, plans.COLUMNS.pad_after].tolist()
     assert out == ([0, 3, 3, 4] if pack else [0, 9, 18, 27])
     assert pad == ([0, 0, 0, 5] if pack else [6, 9, 8, 0])
 

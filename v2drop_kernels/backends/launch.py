@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.plan import Plan
+from ..core.plan import COLUMNS, WIDTH, Plan
 
-TABLE_FIELDS = tl.constexpr(8)  # row0, pre, n, post, k, out0, pad_pre, pad_post: a row of Plan.host_table()
+# The columns of Plan.host_table(), for use in kernels.
+TABLE_FIELDS = tl.constexpr(WIDTH)
+(COL_SRC_START, COL_N_PREFIX, COL_N, COL_N_SUFFIX, COL_K, COL_DST_START, COL_PAD_BEFORE, COL_PAD_AFTER) = map(tl.constexpr, COLUMNS)
 
 
 def start(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
@@ -65,7 +67,7 @@ def row_strides(tensor: torch.Tensor | None) -> tuple[int, int]:
 @functools.lru_cache(maxsize=256)
 def slot_starts(plan: Plan, device: torch.device) -> torch.Tensor:
     """Exclusive prefix sum ``[G + 1]`` of the stretches' competing rows."""
-    n = plan.host_table()[:, 2]
+    n = plan.host_table()[:, COLUMNS.n]
     return torch.cat([n.new_zeros(1), n.cumsum(0)]).to(device)
 
 

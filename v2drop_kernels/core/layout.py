@@ -63,7 +63,7 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
     return min(n, max(at_least, ways[rounding](n * Fraction(str(ratio)))))
 
 
-class Segment(NamedTuple):
+class DroppableSpan(NamedTuple):
     """One competition: ``n`` rows from flat row ``row`` on, of which ``available`` are droppable."""
 
     item: int
@@ -303,16 +303,16 @@ class TokenLayout:
             rows[i, lo:hi] = True
         return rows.to(device)
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[DroppableSpan]:
         """The competitions, item by item and span by span; ``k`` lists are in this order."""
         found = []
         for i, (lo, hi) in enumerate(self.bounds):
             if self.counts is not None:
                 base = 0 if self.is_packed else i * self.rows
-                found.append(Segment(i, base + lo, hi - lo, self.counts[i]))
+                found.append(DroppableSpan(i, base + lo, hi - lo, self.counts[i]))
                 continue
             base = lo if self.is_packed else i * self.rows
-            found += [Segment(i, base + start, stop - start, stop - start) for start, stop in self.spans[i]]
+            found += [DroppableSpan(i, base + start, stop - start, stop - start) for start, stop in self.spans[i]]
         return found
 
 

@@ -13,10 +13,27 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arguments import check_offsets, check_spans, host_cu_seqlens, is_int, is_pair, is_tensor, per_segment_k, require_int
-from .layout import Segment, TokenLayout, as_layout, is_packed
+from .layout import DroppableSpan, TokenLayout, as_layout, is_packed
 
 if TYPE_CHECKING:  # plans are made for NumPy and JAX too: torch is imported where a tensor is made
     import torch
+
+
+class Segment(NamedTuple):
+    """One row of a plan's table. Row numbers count over the whole batch, and padding rows are written but not read."""
+
+    src_start: int
+    n_prefix: int
+    n: int
+    n_suffix: int
+    k: int
+    dst_start: int
+    pad_before: int
+    pad_after: int
+
+
+COLUMNS = Segment(*range(len(Segment._fields)))  # the number of each column, by its name
+WIDTH = len(COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ class Plan:
     uniform : tuple | None
         ``(pre, n, post, k)`` when every batch entry is one such stretch starting at its first row.
     table : tuple | None
-        Otherwise ``groups * 8`` ints: row0, pre, n, post, k, out0, pad_pre, pad_post (rows flat over the batch).
+        Otherwise ``groups * 8`` ints: the fields of one :class:`Segment` after another.
     """
 
     batch: int
@@ -49,7 +66,7 @@ class Plan:
         """The largest competition."""
         if self.uniform is not None:
             return self.uniform[1]
-        return max(self.table[2::8], default=0)
+        return max(self.column("n"), default=0)
 
     @property
     def ragged(self) -> bool:
@@ -57,7 +74,11 @@ class Plan:
         if self.uniform is not None:
             pre, _, post, k = self.uniform
             return pre + k + post < self.out_rows
-        return any(self.table[6::8]) or any(self.table[7::8])
+        return any(self.column("pad_before")) or any(self.column("pad_after"))
+
+    def column(self, name: str) -> Sequence[int]:
+        """One column of :meth:`flat_table`, by its name in :class:`Segment`."""
+        return self.flat_table()[getattr(COLUMNS, name) :: WIDTH]
 
     def flat_table(self) -> Sequence[int]:
         """``table``, spelt out where the plan is uniform."""
@@ -65,20 +86,20 @@ class Plan:
             return self.table
         pre, n, post, k = self.uniform
         pad = self.out_rows - pre - k - post
-        return [x for g in range(self.groups) for x in (g * self.rows, pre, n, post, k, g * self.out_rows, 0, pad)]
+        return [x for g in range(self.groups) for x in Segment(g * self.rows, pre, n, post, k, g * self.out_rows, 0, pad)]
 
     @functools.cached_property
     def _host_table(self) -> torch.Tensor:
         import torch
 
-        return torch.tensor(self.flat_table(), dtype=torch.int64).view(self.groups, 8)
+        return torch.tensor(self.flat_table(), dtype=torch.int64).view(self.groups, WIDTH)
 
     @functools.cached_property
     def _device_tables(self) -> dict[torch.device, torch.Tensor]:
         return {}
 
     def host_table(self) -> torch.Tensor:
-        """The table as an int64 CPU tensor ``[groups, 8]``, made once."""
+        """The table as an int64 CPU tensor ``[groups, 8]``, one :class:`Segment` a row, made once."""
         return self._host_table
 
     def device_table(self, device: torch.device) -> torch.Tensor:
@@ -118,7 +139,7 @@ class CuPlan:
             k = min(k, n)
             last = g == self.groups - 1
             pad = (self.out_rows - out0 - k if last else 0) if self.pack else self.out_rows - k
-            table += [cu[g], 0, n, 0, k, out0 if self.pack else g * self.out_rows, 0, pad]
+            table += Segment(cu[g], 0, n, 0, k, out0 if self.pack else g * self.out_rows, 0, pad)
             out0 += k
         return Plan(1, self.rows, self.out_rows, self.groups, None, tuple(table))
 
@@ -150,7 +171,7 @@ def topk_plan(layout: TokenLayout, ks: tuple[int, ...]) -> Plan:
     batch = 1 if layout.is_packed else layout.batch
     table: list[int] = []
     for g, (s, x) in enumerate(zip(segments, ks, strict=True)):
-        table += [s.row, 0, s.n, 0, x, g * width, 0, width - x]
+        table += Segment(s.row, 0, s.n, 0, x, g * width, 0, width - x)
     return Plan(batch, layout.rows, width, len(segments), None, tuple(table))
 
 
@@ -164,7 +185,7 @@ class DropPlan(NamedTuple):
 
 def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
     """Plan of a drop: the droppable tokens compete, all other real rows are kept."""
-    by_item: list[list[tuple[Segment, int]]] = [[] for _ in layout.bounds]
+    by_item: list[list[tuple[DroppableSpan, int]]] = [[] for _ in layout.bounds]
     for s, x in zip(layout.segments(), ks, strict=True):
         by_item[s.item].append((s, x))
     stretches: list[list[int]] = []  # row0, pre, n, post, k, item, whether it is a segment
@@ -197,7 +218,7 @@ def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
         pad = 0 if packed else out_rows - kept[i]
         first, last = i != previous, j + 1 == len(stretches) or stretches[j + 1][5] != i
         pad_pre, pad_post = (pad if left and first else 0), (pad if not left and last else 0)
-        table += [row0, pre, n, post, x, out0, pad_pre, pad_post]
+        table += Segment(row0, pre, n, post, x, out0, pad_pre, pad_post)
         start = out0 + pad_pre + pre - (cu[i] if packed else i * out_rows)
         if segment:
             spans[i].append((start, start + x))
@@ -219,12 +240,10 @@ def _simplify(plan: Plan) -> Plan:
     """The uniform form of a table that says the same about every batch entry."""
     if plan.groups != plan.batch or plan.groups == 0:
         return plan
-    t = plan.table
-    alike = all(
-        (t[8 * g], t[8 * g + 5]) == (g * plan.rows, g * plan.out_rows) and t[8 * g + 1 : 8 * g + 5] == t[1:5] and t[8 * g + 6] == 0
-        for g in range(plan.groups)
-    )
-    return replace(plan, uniform=(t[1], t[2], t[3], t[4]), table=()) if alike else plan
+    segments = [Segment(*plan.table[i : i + WIDTH]) for i in range(0, len(plan.table), WIDTH)]
+    _, n_prefix, n, n_suffix, k, *_ = segments[0]
+    alike = all(s == (g * plan.rows, n_prefix, n, n_suffix, k, g * plan.out_rows, 0, s.pad_after) for g, s in enumerate(segments))
+    return replace(plan, uniform=(n_prefix, n, n_suffix, k), table=()) if alike else plan
 
 
 class Resolved(NamedTuple):

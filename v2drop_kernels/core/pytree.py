@@ -12,12 +12,12 @@ from . import arguments, positions
 from .arguments import check_offsets, host_cu_seqlens
 from .layout import TokenLayout
 from .plan import offsets_on
-from .types import Compacted, Dropped, Part
+from .types import Compacted, Dropped, GatherSpec
 
 KV_LAYOUTS = ("BHSD", "BSHD")
 
 
-class Rows(NamedTuple):
+class BatchShape(NamedTuple):
     """The rows that every tensor of a call must agree on: ``rows`` per entry, ``batch`` entries (None when packed)."""
 
     batch: int | None
@@ -29,8 +29,8 @@ class Rows(NamedTuple):
         return f"[T = {self.rows}]" if self.batch is None else f"[B = {self.batch}, N = {self.rows}]"
 
 
-def collect(
-    at: Rows,
+def flatten(
+    at: BatchShape,
     *,
     hidden: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -42,27 +42,27 @@ def collect(
     extra: torch.Tensor | None = None,
     out: Compacted | Dropped | None = None,
     out_rows: int = 0,
-) -> tuple[list[Part], Callable[[list[torch.Tensor]], dict[str, Any]]]:
+) -> tuple[list[GatherSpec], Callable[[list[torch.Tensor]], dict[str, Any]]]:
     """Check every given tensor against ``at``; return the parts and the function that puts the results in place.
 
     ``extra`` is the droppable mask of a layout, which travels along to describe the result. ``out`` is an earlier result whose
     tensors, of ``out_rows`` rows, are written again.
     """
     arguments.one_of("kv_layout", kv_layout, KV_LAYOUTS)
-    parts: list[Part] = []
+    parts: list[GatherSpec] = []
     where: dict[str, Any] = {}
 
-    def put(name: str, value: Any, make: Callable[[str, torch.Tensor, Rows], Part]) -> None:
+    def put(name: str, value: Any, make: Callable[[str, torch.Tensor, BatchShape], GatherSpec]) -> None:
         if value is None:
             return
-        where[name], leaves = flatten(name, value)
+        where[name], leaves = flatten_leaves(name, value)
         for leaf in leaves:
             arguments.tensor(name, leaf)
             arguments.same_device(name, leaf, at.device, at.of)
             parts.append(make(name, leaf, at))
         if out is not None and name != "extra":
             given = getattr(out, name)
-            structure, targets = (None, []) if given is None else flatten(f"out.{name}", given)
+            structure, targets = (None, []) if given is None else flatten_leaves(f"out.{name}", given)
             if structure != where[name] or len(targets) != len(leaves):
                 raise ValueError(f"out.{name} must have the structure of {name}")
             first = len(parts) - len(leaves)
@@ -76,21 +76,21 @@ def collect(
     put("labels", labels, _labels)
     put("extra", extra, _labels_free)
 
-    def restore(results: list[torch.Tensor]) -> dict[str, Any]:
+    def unflatten(results: list[torch.Tensor]) -> dict[str, Any]:
         found = iter(results)
         return {name: _rebuild(structure, found) for name, structure in where.items()}
 
-    return parts, restore
+    return parts, unflatten
 
 
-def flatten(name: str, value: Any) -> tuple[Any, list[torch.Tensor]]:
+def flatten_leaves(name: str, value: Any) -> tuple[Any, list[torch.Tensor]]:
     """Nested lists and tuples of tensors to (structure, leaves); a leaf's structure is None."""
     if isinstance(value, list | tuple):
         if name.removeprefix("out.") not in ("kv", "rope"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if hasattr(value, "_fields"):
             raise TypeError(f"{name} must be plain tuples or lists of tensors, got {type(value).__name__}")
-        inner = [flatten(name, v) for v in value]
+        inner = [flatten_leaves(name, v) for v in value]
         return (type(value), [s for s, _ in inner]), [leaf for _, leaves in inner for leaf in leaves]
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor or nested tuples of tensors, got {type(value).__name__}")
@@ -105,16 +105,16 @@ def _rebuild(structure: Any, leaves: Iterator[torch.Tensor]) -> Any:
     return built if kind is list else tuple(built)
 
 
-def _wrong(name: str, x: torch.Tensor, want: str, at: Rows) -> ValueError:
+def _wrong(name: str, x: torch.Tensor, want: str, at: BatchShape) -> ValueError:
     return ValueError(f"{name} must be {want} to agree with {at.of} {at.describe()}, got {list(x.shape)}")
 
 
-def _part(name: str, x: torch.Tensor, at: Rows, batch_dim: int, row_dim: int, want: str, fill: int = 0) -> Part:
+def _part(name: str, x: torch.Tensor, at: BatchShape, batch_dim: int, row_dim: int, want: str, fill: int = 0) -> GatherSpec:
     if at.batch is None:
         row_dim, batch_dim = (row_dim - 1 if batch_dim < row_dim else row_dim), -1
     if not row_dim < x.dim() or x.shape[row_dim] != at.rows or (at.batch is not None and x.shape[batch_dim] != at.batch):
         raise _wrong(name, x, want, at)
-    return Part(x, batch_dim, row_dim, fill)
+    return GatherSpec(x, batch_dim, row_dim, fill)
 
 
 def check_out(out: Any, kind: type, traced: bool) -> None:
@@ -127,7 +127,7 @@ def check_out(out: Any, kind: type, traced: bool) -> None:
         raise ValueError("out cannot be given under torch.compile or torch.export, which plan memory themselves")
 
 
-def _into(name: str, part: Part, target: torch.Tensor, out_rows: int) -> Part:
+def _into(name: str, part: GatherSpec, target: torch.Tensor, out_rows: int) -> GatherSpec:
     shape = list(part.tensor.shape)
     shape[part.row_dim] = out_rows
     if list(target.shape) != shape or target.dtype != part.tensor.dtype or target.device != part.tensor.device:
@@ -142,15 +142,15 @@ def _into(name: str, part: Part, target: torch.Tensor, out_rows: int) -> Part:
     return part._replace(out=target)
 
 
-def _trailing(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _trailing(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     return _part(name, x, at, 0, 1, "[B, N, ...] (packed: [T, ...])")
 
 
-def _labels_free(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _labels_free(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     return _part(name, x, at, 0, 1, "[B, N] (packed: [T])")
 
 
-def _labels(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _labels(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     want = "[B, N] (packed: [T])"
     if x.dim() != (1 if at.batch is None else 2):
         raise _wrong(name, x, want, at)
@@ -159,14 +159,14 @@ def _labels(name: str, x: torch.Tensor, at: Rows) -> Part:
     return _part(name, x, at, 0, 1, want, fill=-100)
 
 
-def _mask(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _mask(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     want = "[B, N] (a packed batch needs none)"
     if at.batch is None or x.dim() != 2:
         raise _wrong(name, x, want, at)
     return _part(name, x, at, 0, 1, want)
 
 
-def _ids(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _ids(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     want = "[B, N], [1, N] or [P, B, N] (packed: [T] or [P, T])"
     flat = 1 if at.batch is None else 2
     if x.dim() == flat:
@@ -178,7 +178,7 @@ def _ids(name: str, x: torch.Tensor, at: Rows) -> Part:
     raise _wrong(name, x, want, at)
 
 
-def _rope(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _rope(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     want = "[B, N, R], [1, N, R], [N, R] or [P, B, N, R] (packed: [T, R] or [P, T, R])"
     if at.batch is None:
         if x.dim() not in (2, 3):
@@ -196,31 +196,31 @@ def _rope(name: str, x: torch.Tensor, at: Rows) -> Part:
     return _part(name, x, at, batch_dim, batch_dim + 1, want)
 
 
-def _kv_bhsd(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _kv_bhsd(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     want = "[B, H, S, Dh] with S = N (packed: [H, T, Dh]; see kv_layout)"
     if x.dim() != (3 if at.batch is None else 4):
         raise _wrong(name, x, want, at)
     return _part(name, x, at, 0, 2, want)
 
 
-def _kv_bshd(name: str, x: torch.Tensor, at: Rows) -> Part:
+def _kv_bshd(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
     want = "[B, S, H, Dh] with S = N (packed: [T, H, Dh]; see kv_layout)"
     if x.dim() != (3 if at.batch is None else 4):
         raise _wrong(name, x, want, at)
     return _part(name, x, at, 0, 1, want)
 
 
-def rows_of(name: str, hidden: Any, packed: bool) -> Rows:
+def batch_shape(name: str, hidden: Any, packed: bool) -> BatchShape:
     """The rows that a call is about, from its hidden states."""
     arguments.tensor(name, hidden)
     if hidden.dim() < (1 if packed else 2):
         raise ValueError(f"{name} must be {'[T, ...]' if packed else '[B, N, ...]'}, got shape {list(hidden.shape)}")
     if packed:
-        return Rows(None, hidden.shape[0], hidden.device, name)
-    return Rows(hidden.shape[0], hidden.shape[1], hidden.device, name)
+        return BatchShape(None, hidden.shape[0], hidden.device, name)
+    return BatchShape(hidden.shape[0], hidden.shape[1], hidden.device, name)
 
 
-def check_keep(keep: Any, at: Rows, groups: bool) -> None:
+def check_keep(keep: Any, at: BatchShape, groups: bool) -> None:
     """Raise unless ``keep`` is int64 ``[B, S]`` (packed ``[T']``), or ``[G, K]`` where groups are listed."""
     arguments.tensor("keep", keep)
     if keep.dtype != torch.int64:
@@ -232,7 +232,7 @@ def check_keep(keep: Any, at: Rows, groups: bool) -> None:
         raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
 
 
-def check_rows(keep: torch.Tensor, at: Rows, *, ascending: bool) -> None:
+def check_rows(keep: torch.Tensor, at: BatchShape, *, ascending: bool) -> None:
     """Raise unless the rows of ``keep`` lie inside the input (and ascend); only where looking costs no synchronisation."""
     if keep.device.type != "cpu":
         return
@@ -257,7 +257,7 @@ def input_positions(mode: str, position_ids: torch.Tensor | None, layout: TokenL
     return positions.like(positions.group_position_ids(layout, device), position_ids)
 
 
-def finish(
+def build_result(
     kind: type[Compacted] | type[Dropped],
     keep: torch.Tensor,
     found: dict[str, Any],

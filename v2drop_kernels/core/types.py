@@ -72,7 +72,7 @@ class Dropped(NamedTuple):
     layout: TokenLayout | None = None
 
 
-class Part(NamedTuple):
+class GatherSpec(NamedTuple):
     """One tensor to compact: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1: packed, none)."""
 
     tensor: torch.Tensor

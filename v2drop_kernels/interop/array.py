@@ -19,7 +19,7 @@ from ..core.layout import TokenLayout, is_packed, n_keep
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, TopK
 from . import arrays
-from .arrays import METRICS, ORDERS, Part, code, rounding
+from .arrays import METRICS, ORDERS, GatherSpec, code, rounding
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
            "variation_topk"]  # fmt: skip
@@ -233,14 +233,14 @@ def compact(
     call = _Call(threads)
     packed = cu_seqlens is not None
     h = call.read("hidden", hidden)
-    at = arrays.rows_of("hidden", h, packed)
+    at = arrays.batch_shape("hidden", h, packed)
     rows = call.read("keep", keep.indices if isinstance(keep, TopK) else keep)
     if rows.dtype.kind not in "iu":
         raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     rows = call.xp.ascontiguousarray(rows, dtype=np.int64)
-    parts, restore = arrays.collect(
+    parts, unflatten = arrays.flatten(
         at, call.read, call.broadcast, h, kv_layout, position_ids=position_ids, kv=kv, attention_mask=attention_mask,
         rope=rope, labels=labels,
     )  # fmt: skip
@@ -250,7 +250,7 @@ def compact(
         cu = ((rows >= 0) & (rows < old[:, None])).sum(1).astype(np.int32)
     results, described = call.outputs(parts, rows.shape[-1])
     call("compact", call.view(rows), described, scratch=((at.batch or 1) * at.rows, 0, 0))
-    return Compacted(keep=rows, cu_seqlens=cu, **restore(results))
+    return Compacted(keep=rows, cu_seqlens=cu, **unflatten(results))
 
 
 def drop_tokens(
@@ -325,8 +325,8 @@ def drop_tokens(
         ranked = call.numbers(given, unit_stride=False), None, None
     options = code("metric", metric, METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
-    parts, restore = arrays.collect(
-        arrays.rows_of("h_cur", h, packed), call.read, call.broadcast, h, kv_layout, position_ids=position_ids, kv=kv,
+    parts, unflatten = arrays.flatten(
+        arrays.batch_shape("h_cur", h, packed), call.read, call.broadcast, h, kv_layout, position_ids=position_ids, kv=kv,
         attention_mask=attention_mask, rope=rope, labels=labels,
     )  # fmt: skip
     keep = call.empty((plan.out_rows,) if packed else (plan.batch, plan.out_rows), np.int64)
@@ -334,7 +334,7 @@ def drop_tokens(
     scratch = plan.batch * plan.rows, plan.groups, 0
     out = call.view(keep), *call.unknown
     call("drop_tokens", *ranked, None, call.stretches(plan), *call.unknown, *options, *out, described, scratch=scratch)
-    fields = restore(results)
+    fields = unflatten(results)
     if plan.ragged and not packed:
         fields.setdefault("attention_mask", keep >= 0)
     cu = call.array(found.out_cu, np.int32) if packed else None
@@ -407,7 +407,7 @@ class _Call:
     def broadcast(self, x: Any, shape: Any) -> Any:
         return self.xp.broadcast_to(x, shape)
 
-    def outputs(self, parts: list[Part], rows: int) -> tuple[list[Any], list[Any]]:
+    def outputs(self, parts: list[GatherSpec], rows: int) -> tuple[list[Any], list[Any]]:
         """The results with ``rows`` rows, and the descriptions of the parts that fill them."""
         results, described = [], []
         for x, batch_dim, row_dim, fill in parts:

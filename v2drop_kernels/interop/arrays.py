@@ -27,7 +27,7 @@ _FORMS = {
 }
 
 
-class Part(NamedTuple):
+class GatherSpec(NamedTuple):
     """One array to gather: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1: none)."""
 
     array: Any
@@ -36,7 +36,7 @@ class Part(NamedTuple):
     fill: int
 
 
-class Rows(NamedTuple):
+class BatchShape(NamedTuple):
     """The rows that every array of a call must agree on: ``rows`` per entry, ``batch`` entries (None when packed)."""
 
     batch: int | None
@@ -127,16 +127,16 @@ def planned(op: str, h: Any, k: Any, droppable: Any, cu_seqlens: Any) -> tuple[P
     return found.plan, found
 
 
-def rows_of(name: str, h: Any, packed: bool) -> Rows:
+def batch_shape(name: str, h: Any, packed: bool) -> BatchShape:
     """The rows that a call is about, from its hidden states."""
     if h.ndim < (1 if packed else 2):
         raise ValueError(f"{name} must be {'[T, ...]' if packed else '[B, N, ...]'}, got shape {list(h.shape)}")
-    return Rows(None, h.shape[0], name) if packed else Rows(h.shape[0], h.shape[1], name)
+    return BatchShape(None, h.shape[0], name) if packed else BatchShape(h.shape[0], h.shape[1], name)
 
 
-def collect(
-    at: Rows, read: Callable[[str, Any], Any], broadcast: Callable[[Any, Any], Any], hidden: Any, kv_layout: str, **given: Any
-) -> tuple[list[Part], Callable[[list[Any]], dict[str, Any]]]:
+def flatten(
+    at: BatchShape, read: Callable[[str, Any], Any], broadcast: Callable[[Any, Any], Any], hidden: Any, kv_layout: str, **given: Any
+) -> tuple[list[GatherSpec], Callable[[list[Any]], dict[str, Any]]]:
     """Check every given array against ``at``; return the parts and the function that puts the results in place.
 
     ``read`` makes an array of an argument, ``broadcast`` is the array library's ``broadcast_to``.
@@ -172,7 +172,7 @@ def _put(spot: Any, results: list[Any]) -> Any:
     return results[spot] if isinstance(spot, int) else type(spot)([_put(s, results) for s in spot])
 
 
-def _part(name: str, x: Any, forms: tuple[str, ...], at: Rows, broadcast: Callable[[Any, Any], Any]) -> Part:
+def _part(name: str, x: Any, forms: tuple[str, ...], at: BatchShape, broadcast: Callable[[Any, Any], Any]) -> GatherSpec:
     packed = at.batch is None
     choices = [form.replace("B", "") if packed else form for form in forms]
     form = next((form for form in choices if len(form) == x.ndim), None)
@@ -185,4 +185,4 @@ def _part(name: str, x: Any, forms: tuple[str, ...], at: Rows, broadcast: Callab
         want = " or ".join(f"[{', '.join(choice)}]" for choice in dict.fromkeys(choices))
         size = f"N = {at.rows}" if packed else f"B = {at.batch}, N = {at.rows}"
         raise ValueError(f"{name} must be {want} with {size} to agree with {at.of}, got {list(x.shape)}")
-    return Part(x, form.find("B"), form.index("N"), -100 if name == "labels" else 0)
+    return GatherSpec(x, form.find("B"), form.index("N"), -100 if name == "labels" else 0)

@@ -30,7 +30,7 @@ from ..core.layout import TokenLayout, is_packed, n_keep
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, TopK
 from . import arrays
-from .arrays import METRICS, ORDERS, Part, code, rounding
+from .arrays import METRICS, ORDERS, GatherSpec, code, rounding
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
            "variation_topk"]  # fmt: skip
@@ -226,14 +226,14 @@ def compact(
     """
     packed = cu_seqlens is not None
     h = _read("hidden", hidden)
-    at = arrays.rows_of("hidden", h, packed)
+    at = arrays.batch_shape("hidden", h, packed)
     rows = _read("keep", keep.indices if isinstance(keep, TopK) else keep)
     if rows.dtype.kind not in "iu":
         raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     rows = rows.astype(jnp.int32)
-    parts, restore = arrays.collect(
+    parts, unflatten = arrays.flatten(
         at, _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv, attention_mask=attention_mask, rope=rope,
         labels=labels,
     )  # fmt: skip
@@ -242,7 +242,7 @@ def compact(
         old = jnp.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), jnp.int32)
         cu = ((rows >= 0) & (rows < old[:, None])).sum(1, dtype=jnp.int32)
     results = _gather(_Move.of(parts, at.rows, at.batch or 1), rows, tuple(part.array for part in parts))
-    return Compacted(keep=rows, cu_seqlens=cu, **restore(list(results)))
+    return Compacted(keep=rows, cu_seqlens=cu, **unflatten(list(results)))
 
 
 def drop_tokens(
@@ -315,14 +315,14 @@ def drop_tokens(
         ranked = (given,)
     options = code("metric", metric, METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
-    parts, restore = arrays.collect(
-        arrays.rows_of("h_cur", h, packed), _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv,
+    parts, unflatten = arrays.flatten(
+        arrays.batch_shape("h_cur", h, packed), _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv,
         attention_mask=attention_mask, rope=rope, labels=labels,
     )  # fmt: skip
     move = _Move.of(parts, plan.rows, plan.batch)
     keep, results = _drop(_Select(plan, 0, *options), move, ranked, tuple(part.array for part in parts))
     keep = keep[0] if packed else keep
-    fields = restore(list(results))
+    fields = unflatten(list(results))
     if plan.ragged and not packed:
         fields.setdefault("attention_mask", keep >= 0)
     cu: Any = jnp.array(found.out_cu, jnp.int32) if packed else None
@@ -352,7 +352,7 @@ class _Move(NamedTuple):
     batch: int
 
     @classmethod
-    def of(cls, parts: list[Part], rows: int, batch: int) -> _Move:
+    def of(cls, parts: list[GatherSpec], rows: int, batch: int) -> _Move:
         return cls(tuple(p.batch_dim for p in parts), tuple(p.row_dim for p in parts), tuple(p.fill for p in parts), rows, batch)
 
     def attributes(self) -> dict[str, Any]:
@@ -408,7 +408,7 @@ def _topk_forward(how: _Select, ranked: tuple[Any, ...]) -> Any:
 def _topk_backward(how: _Select, saved: Any, grads: Any) -> Any:
     indices, ranked = saved
     lead = ranked[0].shape if len(ranked) == 1 else ranked[0].shape[:-1]
-    entries = np.array(how.plan.flat_table()[::8], np.int64) // max(how.plan.rows, 1) * how.plan.rows
+    entries = np.array(how.plan.column("src_start"), np.int64) // max(how.plan.rows, 1) * how.plan.rows
     total = int(np.prod(lead))
     rows = jnp.where(indices >= 0, indices + jnp.asarray(entries, jnp.int32)[:, None], total)
     grad = jnp.zeros(total, grads[0].dtype).at[rows].add(grads[0], mode="drop").reshape(lead)

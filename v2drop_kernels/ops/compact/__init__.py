@@ -12,7 +12,7 @@ from ... import _library
 from ...core import arguments, pytree
 from ...core.arguments import per_segment_k
 from ...core.layout import TokenLayout, check_device, is_packed, layout_of
-from ...core.types import Compacted, Part, TopK
+from ...core.types import Compacted, GatherSpec, TopK
 from . import reference
 
 Launched = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]  # keep, tensors, offsets of a packed result
@@ -93,7 +93,7 @@ def compact(
              [4., 5.]]])
     """
     packed = is_packed(droppable, cu_seqlens)
-    at = pytree.rows_of("hidden", hidden, packed)
+    at = pytree.batch_shape("hidden", hidden, packed)
     check_device(droppable, at.device, at.of)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
@@ -108,7 +108,7 @@ def compact(
     traced = _library.dispatched(hidden)
     ids = pytree.input_positions(positions, position_ids, layout, at.device)
     pytree.check_out(out, Compacted, traced)
-    parts, restore = pytree.collect(
+    parts, unflatten = pytree.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
@@ -119,8 +119,8 @@ def compact(
         outs = reference.gather(rows, parts)
     else:
         _, outs, _ = differentiable(lambda: (rows, run.compact(rows, parts), None), run, parts, at.rows)
-    return pytree.finish(
-        Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
+    return pytree.build_result(
+        Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
         cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
         ragged=layout is not None,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def compact_(
     if isinstance(keep, TopK):
         keep = keep.indices
     arguments.one_of("kv_layout", kv_layout, pytree.KV_LAYOUTS)
-    _, leaves = pytree.flatten("kv", kv)
+    _, leaves = pytree.flatten_leaves("kv", kv)
     if not leaves:
         raise ValueError("kv must hold at least one tensor")
     first = leaves[0]
@@ -182,7 +182,7 @@ def compact_(
     n = first.shape[2 if kv_layout == "BHSD" else 1]
     if rows is not None and rows != n:
         raise ValueError(f"kv must have rows = {rows}, got {n}")
-    at = pytree.Rows(first.shape[0], n, first.device, "kv")
+    at = pytree.BatchShape(first.shape[0], n, first.device, "kv")
     keep = keep.indices if isinstance(keep, TopK) else keep
     pytree.check_keep(keep, at, groups=False)
     for leaf in leaves:
@@ -190,7 +190,7 @@ def compact_(
             raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
         if any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
             raise ValueError(f"kv must not share memory between elements, got strides {list(leaf.stride())}")
-    parts, _ = pytree.collect(
+    parts, _ = pytree.flatten(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
     run, name = _library.runner(first, backend, torch.float32)
@@ -222,13 +222,13 @@ class _Compaction(torch.autograd.Function):
         found: list[torch.Tensor | None] = [None] * len(grads)
         wanted = [(i, g) for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[4 + i]]
         if wanted:
-            parts = [Part(g, *ctx.dims[i]) for i, g in wanted]
+            parts = [GatherSpec(g, *ctx.dims[i]) for i, g in wanted]
             for (i, _), d in zip(wanted, ctx.run.compact_backward(keep, parts, ctx.rows), strict=True):
                 found[i] = d
         return (None, None, None, None, *found)
 
 
-def differentiable(launch: Callable[[], Launched], run: Any, parts: list[Part], rows: int) -> Launched:
+def differentiable(launch: Callable[[], Launched], run: Any, parts: list[GatherSpec], rows: int) -> Launched:
     """Run ``launch``, recorded for autograd where a gradient is wanted.
 
     Traced ops carry their own autograd formula, so they are called as they are.

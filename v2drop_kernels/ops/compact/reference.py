@@ -8,21 +8,21 @@ import torch
 
 from ...core import pytree
 from ...core.layout import is_packed, layout_of
-from ...core.types import Compacted, Part, TopK
+from ...core.types import Compacted, GatherSpec, TopK
 
 
-def gather(keep: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+def gather(keep: torch.Tensor, parts: list[GatherSpec]) -> list[torch.Tensor]:
     """Rows ``keep [Bt, S]`` of every part; rows of ``fill`` where ``keep`` is negative."""
     found = [_gather(part, keep) for part in parts]
     return [x if part.out is None else part.out.copy_(x) for x, part in zip(found, parts, strict=True)]
 
 
-def _gather(part: Part, keep: torch.Tensor) -> torch.Tensor:
+def _gather(part: GatherSpec, keep: torch.Tensor) -> torch.Tensor:
     x = part.tensor
     if x.element_size() == 1 and x.is_floating_point():  # float8: few ops know it, and a gather only moves bytes
         return _gather(part._replace(tensor=x.view(torch.uint8)), keep).view(x.dtype)
     if part.batch_dim < 0:
-        return _gather(Part(x.unsqueeze(0), 0, part.row_dim + 1, part.fill), keep).squeeze(0)
+        return _gather(GatherSpec(x.unsqueeze(0), 0, part.row_dim + 1, part.fill), keep).squeeze(0)
     x = x.movedim((part.batch_dim, part.row_dim), (0, 1))
     if x.shape[1] == 0:  # nothing to index; every row of the result is empty
         x = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), part.fill)], dim=1)
@@ -50,7 +50,7 @@ def compact(
 ) -> Compacted:
     """Only the kept rows of everything; with ``droppable``, all rows that do not compete are kept as well."""
     packed = is_packed(droppable, cu_seqlens)
-    at = pytree.rows_of("hidden", hidden, packed)
+    at = pytree.batch_shape("hidden", hidden, packed)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and keep.dim() == 2):
@@ -58,13 +58,13 @@ def compact(
         keep = _with_all_others(keep, layout)
         cu_seqlens = layout.cu_seqlens
     ids = pytree.input_positions(positions, position_ids, layout, at.device)
-    parts, restore = pytree.collect(
+    parts, unflatten = pytree.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     outs = gather(keep[None] if packed else keep, parts)
-    return pytree.finish(
-        Compacted, keep, restore(outs), mode=positions, position_ids=position_ids,
+    return pytree.build_result(
+        Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
         cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def pad_rows(rows: list[torch.Tensor], side: str) -> torch.Tensor:
 def compact_(keep: torch.Tensor | TopK, kv: Any, *, kv_layout: str = "BHSD") -> None:
     """Move the kept rows of every tensor to the front, in place; the rows behind them stay as they are."""
     keep = keep.indices if isinstance(keep, TopK) else keep
-    for x in pytree.flatten("kv", kv)[1]:
+    for x in pytree.flatten_leaves("kv", kv)[1]:
         x = x.transpose(1, 2) if kv_layout == "BHSD" else x
         x = x.view(torch.uint8) if x.element_size() == 1 else x
         for b, row in enumerate(keep):

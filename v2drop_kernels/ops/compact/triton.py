@@ -18,9 +18,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ...backends import configs, launch
-from ...backends.launch import TABLE_FIELDS, row_strides
+from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
 from ...core.plan import Plan
-from ...core.types import Part
+from ...core.types import GatherSpec
 from ..topk.triton import kept_up_to, load_keys, stretch, threshold
 from ..variation_score.triton import stretch_of
 
@@ -75,7 +75,7 @@ def _select_rows(
     if table is None:
         g = b
     else:
-        g = stretch_of(table + 5, first, groups, TABLE_FIELDS, SEARCH_STEPS)
+        g = stretch_of(table + COL_DST_START, first, groups, TABLE_FIELDS, SEARCH_STEPS)
     done = first
     while done < end:
         row0, g_pre, g_n, g_post, g_k, out0, pad_pre, pad_post = stretch(g, table, rows, out_rows, pre, n, post, k)
@@ -319,7 +319,7 @@ class _Class(NamedTuple):
         return min(self.align, 8)
 
 
-def _classes(parts: Sequence[Part], outs: Sequence[torch.Tensor]) -> dict[_Class, list[tuple[int, int]]]:
+def _classes(parts: Sequence[GatherSpec], outs: Sequence[torch.Tensor]) -> dict[_Class, list[tuple[int, int]]]:
     """The (source, destination) addresses of every class."""
     classes: dict[_Class, list[tuple[int, int]]] = {}
     for part, out in zip(parts, outs, strict=True):
@@ -366,7 +366,7 @@ class Selection(NamedTuple):
 
 
 def gather(
-    keep: torch.Tensor, parts: Sequence[Part], rows: int, *, selection: Selection | None = None, waits: bool = False
+    keep: torch.Tensor, parts: Sequence[GatherSpec], rows: int, *, selection: Selection | None = None, waits: bool = False
 ) -> list[torch.Tensor]:
     """Rows ``keep`` of every part, in its ``out`` or a new contiguous tensor; with ``selection``, ``keep`` is an output."""
     outs = [_empty_out(part, keep.shape[1]) if part.out is None else part.out for part in parts]
@@ -376,7 +376,7 @@ def gather(
     return outs
 
 
-def _empty_out(part: Part, out_rows: int) -> torch.Tensor:
+def _empty_out(part: GatherSpec, out_rows: int) -> torch.Tensor:
     shape = [out_rows if dim == part.row_dim else size for dim, size in enumerate(part.tensor.shape)]
     return torch.empty(shape, dtype=part.tensor.dtype, device=part.tensor.device)
 
@@ -426,7 +426,7 @@ def _launch_gather(
     )  # fmt: skip
 
 
-def compact(keep: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
+def compact(keep: torch.Tensor, parts: Sequence[GatherSpec]) -> list[torch.Tensor]:
     """Rows ``keep`` ``[Bt, out_rows]`` of every part, in its ``out`` or a new tensor; empty rows hold the part's fill.
 
     One launch for up to ``configs.TENSORS_PER_LAUNCH`` tensors.
@@ -436,7 +436,7 @@ def compact(keep: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
     return gather(keep, parts, parts[0].tensor.shape[parts[0].row_dim])
 
 
-def compact_backward(keep: torch.Tensor, grads: Sequence[Part], rows: int) -> list[torch.Tensor]:
+def compact_backward(keep: torch.Tensor, grads: Sequence[GatherSpec], rows: int) -> list[torch.Tensor]:
     """Gradients of the parts (``rows`` rows) from those of the compacted ones: zero where a row was dropped.
 
     Two launches: the inverse of ``keep``, and the gather through it. A row kept twice gets one of its gradients.
@@ -451,7 +451,7 @@ def compact_backward(keep: torch.Tensor, grads: Sequence[Part], rows: int) -> li
     return gather(dest, grads, out_rows)
 
 
-def compact_(keep: torch.Tensor, parts: Sequence[Part]) -> None:
+def compact_(keep: torch.Tensor, parts: Sequence[GatherSpec]) -> None:
     """Move the valid rows of ``keep``, ascending, to the front of every part; one launch, no second buffer."""
     batch, slots = keep.shape
     for portion in _portions(_classes(parts, [part.tensor for part in parts])) if slots else ():

@@ -107,12 +107,12 @@ def drop_tokens(
             attention_mask=attention_mask, rope=rope, labels=labels, out=out,
         )  # fmt: skip
 
-    at = pytree.rows_of("h_cur", h_cur, packed)
+    at = pytree.batch_shape("h_cur", h_cur, packed)
     traced = _library.dispatched(h_cur)
     found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
     pytree.check_out(out, Dropped, traced)
-    parts, restore = pytree.collect(
+    parts, unflatten = pytree.flatten(
         at, hidden=h_cur, position_ids=pytree.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=found.mask,
         out=out, out_rows=found.plan.out_rows,
@@ -127,7 +127,7 @@ def drop_tokens(
         keep = keep.squeeze(0)
         if cu is None:
             cu = offsets_on(cast(tuple[int, ...], found.out_cu), keep.device, traced=traced)
-    return pytree.finish(
-        Dropped, keep, restore(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=found.after,
+    return pytree.build_result(
+        Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=found.after,
         ragged=not packed and found.plan.ragged,
     )  # fmt: skip

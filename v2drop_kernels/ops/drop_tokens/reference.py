@@ -10,7 +10,7 @@ from ...core import pytree
 from ...core.arguments import per_segment_k
 from ...core.layout import TokenLayout, is_packed, layout_of
 from ...core.plan import drop_plan
-from ...core.types import Dropped, Part
+from ...core.types import Dropped, GatherSpec
 from ..compact.reference import gather, pad_rows
 from ..topk.reference import best, segment_rows
 from ..variation_score.reference import variation_score
@@ -29,7 +29,7 @@ def kept_rows(scores: torch.Tensor, layout: TokenLayout, ks: tuple[int, ...]) ->
 
 
 def select_and_gather(
-    scores: torch.Tensor, k: Any, layout: TokenLayout, parts: list[Part]
+    scores: torch.Tensor, k: Any, layout: TokenLayout, parts: list[GatherSpec]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The step once the scores are known: ``keep [Bt, S]`` and every part with the kept rows."""
     rows = kept_rows(scores, layout, per_segment_k(k, layout.groups))
@@ -62,22 +62,22 @@ def drop_tokens(
 ) -> Dropped:
     """Score, choose per segment, and keep the chosen with everything that does not compete."""
     packed = is_packed(droppable, cu_seqlens)
-    at = pytree.rows_of("h_cur", h_cur, packed)
+    at = pytree.batch_shape("h_cur", h_cur, packed)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
     if scores is None:
         scores = variation_score(cast(torch.Tensor, h_prev), h_cur, metric=metric, score_dtype=score_dtype)
     after = drop_plan(layout, per_segment_k(k, layout.groups)).layout
     ids = pytree.input_positions(positions, position_ids, layout, at.device)
     pytree.check_out(out, Dropped, traced=False)
-    parts, restore = pytree.collect(
+    parts, unflatten = pytree.flatten(
         at, hidden=h_cur, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, extra=layout.mask, out=out, out_rows=after.rows,
     )  # fmt: skip
     keep, outs = select_and_gather(scores, k, layout, parts)
     if packed:
         keep = keep[0]
-    return pytree.finish(
-        Dropped, keep, restore(outs), mode=positions, position_ids=position_ids,
+    return pytree.build_result(
+        Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids,
         cu_seqlens=pytree.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
         after=after, ragged=not packed and bool((keep < 0).any()),
     )  # fmt: skip

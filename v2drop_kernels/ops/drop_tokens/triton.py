@@ -8,7 +8,7 @@ import torch
 
 from ...backends import configs, launch
 from ...core.plan import CuPlan, Plan
-from ...core.types import Part
+from ...core.types import GatherSpec
 from ..compact.triton import Selection, gather
 from ..topk.triton import launch_select
 from ..variation_score.triton import plan_scores
@@ -20,7 +20,7 @@ def drop(
     cur: torch.Tensor | None,
     plan: Plan | CuPlan,
     mask: torch.Tensor | None,
-    parts: Sequence[Part],
+    parts: Sequence[GatherSpec],
     metric: str,
     score_dtype: torch.dtype | None,
     cu_seqlens: torch.Tensor | None = None,

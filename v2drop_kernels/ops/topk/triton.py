@@ -14,7 +14,19 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...backends import configs, launch
-from ...backends.launch import TABLE_FIELDS, device_ints, row_strides
+from ...backends.launch import (
+    COL_DST_START,
+    COL_K,
+    COL_N,
+    COL_N_PREFIX,
+    COL_N_SUFFIX,
+    COL_PAD_AFTER,
+    COL_PAD_BEFORE,
+    COL_SRC_START,
+    TABLE_FIELDS,
+    device_ints,
+    row_strides,
+)
 from ...core.plan import CuPlan, Plan
 from ..variation_score.triton import plan_scores
 
@@ -145,14 +157,14 @@ def stretch(g, table, rows, out_rows, pre, n, post, k):
         pad_post = out_rows - pre - k - post
     else:
         row = table + g * TABLE_FIELDS
-        row0 = tl.load(row)
-        pre = tl.load(row + 1).to(tl.int32)
-        n = tl.load(row + 2).to(tl.int32)
-        post = tl.load(row + 3).to(tl.int32)
-        k = tl.load(row + 4).to(tl.int32)
-        out0 = tl.load(row + 5)
-        pad_pre = tl.load(row + 6).to(tl.int32)
-        pad_post = tl.load(row + 7).to(tl.int32)
+        row0 = tl.load(row + COL_SRC_START)
+        pre = tl.load(row + COL_N_PREFIX).to(tl.int32)
+        n = tl.load(row + COL_N).to(tl.int32)
+        post = tl.load(row + COL_N_SUFFIX).to(tl.int32)
+        k = tl.load(row + COL_K).to(tl.int32)
+        out0 = tl.load(row + COL_DST_START)
+        pad_pre = tl.load(row + COL_PAD_BEFORE).to(tl.int32)
+        pad_post = tl.load(row + COL_PAD_AFTER).to(tl.int32)
     return row0, pre, n, post, k, out0, pad_pre, pad_post
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...backends import configs, launch
-from ...backends.launch import TABLE_FIELDS, row_strides, slot_starts
+from ...backends.launch import COL_N_PREFIX, COL_SRC_START, TABLE_FIELDS, row_strides, slot_starts
 from ...core.plan import CuPlan, Plan
 
 METRICS = {"l2": 0, "l1": 1, "cosine": 2}
@@ -85,7 +85,8 @@ def _variation_score_fwd_kernel(
         r = pre + slot % n
     else:
         g = stretch_of(starts, slot, groups, 1, SEARCH_STEPS)
-        flat = tl.load(table + g * TABLE_FIELDS) + tl.load(table + g * TABLE_FIELDS + 1) + slot - tl.load(starts + g)
+        row = table + g * TABLE_FIELDS
+        flat = tl.load(row + COL_SRC_START) + tl.load(row + COL_N_PREFIX) + slot - tl.load(starts + g)
         b = flat // rows
         r = flat % rows
 
@@ -237,7 +238,7 @@ def plan_scores(
         pre, n = plan.uniform[:2]
         slots = batch * n
     else:
-        n, slots = plan.max_n, sum(plan.table[2::8])
+        n, slots = plan.max_n, sum(plan.column("n"))
         table, starts = plan.device_table(cur.device), slot_starts(plan, cur.device)
     tile_rows, block_d, num_warps = configs.score_tile(d, cur.element_size())
     stays_in_l2 = triggers and cur.numel() * cur.element_size() <= configs.L2_RESIDENT_BYTES
