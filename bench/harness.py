@@ -93,10 +93,10 @@ def versions() -> str:
 
 def isa() -> str:
     """The instruction set of the C++ backend, or why there is none."""
-    from v2drop_kernels import _native
+    from v2drop_kernels import native
 
-    served, reason = _native.available()
-    return _native.isa() if served else reason.split(":")[0]
+    served, reason = native.available()
+    return native.isa() if served else reason.split(":")[0]
 
 
 def conditions(run: str, native: bool = True) -> dict[str, str]:

@@ -21,7 +21,7 @@ PACKAGE = HUB.parent / "v2drop_kernels"
 LEFT_OUT = {"__main__.py", "_demo_model.py", "_ops.py", "array.py", "config.py", "demo.py", "interop", "jax.py", "models",
             "plot.py"}  # fmt: skip
 GENERATED = "_ops"
-COMPILED = "_C"  # never there: _native.py finds that it is not built, and its backends say so
+COMPILED = "_C"  # never there: native.py finds that it is not built, and its backends say so
 FOREIGN = sys.stdlib_module_names | {"torch", "triton"}  # all that a kernel on the Hub may import
 
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from v2drop_kernels import _native
+from v2drop_kernels import native
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = not INTERPRETER and _native.available()[0] and _native.cuda_archs() == "emulated"
+EMULATED = not INTERPRETER and native.available()[0] and native.cuda_archs() == "emulated"
 
 LEFT_OUT: collections.Counter[str] = collections.Counter()  # tests that were collected and will not run, by reason
 
@@ -43,7 +43,7 @@ def _backends() -> list[object]:
     found = [pytest.param(On("reference", "cpu"), id="reference"), pytest.param(On("cpu", "cpu"), id="cpu")]
     if torch.cuda.is_available():
         found.append(pytest.param(On("triton", "cuda"), id="triton", marks=pytest.mark.gpu))
-        if not torch.version.hip and _native.available()[0] and _native.cuda_archs():
+        if not torch.version.hip and native.available()[0] and native.cuda_archs():
             found.append(pytest.param(On("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu))
     return found
 

@@ -71,10 +71,10 @@ def info() -> int:
     """Print what runs here."""
     import torch
 
-    from . import _native
+    from . import native
     from .backends.choice import explain
 
-    built, reason = _native.available()
+    built, reason = native.available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     toolkits = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     built_for = " ".join(f"{name} {version}" for name, version in toolkits.items() if version) or "no GPU"
@@ -83,9 +83,9 @@ def info() -> int:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, built for {built_for}",
         "triton": _version_of("triton"),
-        "native library": _native.version() if built else reason,
-        "instruction set": f"{_native.isa()} (native library)" if built else "-",
-        "CUDA kernels": (_native.cuda_archs() if built else "") or "none",
+        "native library": native.version() if built else reason,
+        "instruction set": f"{native.isa()} (native library)" if built else "-",
+        "CUDA kernels": (native.cuda_archs() if built else "") or "none",
         "threads": str(torch.get_num_threads()),
         "GPU": ", ".join(gpus) or "none",
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA C++ backend: torch tensors in and out, the ``_cuda`` entry points of libv2drop in between.
+"""The CUDA C++ backend: torch tensors in and out, the compiled library in between.
 
 A call allocates its results and one piece of scratch memory, and enqueues on the current stream of the tensors' device. An emulated
 library (see ``tools/cuda_emulator``) takes CPU tensors instead and has no stream: so tests run these very kernels without a GPU.
@@ -16,33 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from ._native import HEADS, METRICS, MODES, ORDERS, QUERIES, ROUND_TO, lib, maybe_view, outputs, stretches, view
+from . import native
+from ._native import attention_options, maybe_view, outputs, segments, source, view
 from .core.plan import COLUMNS, WIDTH, CuPlan, Plan
 from .core.types import GatherSpec
+from .native import lib
 
-DESIGNS = {"auto": 0, "cooperative": 1, "two": 2, "three": 3}
 _WORKSPACE_ALIGNMENT = 256
 
-_forced_design: contextvars.ContextVar[int] = contextvars.ContextVar("v2drop_cuda_design", default=0)
+_forced_mode: contextvars.ContextVar[int] = contextvars.ContextVar("v2drop_launch_mode", default=0)
+
+
+@contextlib.contextmanager
+def launch_mode(name: str) -> Iterator[None]:
+    """Launch drops in this mode inside a ``with`` block, for tests and benchmarks. The results are the same.
+
+    ``"auto"``: by size and device; ``"cooperative"``: one launch; ``"fused"``: score, then a gather whose blocks repeat the
+    selection; ``"separate"``: score, select, gather.
+    """
+    token = _forced_mode.set(native.LAUNCH_MODES[name])
+    try:
+        yield
+    finally:
+        _forced_mode.reset(token)
 
 
 @contextlib.contextmanager
 def design(name: str) -> Iterator[None]:
-    """Launch drops in this way inside a ``with`` block, for tests and benchmarks: results are the same."""
-    token = _forced_design.set(DESIGNS[name])
-    try:
+    """:func:`launch_mode` under the names of the benchmarks: ``"two"`` is ``"fused"``, ``"three"`` is ``"separate"``."""
+    with launch_mode({"two": "fused", "three": "separate"}.get(name, name)):
         yield
-    finally:
-        _forced_design.reset(token)
 
 
 def why_not(kind: str) -> str | None:
     """Why this backend cannot serve tensors of a device kind, or None when it can."""
-    built, reason = _native.available()
+    built, reason = native.available()
     if not built:
         return reason
-    archs = _native.cuda_archs()
+    archs = native.cuda_archs()
     if archs == "emulated":
         return None if kind == "cpu" else f"emulated in this build of the library, which serves cpu tensors, not {kind}"
     if kind != "cuda":
@@ -56,17 +67,17 @@ def why_not(kind: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _workspace_bytes(rows: int, groups: int, width: int) -> int:
-    return int(lib().workspace_bytes_cuda(rows, groups, width))
+    return int(lib().workspace_bytes(rows, groups, width))
 
 
 def _enqueue(
     function: Callable[..., None], device: torch.device, *arguments: Any,
     rows: int = 0, groups: int = 0, width: int = 0, table: int = 0, size: int = 0,
 ) -> None:  # fmt: skip
-    """Call ``function`` with its arguments and a v2drop_cuda.
+    """Call ``function`` with its arguments and a context.
 
     Scratch memory is what so many rows, groups and ranked results need, or ``size`` bytes; ``table`` is the address of the
-    stretches on the device.
+    segments on the device.
     """
     workspace = 0
     if rows or groups:
@@ -76,34 +87,35 @@ def _enqueue(
         memory = torch.empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
         workspace = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
     if device.type != "cuda":
-        function(*arguments, (0, workspace, size, _forced_design.get(), table))
+        function(*arguments, native.cuda_context(0, workspace, size, _forced_mode.get(), table))
         return
-    on = (torch._C._cuda_getCurrentRawStream(device.index), workspace, size, _forced_design.get(), table)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    context = native.cuda_context(stream, workspace, size, _forced_mode.get(), table)
     # The library launches on the current device, whatever the tensors say.
     if device.index == torch.cuda.current_device():
-        function(*arguments, on)
+        function(*arguments, context)
     else:
         with torch.cuda.device(device):
-            function(*arguments, on)
+            function(*arguments, context)
 
 
 @functools.lru_cache(maxsize=256)
 def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
-    """Stretches of which only ``k`` counts; no segment has more than all rows."""
+    """Segments of which only ``k`` counts; none has more than all rows."""
     table = torch.zeros(len(ks), WIDTH, dtype=torch.int64)
     table[:, COLUMNS.k] = torch.tensor(ks).clamp(max=rows)
     return table
 
 
 def _table(plan: Plan | CuPlan, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
-    """The stretches of a plan, and what else ``_enqueue`` must know of it."""
+    """The segments of a plan, and what else ``_enqueue`` must know of it."""
     if isinstance(plan, CuPlan):
         return (_counts(plan.ks, plan.rows).data_ptr(), plan.groups), {"rows": plan.rows, "groups": plan.groups}
     known = {"rows": plan.batch * plan.rows, "groups": plan.groups}
     # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
     if plan.uniform is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         known["table"] = plan.device_table(device).data_ptr()
-    return stretches(plan), known
+    return segments(plan), known
 
 
 def _offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Any:
@@ -115,8 +127,7 @@ def _offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Any:
 
 def variation_score(prev: Tensor, cur: Tensor, metric: str, score_dtype: torch.dtype | None) -> Tensor:
     scores = torch.empty(prev.shape[:-1], dtype=torch.float32, device=cur.device)
-    rounding = ROUND_TO[score_dtype]
-    _enqueue(lib().cuda_variation_score, cur.device, view(prev), view(cur), METRICS[metric], rounding, view(scores))
+    _enqueue(lib().variation_score, cur.device, source(None, prev, cur, None, metric, score_dtype), view(scores))
     return scores
 
 
@@ -125,16 +136,8 @@ def variation_score_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_prev = torch.empty(prev.shape, dtype=prev.dtype, device=cur.device) if need_prev else None
     grad_cur = torch.empty(cur.shape, dtype=cur.dtype, device=cur.device) if need_cur else None
-    _enqueue(
-        lib().cuda_variation_score_backward,
-        cur.device,
-        view(grad),
-        view(prev),
-        view(cur),
-        METRICS[metric],
-        maybe_view(grad_prev),
-        maybe_view(grad_cur),
-    )
+    hidden = source(None, prev, cur, None, metric, None)
+    _enqueue(lib().variation_score_backward, cur.device, view(grad), hidden, maybe_view(grad_prev), maybe_view(grad_cur))
     return grad_prev, grad_cur
 
 
@@ -155,17 +158,12 @@ def topk(
     table, known = _table(plan, device)
     offsets = _offsets(cu_seqlens, plan)
     _enqueue(
-        lib().cuda_topk,
+        lib().topk,
         device,
-        maybe_view(scores),
-        maybe_view(prev),
-        maybe_view(cur),
-        maybe_view(mask),
+        source(scores, prev, cur, mask, metric, score_dtype),
         table,
         maybe_view(offsets),
-        ORDERS[order],
-        METRICS[metric],
-        ROUND_TO[score_dtype],
+        native.ORDERS[order],
         view(values),
         view(indices),
         width=plan.out_rows if order == "score" else 0,
@@ -190,47 +188,42 @@ def drop(
     keep = torch.empty((batch, plan.out_rows), dtype=torch.int64, device=device)
     offsets = _offsets(cu_seqlens, plan)
     new_cu = None if offsets is None else torch.empty(plan.groups + 1, dtype=torch.int32, device=device)
-    results, described = outputs(parts, plan.out_rows)
+    results, gathers = outputs(parts, plan.out_rows)
     table, known = _table(plan, device)
     _enqueue(
-        lib().cuda_drop_tokens,
+        lib().drop_tokens,
         device,
-        maybe_view(scores),
-        maybe_view(prev),
-        maybe_view(cur),
-        maybe_view(mask),
+        source(scores, prev, cur, mask, metric, score_dtype),
         table,
         maybe_view(offsets),
-        METRICS[metric],
-        ROUND_TO[score_dtype],
         view(keep),
         maybe_view(new_cu),
-        described,
+        gathers,
         **known,
     )
     return keep, results, new_cu
 
 
 def compact(keep: Tensor, parts: Sequence[GatherSpec]) -> list[Tensor]:
-    results, described = outputs(parts, keep.shape[-1])
-    _enqueue(lib().cuda_compact, keep.device, view(keep), described)
+    results, gathers = outputs(parts, keep.shape[-1])
+    _enqueue(lib().compact, keep.device, view(keep), gathers)
     return results
 
 
 def compact_backward(keep: Tensor, grads: Sequence[GatherSpec], rows: int) -> list[Tensor]:
-    results, described = outputs(grads, rows)
-    _enqueue(lib().cuda_compact_backward, keep.device, view(keep), rows, described, rows=keep.shape[0] * rows)
+    results, gathers = outputs(grads, rows)
+    _enqueue(lib().compact_backward, keep.device, view(keep), rows, gathers, rows=keep.shape[0] * rows)
     return results
 
 
 def compact_(keep: Tensor, parts: Sequence[GatherSpec]) -> None:
-    described = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
-    _enqueue(lib().cuda_compact_inplace, keep.device, view(keep), described)
+    gathers = [(view(part.tensor), None, part.batch_dim, part.row_dim, 0) for part in parts]
+    _enqueue(lib().compact_inplace, keep.device, view(keep), gathers)
 
 
 @functools.lru_cache(maxsize=1024)
 def _attention_bytes(batch: int, heads: int, queries: int, rows: int) -> int:
-    return int(lib().attention_workspace_bytes_cuda(batch, heads, queries, rows))
+    return int(lib().attention_workspace_bytes(batch, heads, queries, rows))
 
 
 def attention_score(
@@ -238,20 +231,20 @@ def attention_score(
     mode: str, heads: str | int, queries: str,
 ) -> Tensor:  # fmt: skip
     scores = torch.empty((k.shape[0], k.shape[2]), dtype=torch.float32, device=k.device)
-    how = (causal, scale, MODES[mode], HEADS[heads] if isinstance(heads, str) else heads, QUERIES[queries])
+    options = attention_options(causal, scale, mode, heads, queries)
     masks = maybe_view(key_mask), maybe_view(droppable)
     size = _attention_bytes(*q.shape[:3], k.shape[2])
-    _enqueue(lib().cuda_attention_score, k.device, view(q), view(k), view(query_rows), *masks, *how, view(scores), size=size)
+    _enqueue(lib().attention_score, k.device, view(q), view(k), view(query_rows), *masks, *options, view(scores), size=size)
     return scores
 
 
 def key_norm(k: Tensor, norm: str) -> Tensor:
     scores = torch.empty((k.shape[0], k.shape[2]), dtype=torch.float32, device=k.device)
-    _enqueue(lib().cuda_key_norm, k.device, view(k), METRICS[norm], view(scores))
+    _enqueue(lib().key_norm, k.device, view(k), native.METRICS[norm], view(scores))
     return scores
 
 
 def cosine_to_pivots(x: Tensor, pivots: Tensor) -> Tensor:
     cosines = torch.empty((x.shape[0], pivots.shape[1], x.shape[1]), dtype=torch.float32, device=x.device)
-    _enqueue(lib().cuda_cosine_to_pivots, x.device, view(x), view(pivots), view(cosines))
+    _enqueue(lib().cosine_to_pivots, x.device, view(x), view(pivots), view(cosines))
     return cosines

@@ -45,15 +45,22 @@ static int compare(int64_t n, int64_t dim) {
   char *from = filled(copied), *to = filled(copied);
   const v2drop_tensor prev = view(prev_data, V2DROP_BFLOAT16, n, dim), cur = view(cur_data, V2DROP_BFLOAT16, n, dim);
   const v2drop_tensor keep = view(keep_data, V2DROP_INT64, k, 0);
-  const v2drop_stretch stretch = {.n = n, .k = k};
-  const v2drop_part part = {.src = cur, .dst = view(hidden, V2DROP_BFLOAT16, k, dim), .batch_dim = -1};
+  const v2drop_segment segment = {.n = n, .k = k};
+  const v2drop_gather gather = {.src = cur, .dst = view(hidden, V2DROP_BFLOAT16, k, dim), .batch_dim = -1};
+  v2drop_source source = V2DROP_SOURCE_INIT;
+  v2drop_context one_thread = V2DROP_CONTEXT_INIT;
   double ours = 1e9, copy = 1e9;
   const double end = seconds() + 4;
   int turns = 0;
 
+  source.prev = &prev;
+  source.cur = &cur;
+  source.metric = V2DROP_L2;
+  one_thread.threads = 1;
+
   for (; turns < 50 || seconds() < end; ++turns) {
     const double a = seconds();
-    if (v2drop_drop_tokens(NULL, &prev, &cur, NULL, &stretch, 1, V2DROP_L2, V2DROP_FLOAT32, &keep, &part, 1, 1) != V2DROP_OK) {
+    if (v2drop_drop_tokens(&source, &segment, 1, NULL, &keep, NULL, &gather, 1, &one_thread) != V2DROP_OK) {
       fprintf(stderr, "%s\n", v2drop_last_error());
       return 1;
     }

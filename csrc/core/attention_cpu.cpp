@@ -14,8 +14,9 @@
 #include <numeric>
 #include <vector>
 
-#include "check.h"
+#include "kernels.h"
 #include "keys.h"
+#include "ops.h"
 #include "thread_pool.h"
 
 namespace v2drop {
@@ -52,7 +53,7 @@ struct Present {
 // One step: some queries of some entries.
 class Step {
  public:
-  Step(const Attention& a, int64_t entry0, int64_t entries, int64_t query0, int64_t most, const std::vector<Present>& present,
+  Step(const AttentionRequest& a, int64_t entry0, int64_t entries, int64_t query0, int64_t most, const std::vector<Present>& present,
        float* scores)
       : a_(a), k_(kernels()), entry0_(entry0), entries_(entries), present_(present), query0_(query0), scores_(scores) {
     group_ = a.q.heads / a.k.heads;
@@ -199,7 +200,7 @@ class Step {
     }
   }
 
-  const Attention& a_;
+  const AttentionRequest& a_;
   const Kernels& k_;
   const int64_t entry0_, entries_;
   const std::vector<Present>& present_;
@@ -210,7 +211,11 @@ class Step {
   Floats weights_, packed_, factors_, sums_, droppable_sums_;
 };
 
-void attention(const Attention& a, int32_t threads) {
+}  // namespace
+
+namespace cpu {
+
+void attention(const AttentionRequest& a, const v2drop_context& context) {
   std::vector<Present> present(static_cast<size_t>(a.q.batch));
   int64_t most = 1;
   for (int64_t b = 0; b < a.q.batch; ++b) {
@@ -227,7 +232,7 @@ void attention(const Attention& a, int32_t threads) {
   const int64_t query_bytes = a.q.heads * std::max<int64_t>(1, a.k.rows) * static_cast<int64_t>(sizeof(float));
   const int64_t queries = std::min(most, std::max<int64_t>(1, kScratchBytes / query_bytes));
   const int64_t entries = queries < most ? 1 : std::max<int64_t>(1, kGroupBytes / (query_bytes * queries));
-  const int useful = useful_threads(threads, a.k.bytes());
+  const int useful = useful_threads(context.threads, a.k.bytes());
   for (int64_t entry = 0; entry < a.q.batch; entry += entries) {
     const int64_t n = std::min(entries, a.q.batch - entry);
     const Floats scores = floats(n * a.k.rows);
@@ -238,17 +243,5 @@ void attention(const Attention& a, int32_t threads) {
   }
 }
 
-}  // namespace
+}  // namespace cpu
 }  // namespace v2drop
-
-using namespace v2drop;
-
-v2drop_status v2drop_attention_score(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
-                                     const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, float scale,
-                                     int32_t mode, int32_t heads, int32_t queries, const v2drop_tensor* scores, int32_t threads) {
-  return guard([&] {
-    const Attention a = check_attention(q, k, query_rows, key_mask, droppable, causal, scale, mode, heads, queries, scores);
-    check_threads(threads);
-    attention(a, threads);
-  });
-}

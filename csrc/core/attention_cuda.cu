@@ -8,6 +8,7 @@
 
 #include "dots_cuda.cuh"
 #include "launch.cuh"
+#include "ops.h"
 
 namespace v2drop {
 namespace {
@@ -301,7 +302,11 @@ int64_t step_queries(int64_t batch, int64_t heads, int64_t queries, int64_t rows
   return low;
 }
 
-void attention(const Attention& a, const v2drop_cuda& cuda) {
+}  // namespace
+
+namespace cuda {
+
+void attention(const AttentionRequest& a, const v2drop_context& context) {
   if (a.q.heads > kAttentionPairs) fail("q: has %" PRId64 " heads, more than %d", a.q.heads, kAttentionPairs);
   if (a.q.rows > INT32_MAX / 2) fail("q: more than 2^30 queries");
   check_dim("q", a.q.dim);
@@ -311,9 +316,9 @@ void attention(const Attention& a, const v2drop_cuda& cuda) {
   }
   if (a.k.batch == 0 || a.k.rows == 0) return;
 
-  const int64_t step = step_queries(a.k.batch, a.q.heads, a.q.rows, a.k.rows, cuda.workspace_bytes);
+  const int64_t step = step_queries(a.k.batch, a.q.heads, a.q.rows, a.k.rows, context.workspace_bytes);
   const int64_t pairs = a.k.batch * a.q.heads * std::min(step, a.q.rows);
-  Workspace workspace(cuda);
+  Workspace workspace(context);
   Weighing w = {};
   w.q = device_heads(a.q);
   w.k = device_heads(a.k);
@@ -349,34 +354,24 @@ void attention(const Attention& a, const v2drop_cuda& cuda) {
     if (w.queries > 0) {
       for_row_type(a.k.dtype, a.k.dim, is_aligned(a.q) && is_aligned(a.k), [&](auto type, auto lanes, auto aligned) {
         launch(weigh_kernel<decltype(type), decltype(lanes)::value, decltype(aligned)::value>, a.k.batch * a.k.heads * splits, kThreads,
-               edge, cuda.stream, w);
+               edge, context.stream, w);
       });
       edge = Edge::kDependent;
     }
     r.of = w;
     r.first = query == 0;
     r.last = query + step >= a.q.rows;
-    launch(reduce_kernel, a.k.batch * tiles, kThreads, edge, cuda.stream, r);
+    launch(reduce_kernel, a.k.batch * tiles, kThreads, edge, context.stream, r);
     edge = Edge::kDependent;
   }
 }
 
-}  // namespace
+}  // namespace cuda
 }  // namespace v2drop
 
 using namespace v2drop;
 
-int64_t v2drop_attention_workspace_bytes_cuda(int64_t batch, int64_t heads, int64_t queries, int64_t rows) {
+int64_t v2drop_attention_workspace_bytes(int64_t batch, int64_t heads, int64_t queries, int64_t rows) {
   if (batch <= 0 || heads <= 0 || queries <= 0 || rows <= 0) return 0;
   return step_bytes(batch, heads, step_queries(batch, heads, queries, rows, kAttentionBytes), rows);
-}
-
-v2drop_status v2drop_attention_score_cuda(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
-                                          const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, float scale,
-                                          int32_t mode, int32_t heads, int32_t queries, const v2drop_tensor* scores,
-                                          const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    attention(check_attention(q, k, query_rows, key_mask, droppable, causal, scale, mode, heads, queries, scores), cuda);
-  });
 }

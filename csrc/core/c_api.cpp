@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What every entry point shares: version, instruction set, last error. The entry points themselves stand in the file of their op.
-#include <cstring>
+// The entry points: check the arguments, then run the op where the context says. The ops themselves stand in one file for each place.
+#include <cstdio>
 
 #include "kernels.h"
+#include "ops.h"
 #include "status.h"
 
 namespace v2drop {
@@ -11,19 +12,80 @@ namespace {
 
 thread_local char last_error[sizeof(Error::message)] = "";
 
+// Checks the context, then the other arguments, which `check` returns as a request; then runs the op.
+template <class Request, class Check>
+v2drop_status run(void (*Ops::*op)(const Request&, const v2drop_context&), const v2drop_context* context, const Check& check) {
+  return guard([&] {
+    const v2drop_context where = check_context(context);
+    const Ops& ops = where.place == V2DROP_CUDA ? cuda_ops() : cpu::kOps;
+    (ops.*op)(check(where.place), where);
+  });
+}
+
 }  // namespace
 
 v2drop_status record(v2drop_status status, const char* message) noexcept {
-  std::strncpy(last_error, message, sizeof last_error - 1);
+  std::snprintf(last_error, sizeof last_error, "%s", message);
   return status;
 }
 
 }  // namespace v2drop
 
-extern "C" {
+using namespace v2drop;
 
 int32_t v2drop_version(void) { return V2DROP_VERSION; }
-const char* v2drop_isa(void) { return v2drop::kernels().isa; }
-const char* v2drop_last_error(void) { return v2drop::last_error; }
+const char* v2drop_isa(void) { return kernels().isa; }
+const char* v2drop_last_error(void) { return last_error; }
 
-}  // extern "C"
+v2drop_status v2drop_variation_score(const v2drop_source* source, const v2drop_tensor* scores, const v2drop_context* context) {
+  return run(&Ops::score, context, [&](int32_t) { return check_score(source, scores); });
+}
+
+v2drop_status v2drop_variation_score_backward(const v2drop_tensor* grad, const v2drop_source* source, const v2drop_tensor* grad_prev,
+                                              const v2drop_tensor* grad_cur, const v2drop_context* context) {
+  return run(&Ops::score_backward, context, [&](int32_t) { return check_score_backward(grad, source, grad_prev, grad_cur); });
+}
+
+v2drop_status v2drop_topk(const v2drop_source* source, const v2drop_segment* segments, int64_t n_segments, const v2drop_tensor* cu_seqlens,
+                          int32_t order, const v2drop_tensor* values, const v2drop_tensor* indices, const v2drop_context* context) {
+  return run(&Ops::topk, context,
+             [&](int32_t place) { return check_topk(source, segments, n_segments, cu_seqlens, order, values, indices, place); });
+}
+
+v2drop_status v2drop_drop_tokens(const v2drop_source* source, const v2drop_segment* segments, int64_t n_segments,
+                                 const v2drop_tensor* cu_seqlens, const v2drop_tensor* keep, const v2drop_tensor* new_cu,
+                                 const v2drop_gather* gathers, int64_t n_gathers, const v2drop_context* context) {
+  return run(&Ops::drop, context,
+             [&](int32_t place) { return check_drop(source, segments, n_segments, cu_seqlens, keep, new_cu, gathers, n_gathers, place); });
+}
+
+v2drop_status v2drop_compact(const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers, const v2drop_context* context) {
+  return run(&Ops::compact, context, [&](int32_t) { return check_compact(keep, gathers, n_gathers); });
+}
+
+v2drop_status v2drop_compact_backward(const v2drop_tensor* keep, int64_t rows, const v2drop_gather* gathers, int64_t n_gathers,
+                                      const v2drop_context* context) {
+  return run(&Ops::compact_backward, context, [&](int32_t) { return check_compact_backward(keep, rows, gathers, n_gathers); });
+}
+
+v2drop_status v2drop_compact_inplace(const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers,
+                                     const v2drop_context* context) {
+  return run(&Ops::compact_inplace, context, [&](int32_t) { return check_compact_inplace(keep, gathers, n_gathers); });
+}
+
+v2drop_status v2drop_attention_score(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
+                                     const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, float scale,
+                                     int32_t mode, int32_t heads, int32_t queries, const v2drop_tensor* scores,
+                                     const v2drop_context* context) {
+  return run(&Ops::attention, context,
+             [&](int32_t) { return check_attention(q, k, query_rows, key_mask, droppable, causal, scale, mode, heads, queries, scores); });
+}
+
+v2drop_status v2drop_key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores, const v2drop_context* context) {
+  return run(&Ops::key_norm, context, [&](int32_t) { return check_key_norm(k, norm, scores); });
+}
+
+v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
+                                      const v2drop_context* context) {
+  return run(&Ops::cosine_to_pivots, context, [&](int32_t) { return check_pivots(x, pivots, cosines); });
+}

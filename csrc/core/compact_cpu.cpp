@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Compaction moves bytes: every part is reduced to planes of rows with some contiguous bytes each, whatever its dtype and layout, and all
-// parts of a call share one parallel loop. All offsets are 64-bit (csrc/tests/ moves rows that lie more than 2^32 bytes apart).
+// Compaction moves bytes: every tensor is reduced to planes of rows with some contiguous bytes each, whatever its dtype and layout, and
+// all tensors of a call share one parallel loop. All offsets are 64-bit (csrc/tests/ moves rows that lie more than 2^32 bytes apart).
+#include "kernels.h"
 #include "ops.h"
+#include "select_cpu.h"
 #include "thread_pool.h"
 
 #include <unistd.h>
@@ -108,64 +110,6 @@ void move_to_front(const Copy& copy, char* plane, const Keep& keep, int64_t entr
   }
 }
 
-Copy check_part(const char* name, const v2drop_part& part, int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
-  char src_name[64], dst_name[64];
-  std::snprintf(src_name, sizeof src_name, "%s.src", name);
-  std::snprintf(dst_name, sizeof dst_name, "%s.dst", name);
-  const v2drop_tensor &src = part.src, &dst = in_place ? part.src : part.dst;
-  check_tensor(src_name, &src);
-  check_tensor(dst_name, &dst);
-  check_writable(in_place ? src_name : dst_name, dst);
-  if (src.dtype != dst.dtype) fail("%s: has dtype code %d, but src has %d", dst_name, dst.dtype, src.dtype);
-  if (src.ndim != dst.ndim) fail("%s: has %d dimensions, but src has %d", dst_name, dst.ndim, src.ndim);
-  const int row_dim = part.row_dim, batch_dim = part.batch_dim;
-  if (row_dim < 0 || row_dim >= src.ndim) fail("%s.row_dim: is %d, not in 0..%d", name, row_dim, src.ndim - 1);
-  if (batch_dim < -1 || batch_dim >= src.ndim || batch_dim == row_dim)
-    fail("%s.batch_dim: is %d, not -1 or another dimension", name, batch_dim);
-  const int64_t entries = batch_dim < 0 ? 1 : src.shape[batch_dim];
-  if (entries != batch) fail("%s: has %" PRId64 " batch entries, but there are %" PRId64, src_name, entries, batch);
-  if (src_rows >= 0 && src.shape[row_dim] != src_rows) {
-    fail("%s: has %" PRId64 " rows, but must have %" PRId64, src_name, src.shape[row_dim], src_rows);
-  }
-  if (!in_place && dst.shape[row_dim] != dst_rows) {
-    fail("%s: has %" PRId64 " rows, but must have %" PRId64, dst_name, dst.shape[row_dim], dst_rows);
-  }
-  for (int d = 0; d < src.ndim; ++d) {
-    if (d != row_dim && src.shape[d] != dst.shape[d]) {
-      fail("%s: has extent %" PRId64 " in dimension %d, but src has %" PRId64, dst_name, dst.shape[d], d, src.shape[d]);
-    }
-  }
-
-  const int64_t item = kDtypeBytes[src.dtype];
-  Copy copy = {};
-  copy.src = static_cast<char*>(src.data);
-  copy.dst = static_cast<char*>(dst.data);
-  copy.src_rows = src.shape[row_dim];
-  copy.dst_rows = dst.shape[row_dim];
-  copy.src_row = copy.src_rows > 1 ? src.stride[row_dim] * item : 0;
-  copy.dst_row = copy.dst_rows > 1 ? dst.stride[row_dim] * item : 0;
-  copy.inner = item;
-  copy.planes = 1;
-  int d = src.ndim - 1;
-  for (; d > row_dim && d != batch_dim; --d) {
-    if (src.shape[d] == 1) continue;
-    if (src.stride[d] * item != copy.inner || dst.stride[d] * item != copy.inner) break;
-    copy.inner *= src.shape[d];
-  }
-  for (; d >= 0; --d) {
-    if (d == row_dim || src.shape[d] == 1) continue;
-    copy.dims[copy.n_dims++] = {src.shape[d], src.stride[d] * item, dst.stride[d] * item, d == batch_dim};
-    copy.planes *= src.shape[d];
-  }
-  if (copy.inner == 0) copy.planes = 0;
-  const int64_t low = part.fill, high = low < 0 ? -1 : 0;  // an element of 16 bytes gets the sign extended
-  char wide[16];
-  std::memcpy(wide, &low, 8);
-  std::memcpy(wide + 8, &high, 8);
-  for (int64_t i = 0; i < 16; i += item) std::memcpy(copy.fill + i, wide, static_cast<size_t>(item));
-  return copy;
-}
-
 // Chunks of several copies, numbered through.
 class Chunks {
  public:
@@ -216,38 +160,6 @@ std::vector<int64_t> invert(const Keep& keep, int64_t rows) {
 
 }  // namespace
 
-Copy::Plane Copy::plane(int64_t index) const {
-  Plane plane = {src, dst, 0};
-  for (int d = 0; d < n_dims; ++d) {
-    const int64_t i = index % dims[d].size;
-    index /= dims[d].size;
-    plane.src += i * dims[d].src;
-    plane.dst += i * dims[d].dst;
-    if (dims[d].is_batch) plane.entry = i;
-  }
-  return plane;
-}
-
-Keep check_keep(const v2drop_tensor* keep) {
-  const Rows view = check_rows("keep", keep, false);
-  check_dtype("keep", *keep, V2DROP_INT64, "int64");
-  check_contiguous("keep", *keep);
-  return {reinterpret_cast<int64_t*>(view.data), view.batch, view.rows};
-}
-
-std::vector<Copy> check_parts(const v2drop_part* parts, int64_t n_parts, int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
-  if (n_parts < 0) fail("n_parts: must not be negative, got %" PRId64, n_parts);
-  if (n_parts > 0 && !parts) fail("parts: is NULL");
-  std::vector<Copy> copies;
-  copies.reserve(static_cast<size_t>(n_parts));
-  for (int64_t p = 0; p < n_parts; ++p) {
-    char name[40];
-    std::snprintf(name, sizeof name, "parts[%" PRId64 "]", p);
-    copies.push_back(check_part(name, parts[p], batch, src_rows, dst_rows, in_place));
-  }
-  return copies;
-}
-
 void gather(const Keep& keep, const std::vector<Copy>& copies, int32_t threads) {
   Chunks chunks;
   int64_t bytes = 0;
@@ -267,53 +179,38 @@ void gather(const Keep& keep, const std::vector<Copy>& copies, int32_t threads) 
   });
 }
 
+namespace cpu {
+
+void compact(const CompactRequest& request, const v2drop_context& context) {
+  check_indices(request.keep, request.copies, false);
+  gather(request.keep, request.copies, context.threads);
+}
+
+void compact_backward(const CompactRequest& request, const v2drop_context& context) {
+  std::vector<int64_t> inverse = invert(request.keep, request.rows);
+  gather({inverse.data(), request.keep.batch, request.rows}, request.copies, context.threads);
+}
+
+void compact_inplace(const CompactRequest& request, const v2drop_context& context) {
+  const Keep& keep = request.keep;
+  check_indices(keep, request.copies, true);
+
+  int64_t bytes = 0;
+  for (const Copy& copy : request.copies) bytes += 2 * copy.planes * std::min(keep.count, copy.src_rows) * copy.inner;
+  const int useful = useful_threads(context.threads, bytes);
+  // The rows of a plane move one after the other. With fewer planes than threads, each thread moves a slice of every row.
+  const auto slices = [&](const Copy& copy) {
+    return copy.planes >= useful ? 1 : std::max<int64_t>(1, std::min<int64_t>(useful, copy.inner / 1024));
+  };
+  Chunks chunks;
+  for (const Copy& copy : request.copies) chunks.add(copy.planes * slices(copy));
+  parallel_for(chunks.total(), useful, [&](int64_t chunk) {
+    const Copy& copy = request.copies[chunks.find(&chunk)];
+    const Copy::Plane plane = copy.plane(chunk / slices(copy));
+    const int64_t slice = chunk % slices(copy), begin = copy.inner * slice / slices(copy), end = copy.inner * (slice + 1) / slices(copy);
+    move_to_front(copy, plane.src, keep, plane.entry, begin, end - begin);
+  });
+}
+
+}  // namespace cpu
 }  // namespace v2drop
-
-using namespace v2drop;
-
-v2drop_status v2drop_compact(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, int32_t threads) {
-  return guard([&] {
-    const Keep rows = check_keep(keep);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, rows.batch, -1, rows.count, false);
-    check_threads(threads);
-    check_indices(rows, copies, false);
-    gather(rows, copies, threads);
-  });
-}
-
-v2drop_status v2drop_compact_backward(const v2drop_tensor* keep, int64_t rows, const v2drop_part* parts, int64_t n_parts, int32_t threads) {
-  return guard([&] {
-    const Keep kept = check_keep(keep);
-    int64_t total;
-    if (rows < 0 || __builtin_mul_overflow(kept.batch, rows, &total)) fail("rows: is %" PRId64, rows);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, kept.batch, kept.count, rows, false);
-    check_threads(threads);
-    std::vector<int64_t> inverse = invert(kept, rows);
-    gather({inverse.data(), kept.batch, rows}, copies, threads);
-  });
-}
-
-v2drop_status v2drop_compact_inplace(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, int32_t threads) {
-  return guard([&] {
-    const Keep rows = check_keep(keep);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, rows.batch, -1, -1, true);
-    check_threads(threads);
-    check_indices(rows, copies, true);
-
-    int64_t bytes = 0;
-    for (const Copy& copy : copies) bytes += 2 * copy.planes * std::min(rows.count, copy.src_rows) * copy.inner;
-    const int useful = useful_threads(threads, bytes);
-    // The rows of a plane move one after the other. With fewer planes than threads, each thread moves a slice of every row.
-    const auto slices = [&](const Copy& copy) {
-      return copy.planes >= useful ? 1 : std::max<int64_t>(1, std::min<int64_t>(useful, copy.inner / 1024));
-    };
-    Chunks chunks;
-    for (const Copy& copy : copies) chunks.add(copy.planes * slices(copy));
-    parallel_for(chunks.total(), useful, [&](int64_t chunk) {
-      const Copy& copy = copies[chunks.find(&chunk)];
-      const Copy::Plane plane = copy.plane(chunk / slices(copy));
-      const int64_t slice = chunk % slices(copy), begin = copy.inner * slice / slices(copy), end = copy.inner * (slice + 1) / slices(copy);
-      move_to_front(copy, plane.src, rows, plane.entry, begin, end - begin);
-    });
-  });
-}

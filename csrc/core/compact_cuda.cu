@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "gather_cuda.cuh"
+#include "ops.h"
 
 namespace v2drop {
 namespace {
@@ -122,18 +123,18 @@ MoveClass class_of(const Copy& copy) {
       continue;
     }
     planes *= dim.size;
-    if (planes > INT32_MAX) fail("parts: one has more than 2^31 planes of rows");
+    if (planes > INT32_MAX) fail("gathers: one has more than 2^31 planes of rows");
     c.dims[c.n_dims++] = {dim.src, dim.dst, static_cast<int32_t>(dim.size)};
   }
   c.planes = static_cast<int32_t>(planes);
   c.src_row = copy.src_row;
   c.dst_row = copy.dst_row;
-  if (copy.src_rows > kMaxRows || copy.dst_rows > kMaxRows) fail("parts: one has more than 2^30 rows");
+  if (copy.src_rows > kMaxRows || copy.dst_rows > kMaxRows) fail("gathers: one has more than 2^30 rows");
   c.src_rows = static_cast<int32_t>(copy.src_rows);
   c.vec_bytes = static_cast<int32_t>(bits & -bits);
   c.row_vecs = copy.inner / c.vec_bytes;
   const int64_t pieces = (c.row_vecs + kThreads - 1) / kThreads;
-  if (pieces * planes > INT32_MAX) fail("parts: one has more than 2^31 pieces");
+  if (pieces * planes > INT32_MAX) fail("gathers: one has more than 2^31 pieces");
   c.pieces = static_cast<int32_t>(pieces);
   c.piece_vecs = static_cast<int32_t>((c.row_vecs + pieces - 1) / pieces);
   while (1 << c.log_lanes < std::min(c.piece_vecs, kThreads)) ++c.log_lanes;
@@ -193,7 +194,7 @@ std::vector<Moves> group_by_class(const std::vector<Copy>& copies, const Keep& k
         moves.tensors[used++] = {group.copies[done]->src, group.copies[done]->dst};
       }
       const int64_t items = static_cast<int64_t>(used - c.first_tensor) * c.planes * c.pieces;
-      if (items > INT32_MAX) fail("parts: need more than 2^31 pieces in one launch");
+      if (items > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
       c.items = static_cast<int32_t>(items);
     }
   }
@@ -223,47 +224,32 @@ void launch_gather(const std::vector<Moves>& launches, size_t first, Edge edge, 
   }
 }
 
+namespace cuda {
+
+void compact(const CompactRequest& request, const v2drop_context& context) {
+  launch_gather(plan_moves(request.copies, request.keep), 0, Edge::kNone, context.stream);
+}
+
+void compact_backward(const CompactRequest& request, const v2drop_context& context) {
+  const Keep& keep = request.keep;
+  const int64_t rows = request.rows;
+  Workspace workspace(context);
+  const Keep inverse = {workspace.take<int64_t>(keep.batch * rows), keep.batch, rows};
+  const std::vector<Moves> launches = plan_moves(request.copies, inverse);
+  if (launches.empty()) return;
+  const int64_t chunks = (rows + kInvertRows - 1) / kInvertRows;
+  launch(invert_kernel, keep.batch * chunks, kThreads, Edge::kNone, context.stream, inverse.data, keep.data, rows, keep.count, chunks);
+  launch_gather(launches, 0, Edge::kDependent, context.stream);
+}
+
+void compact_inplace(const CompactRequest& request, const v2drop_context& context) {
+  if (request.keep.count == 0) return;
+  for (Moves& moves : group_by_class(request.copies, request.keep)) {
+    for (int n = 0; n < moves.n_classes; ++n) moves.shares += moves.classes[n].items;
+    if (moves.shares > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
+    launch(move_to_front_kernel, moves.batch * moves.shares, kThreads, Edge::kNone, context.stream, moves);
+  }
+}
+
+}  // namespace cuda
 }  // namespace v2drop
-
-using namespace v2drop;
-
-v2drop_status v2drop_compact_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const Keep rows = check_keep(keep);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, rows.batch, -1, rows.count, false);
-    launch_gather(plan_moves(copies, rows), 0, Edge::kNone, cuda.stream);
-  });
-}
-
-v2drop_status v2drop_compact_backward_cuda(const v2drop_tensor* keep, int64_t rows, const v2drop_part* parts, int64_t n_parts,
-                                           const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const Keep kept = check_keep(keep);
-    int64_t total;
-    if (rows < 0 || __builtin_mul_overflow(kept.batch, rows, &total)) fail("rows: is %" PRId64, rows);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, kept.batch, kept.count, rows, false);
-    Workspace workspace(cuda);
-    const Keep inverse = {workspace.take<int64_t>(total), kept.batch, rows};
-    const std::vector<Moves> launches = plan_moves(copies, inverse);
-    if (launches.empty()) return;
-    const int64_t chunks = (rows + kInvertRows - 1) / kInvertRows;
-    launch(invert_kernel, kept.batch * chunks, kThreads, Edge::kNone, cuda.stream, inverse.data, kept.data, rows, kept.count, chunks);
-    launch_gather(launches, 0, Edge::kDependent, cuda.stream);
-  });
-}
-
-v2drop_status v2drop_compact_inplace_cuda(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const Keep rows = check_keep(keep);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, rows.batch, -1, -1, true);
-    if (rows.count == 0) return;
-    for (Moves& moves : group_by_class(copies, rows)) {
-      for (int n = 0; n < moves.n_classes; ++n) moves.shares += moves.classes[n].items;
-      if (moves.shares > INT32_MAX) fail("parts: need more than 2^31 pieces in one launch");
-      launch(move_to_front_kernel, moves.batch * moves.shares, kThreads, Edge::kNone, cuda.stream, moves);
-    }
-  });
-}

@@ -6,8 +6,8 @@
 
 #include <type_traits>
 
-#include "check.h"
 #include "device.cuh"
+#include "request.h"
 #include "score_cuda.cuh"
 #include "tuning_cuda.h"
 

@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "gather_cuda.cuh"
+#include "ops.h"
 #include "score_cuda.cuh"
 
 #if !defined(V2DROP_CUDA_ARCHS_STRING)
@@ -132,6 +133,64 @@ const Device& current_device() {
   return devices[i];
 }
 
+namespace cuda {
+
+void drop(const DropRequest& request, const v2drop_context& context) {
+  const KeySource& source = request.source;
+  const Segments& segments = request.segments;
+  const Keep& keep = request.keep;
+  const bool host_knows = !segments.cu_seqlens;
+  const int32_t mode = context.launch_mode;
+
+  const std::vector<Moves> moves = plan_moves(request.copies, keep);
+  const int64_t max_n = host_knows ? segments.largest() : source.rows;
+  const bool can_fuse = host_knows && max_n <= kFusedSelect && !moves.empty() && mode != V2DROP_LAUNCH_SEPARATE;
+  const bool few = can_fuse && segments.count * moves[0].tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
+  const bool fused = can_fuse && (few || mode != V2DROP_LAUNCH_AUTO);
+  if (keep.batch * keep.count == 0 && host_knows) return;
+  if (segments.count == 0) {  // every row of the result is empty
+    const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
+    check_cuda(cudaMemsetAsync(request.new_cu, 0, sizeof *request.new_cu, stream), "cudaMemsetAsync");
+    if (keep.count == 0) return;
+    check_cuda(cudaMemsetAsync(keep.data, 0xff, static_cast<size_t>(keep.count) * sizeof *keep.data, stream), "cudaMemsetAsync");
+    return launch_gather(moves, 0, Edge::kNone, context.stream);
+  }
+  Workspace workspace(context);
+  const Table table = make_table(segments, source, keep.count, true, context, workspace);
+  Selection selection = {table, {}};
+  Edge edge = Edge::kNone;
+  if (source.has_scores) {
+    selection.keys = device_keys(source, nullptr);
+  } else {
+    const Hidden& hidden = source.hidden;
+    const Scored scored = describe_keys(source, segments, table, workspace);
+    selection.keys = device_keys(source, scored.keys);
+    const bool aligned = is_aligned(hidden.prev) && is_aligned(hidden.cur);
+    const bool can = fused && aligned && current_device().cooperative_launch;
+    const bool small = hidden.prev.bytes() <= kCooperativeBytes;
+    if (mode == V2DROP_LAUNCH_COOPERATIVE || (mode == V2DROP_LAUNCH_AUTO && small && can)) {
+      if (can && launch_cooperative(hidden.prev.dtype, scored, moves[0], selection, context.stream)) {
+        return launch_gather(moves, 1, Edge::kNone, context.stream);
+      }
+      if (mode == V2DROP_LAUNCH_COOPERATIVE) {
+        fail_with(V2DROP_ERROR_UNSUPPORTED,
+                  "context.launch_mode: a cooperative drop takes at most %d competing rows in a segment, known to the host, "
+                  "rows aligned to 16 bytes, something to move, and a device that can",
+                  kFusedSelect);
+      }
+    }
+    edge = launch_score(scored, hidden.prev.dtype, aligned, context.stream);
+  }
+  if (fused) {
+    const auto kernel = source.has_scores ? select_and_gather_kernel<false> : select_and_gather_kernel<true>;
+    launch(kernel, blocks_of(moves[0]), kThreads, edge, context.stream, moves[0], selection);
+    return launch_gather(moves, 1, Edge::kNone, context.stream);
+  }
+  launch_select(table, selection.keys, KeptRows{keep.data, segments.cu_seqlens, request.new_cu}, max_n, edge, context.stream);
+  launch_gather(moves, 0, Edge::kDependent, context.stream);
+}
+
+}  // namespace cuda
 }  // namespace v2drop
 
 using namespace v2drop;
@@ -147,78 +206,7 @@ v2drop_status v2drop_cuda_available(void) {
   });
 }
 
-int64_t v2drop_workspace_bytes_cuda(int64_t rows, int64_t n_stretches, int64_t width) {
+int64_t v2drop_workspace_bytes(int64_t rows, int64_t n_segments, int64_t width) {
   // The keys and a table, and indices to rank; or the inverse of keep. Each piece is rounded up to 256 bytes.
-  return 8 * rows + 64 * n_stretches + 8 * n_stretches * width + 1024;
-}
-
-v2drop_status v2drop_drop_tokens_cuda(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur,
-                                      const v2drop_tensor* mask, const v2drop_stretch* stretches, int64_t n_stretches,
-                                      const v2drop_tensor* cu_seqlens, int32_t metric, int32_t round_to, const v2drop_tensor* keep,
-                                      const v2drop_tensor* new_cu, const v2drop_part* parts, int64_t n_parts, const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const KeySource source = check_source(scores, prev, cur, metric, round_to, mask, kForced);
-    const Keep out = check_keep(keep);
-    const bool budgets = cu_seqlens != nullptr;
-    KeptRows to = {out.data, nullptr, nullptr};
-    if (budgets) {
-      check_budgets(stretches, n_stretches, source.batch);
-      if (mask) fail("mask: does not go with cu_seqlens");
-      to.cu = check_cu("cu_seqlens", cu_seqlens, n_stretches);
-      to.new_cu = const_cast<int32_t*>(check_cu("new_cu", new_cu, n_stretches));
-    } else {
-      if (new_cu) fail("new_cu: is given without cu_seqlens");
-      check_stretches(stretches, n_stretches, source.batch, source.rows);
-    }
-    if (out.batch != source.batch) fail("keep: has %" PRId64 " entries, but there are %" PRId64, out.batch, source.batch);
-    if (!budgets) check_tiling(stretches, n_stretches, source.rows, out);
-    const std::vector<Copy> copies = check_parts(parts, n_parts, source.batch, source.rows, out.count, false);
-
-    const std::vector<Moves> moves = plan_moves(copies, out);
-    const int64_t max_n = budgets ? source.rows : largest(stretches, n_stretches);
-    const bool can_fuse = !budgets && max_n <= kFusedSelect && !moves.empty() && cuda.design != V2DROP_DESIGN_THREE;
-    const bool few = can_fuse && n_stretches * moves[0].tile_rows <= kStretchesOfTile * out.batch * out.count;
-    const bool fused = can_fuse && (few || cuda.design != V2DROP_DESIGN_AUTO);
-    if (out.batch * out.count == 0 && !budgets) return;
-    if (n_stretches == 0) {  // no segments: every row of the result is empty
-      const cudaStream_t stream = static_cast<cudaStream_t>(cuda.stream);
-      check_cuda(cudaMemsetAsync(to.new_cu, 0, sizeof *to.new_cu, stream), "cudaMemsetAsync");
-      if (out.count == 0) return;
-      check_cuda(cudaMemsetAsync(out.data, 0xff, static_cast<size_t>(out.count) * sizeof *out.data, stream), "cudaMemsetAsync");
-      return launch_gather(moves, 0, Edge::kNone, cuda.stream);
-    }
-    Workspace workspace(cuda);
-    const Table table = make_table(stretches, n_stretches, source, out.count, true, budgets, cuda, workspace);
-    Selection selection = {table, {}};
-    Edge edge = Edge::kNone;
-    if (source.has_scores) {
-      selection.keys = device_keys(source, nullptr);
-    } else {
-      const Scored scored = describe_keys(source, metric, round_to, stretches, n_stretches, table, budgets, workspace);
-      selection.keys = device_keys(source, scored.keys);
-      const bool aligned = is_aligned(source.hidden.prev) && is_aligned(source.hidden.cur);
-      const bool can = fused && aligned && current_device().cooperative_launch;
-      const bool small = source.hidden.prev.bytes() <= kCooperativeBytes;
-      if (cuda.design == V2DROP_DESIGN_COOPERATIVE || (cuda.design == V2DROP_DESIGN_AUTO && small && can)) {
-        if (can && launch_cooperative(prev->dtype, scored, moves[0], selection, cuda.stream)) {
-          return launch_gather(moves, 1, Edge::kNone, cuda.stream);
-        }
-        if (cuda.design == V2DROP_DESIGN_COOPERATIVE) {
-          fail_with(V2DROP_ERROR_UNSUPPORTED,
-                    "on: a cooperative drop takes at most %d competing rows a stretch, known to the host, "
-                    "rows aligned to 16 bytes, something to move, and a device that can",
-                    kFusedSelect);
-        }
-      }
-      edge = launch_score(scored, prev->dtype, aligned, cuda.stream);
-    }
-    if (fused) {
-      const auto kernel = source.has_scores ? select_and_gather_kernel<false> : select_and_gather_kernel<true>;
-      launch(kernel, blocks_of(moves[0]), kThreads, edge, cuda.stream, moves[0], selection);
-      return launch_gather(moves, 1, Edge::kNone, cuda.stream);
-    }
-    launch_select(table, selection.keys, to, max_n, edge, cuda.stream);
-    launch_gather(moves, 0, Edge::kDependent, cuda.stream);
-  });
+  return 8 * rows + 64 * n_segments + 8 * n_segments * width + 1024;
 }

@@ -10,7 +10,6 @@
 
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
 #include "select_cuda.cuh"
 #include "tuning_cuda.h"
 
@@ -55,7 +54,7 @@ struct Moves {
 
 // What a gather needs to select its rows itself.
 struct Selection {
-  Table stretches;
+  Table segments;
   DeviceKeys keys;
 };
 
@@ -139,21 +138,21 @@ __device__ inline void move_tile(const Moves& moves, int64_t entry, int64_t firs
 // COMPUTED: keys come from the score kernel, never from given scores; it saves registers to know.
 template <bool COMPUTED>
 __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& counts, int64_t first, int rows, int32_t* source) {
-  const Table& table = selection.stretches;
+  const Table& table = selection.segments;
   if (thread_id() < rows) source[thread_id()] = -1;  // survivors are written by other threads, behind the barriers of the select
   const int64_t end = first + rows;
   int64_t done = first;
   for (int64_t g = table.of_output(first); done < end; ++g) {
-    const v2drop_stretch s = table.at(g);
-    const int64_t kept0 = s.out0 + s.pad_pre, entry = s.row0 / table.in_rows, position = s.row0 % table.in_rows;
-    const int64_t best0 = kept0 + s.pre, post0 = best0 + s.k;
+    const v2drop_segment s = table.at(g);
+    const int64_t kept0 = s.dst_start + s.pad_before, entry = s.src_start / table.in_rows, position = s.src_start % table.in_rows;
+    const int64_t best0 = kept0 + s.n_prefix, post0 = best0 + s.k;
     if (thread_id() < rows) {
       const int64_t row = first + thread_id();
       if (row >= kept0 && row < best0) source[thread_id()] = static_cast<int32_t>(position + row - kept0);
-      if (row >= post0 && row < post0 + s.post) source[thread_id()] = static_cast<int32_t>(position + s.pre + s.n + row - post0);
+      if (row >= post0 && row < post0 + s.n_suffix) source[thread_id()] = static_cast<int32_t>(position + s.n_prefix + s.n + row - post0);
     }
     if (best0 < end && post0 > first) {
-      const int64_t competing = position + s.pre;
+      const int64_t competing = position + s.n_prefix;
       const int32_t* computed = COMPUTED ? selection.keys.keys + entry * selection.keys.rows + competing : nullptr;
       const int best_row = static_cast<int>(best0 - first);
       select_best<kThreads, false>(
@@ -164,7 +163,7 @@ __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& c
             if (row >= 0 && row < rows) source[row] = static_cast<int32_t>(competing) + i;
           });
     }
-    done = post0 + s.post + s.pad_post;
+    done = post0 + s.n_suffix + s.pad_after;
   }
   __syncthreads();
 }

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "check.h"
+#include "request.h"
 
 namespace v2drop {
 
@@ -31,7 +31,7 @@ enum class Edge { kNone, kDependent, kCooperative };
 template <class... Parameters, class... Arguments>
 cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) fail("parts: need more than 2^31 blocks in one launch");
+  if (blocks > INT32_MAX) fail("gathers: need more than 2^31 blocks in one launch");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -58,16 +58,16 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edg
 // Hands out the caller's scratch memory in pieces aligned to 256 bytes.
 class Workspace {
  public:
-  explicit Workspace(const v2drop_cuda& on) : next_(static_cast<char*>(on.workspace)), left_(on.workspace_bytes) {
-    if (reinterpret_cast<uintptr_t>(on.workspace) % 256 != 0) fail("workspace: is not aligned to 256 bytes");
+  explicit Workspace(const v2drop_context& context) : next_(static_cast<char*>(context.workspace)), left_(context.workspace_bytes) {
+    if (reinterpret_cast<uintptr_t>(context.workspace) % 256 != 0) fail("context.workspace: is not aligned to 256 bytes");
   }
   template <class T>
   T* take(int64_t count) {
     if (count == 0) return nullptr;
-    if (!next_) fail("workspace: is NULL");
-    if (count > (INT64_MAX - 255) / static_cast<int64_t>(sizeof(T))) fail("workspace: what the call needs exceeds 64 bits");
+    if (!next_) fail("context.workspace: is NULL");
+    if (count > (INT64_MAX - 255) / static_cast<int64_t>(sizeof(T))) fail("context.workspace: what the call needs exceeds 64 bits");
     const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    if (bytes > left_) fail("workspace: too small by %" PRId64 " bytes, see v2drop_workspace_bytes_cuda", bytes - left_);
+    if (bytes > left_) fail("context.workspace: too small by %" PRId64 " bytes, see v2drop_workspace_bytes", bytes - left_);
     T* piece = reinterpret_cast<T*>(next_);
     next_ += bytes;
     left_ -= bytes;
@@ -78,12 +78,6 @@ class Workspace {
   char* next_;
   int64_t left_;
 };
-
-inline const v2drop_cuda& check_on(const v2drop_cuda* on) {
-  if (!on) fail("on: is NULL");
-  if (on->design < V2DROP_DESIGN_AUTO || on->design > V2DROP_DESIGN_THREE) fail("on: unknown design %d", on->design);
-  return *on;
-}
 
 }  // namespace v2drop
 

@@ -3,7 +3,8 @@
 // Variation scores and their gradients. A row is always summed by one thread in one order, so results do not depend on the threads.
 #include <algorithm>
 
-#include "check.h"
+#include "kernels.h"
+#include "ops.h"
 #include "thread_pool.h"
 
 namespace v2drop {
@@ -29,38 +30,27 @@ void for_each_row(const Rows& rows, int32_t threads, const Body& body) {
 void store(char* to, float x) { __builtin_memcpy(to, &x, sizeof x); }
 
 }  // namespace
+namespace cpu {
+
+void score(const ScoreRequest& request, const v2drop_context& context) {
+  const Hidden& hidden = request.hidden;
+  const ScoreRow score_row = kernels().score[hidden.metric][hidden.prev.dtype][hidden.score_dtype];
+  for_each_row(hidden.prev, context.threads, [&](int64_t b, int64_t i) {
+    store(request.scores.at(b, i), score_row(hidden.prev.at(b, i), hidden.cur.at(b, i), hidden.prev.dim));
+  });
+}
+
+void score_backward(const ScoreBackwardRequest& request, const v2drop_context& context) {
+  const Rows &prev = request.hidden.prev, &cur = request.hidden.cur, &to_prev = request.grad_prev, &to_cur = request.grad_cur;
+  if (prev.dim == 0) return;
+  const BackwardRow backward = kernels().backward[request.hidden.metric][prev.dtype];
+  for_each_row(prev, context.threads, [&](int64_t b, int64_t i) {
+    float grad;
+    __builtin_memcpy(&grad, request.grad.at(b, i), sizeof grad);
+    backward(grad, prev.at(b, i), cur.at(b, i), to_prev.data ? to_prev.at(b, i) : nullptr, to_cur.data ? to_cur.at(b, i) : nullptr,
+             prev.dim);
+  });
+}
+
+}  // namespace cpu
 }  // namespace v2drop
-
-using namespace v2drop;
-
-v2drop_status v2drop_variation_score(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
-                                     const v2drop_tensor* scores, int32_t threads) {
-  return guard([&] {
-    const Hidden hidden = check_hidden(prev, cur, metric, round_to);
-    const Rows out = check_scores_of(hidden, scores);
-    check_threads(threads);
-
-    for_each_row(hidden.prev, threads, [&](int64_t b, int64_t i) {
-      store(out.at(b, i), hidden.score(hidden.prev.at(b, i), hidden.cur.at(b, i), hidden.prev.dim));
-    });
-  });
-}
-
-v2drop_status v2drop_variation_score_backward(const v2drop_tensor* grad, const v2drop_tensor* prev, const v2drop_tensor* cur,
-                                              int32_t metric, const v2drop_tensor* grad_prev, const v2drop_tensor* grad_cur,
-                                              int32_t threads) {
-  return guard([&] {
-    const Hidden hidden = check_hidden(prev, cur, metric, V2DROP_FLOAT32);
-    const Rows& a = hidden.prev;
-    const GradientRows to = check_gradients(hidden, grad, grad_prev, grad_cur);
-    check_threads(threads);
-    if (a.dim == 0) return;
-
-    const BackwardRow backward = kernels().backward[metric][a.dtype];
-    for_each_row(a, threads, [&](int64_t b, int64_t i) {
-      float g;
-      __builtin_memcpy(&g, to.grad.at(b, i), sizeof g);
-      backward(g, a.at(b, i), hidden.cur.at(b, i), grad_prev ? to.prev.at(b, i) : nullptr, grad_cur ? to.cur.at(b, i) : nullptr, a.dim);
-    });
-  });
-}

@@ -2,6 +2,7 @@
 //
 // Variation scores and their gradients on the GPU.
 #include "launch.cuh"
+#include "ops.h"
 #include "score_cuda.cuh"
 
 namespace v2drop {
@@ -125,7 +126,7 @@ bool is_aligned(const Rows& view) {
   return bits % 16 == 0;
 }
 
-Scored describe_scores(const Hidden& hidden, int32_t metric, int32_t round_to) {
+Scored describe_scores(const Hidden& hidden) {
   const Rows& rows = hidden.prev;
   if (rows.dim > INT32_MAX / 2) fail("prev: rows of more than 2^30 elements");
   if (rows.batch * rows.rows > kMaxRows) fail("prev: more than 2^30 rows");
@@ -133,11 +134,11 @@ Scored describe_scores(const Hidden& hidden, int32_t metric, int32_t round_to) {
   scored.prev = device_rows(hidden.prev);
   scored.cur = device_rows(hidden.cur);
   scored.dim = static_cast<int32_t>(rows.dim);
-  scored.metric = metric;
-  scored.round_to = round_to;
+  scored.metric = hidden.metric;
+  scored.score_dtype = hidden.score_dtype;
   scored.rows = static_cast<int32_t>(rows.rows);
   scored.slots = static_cast<int32_t>(rows.batch * rows.rows);
-  scored.stretches.alike.n = rows.rows;
+  scored.segments.alike.n = rows.rows;
   const int64_t warp_bytes = 32 * 16 * kScoreLoads;
   scored.warps = 1;
   while (scored.warps < kThreads / 32 && scored.warps * warp_bytes < rows.dim * kDtypeBytes[rows.dtype]) scored.warps *= 2;
@@ -150,7 +151,7 @@ int64_t score_blocks(const Scored& scored, int groups) {
 }
 
 Edge launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream) {
-  const int groups = scored.stretches.rows ? kTableRowGroups : 1;
+  const int groups = scored.segments.rows ? kTableRowGroups : 1;
   for_dtype(dtype, aligned, [&](auto type, auto is_aligned) {
     launch(score_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, groups), kThreads, Edge::kNone, stream, scored,
            groups);
@@ -158,40 +159,31 @@ Edge launch_score(const Scored& scored, int32_t dtype, bool aligned, void* strea
   return scored.slots > 0 ? Edge::kDependent : Edge::kNone;
 }
 
+namespace cuda {
+
+void score(const ScoreRequest& request, const v2drop_context& context) {
+  const Hidden& hidden = request.hidden;
+  Scored scored = describe_scores(hidden);
+  scored.scores = request.scores.data;
+  scored.scores_batch = request.scores.batch_stride;
+  scored.scores_row = request.scores.row_stride;
+  launch_score(scored, hidden.prev.dtype, is_aligned(hidden.prev) && is_aligned(hidden.cur), context.stream);
+}
+
+void score_backward(const ScoreBackwardRequest& request, const v2drop_context& context) {
+  const Rows &prev = request.hidden.prev, &cur = request.hidden.cur, &grad = request.grad;
+  const Rows &to_prev = request.grad_prev, &to_cur = request.grad_cur;
+  if (!to_prev.data && !to_cur.data) return;
+  const Scored scored = describe_scores(request.hidden);
+  const Gradients gradients = {grad.data,          grad.batch_stride,   grad.row_stride,  to_prev.data, to_cur.data, to_prev.batch_stride,
+                               to_prev.row_stride, to_cur.batch_stride, to_cur.row_stride};
+  const bool aligned =
+      is_aligned(prev) && is_aligned(cur) && (!to_prev.data || is_aligned(to_prev)) && (!to_cur.data || is_aligned(to_cur));
+  for_dtype(prev.dtype, aligned, [&](auto type, auto is_aligned) {
+    launch(score_backward_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, 1), kThreads, Edge::kNone,
+           context.stream, scored, gradients);
+  });
+}
+
+}  // namespace cuda
 }  // namespace v2drop
-
-using namespace v2drop;
-
-v2drop_status v2drop_variation_score_cuda(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
-                                          const v2drop_tensor* scores, const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const Hidden hidden = check_hidden(prev, cur, metric, round_to);
-    const Rows out = check_scores_of(hidden, scores);
-    Scored scored = describe_scores(hidden, metric, round_to);
-    scored.scores = out.data;
-    scored.scores_batch = out.batch_stride;
-    scored.scores_row = out.row_stride;
-    launch_score(scored, hidden.prev.dtype, is_aligned(hidden.prev) && is_aligned(hidden.cur), cuda.stream);
-  });
-}
-
-v2drop_status v2drop_variation_score_backward_cuda(const v2drop_tensor* grad, const v2drop_tensor* prev, const v2drop_tensor* cur,
-                                                   int32_t metric, const v2drop_tensor* grad_prev, const v2drop_tensor* grad_cur,
-                                                   const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const Hidden hidden = check_hidden(prev, cur, metric, V2DROP_FLOAT32);
-    const GradientRows to = check_gradients(hidden, grad, grad_prev, grad_cur);
-    if (!grad_prev && !grad_cur) return;
-    const Scored scored = describe_scores(hidden, metric, V2DROP_FLOAT32);
-    const Gradients gradients = {to.grad.data,         to.grad.batch_stride, to.grad.row_stride,  to.prev.data,     to.cur.data,
-                                 to.prev.batch_stride, to.prev.row_stride,   to.cur.batch_stride, to.cur.row_stride};
-    const bool aligned =
-        is_aligned(hidden.prev) && is_aligned(hidden.cur) && (!grad_prev || is_aligned(to.prev)) && (!grad_cur || is_aligned(to.cur));
-    for_dtype(hidden.prev.dtype, aligned, [&](auto type, auto is_aligned) {
-      launch(score_backward_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, 1), kThreads, Edge::kNone,
-             cuda.stream, scored, gradients);
-    });
-  });
-}

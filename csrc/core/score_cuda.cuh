@@ -7,8 +7,8 @@
 
 #include <cstring>
 
-#include "check.h"
 #include "device.cuh"
+#include "request.h"
 #include "select_cuda.cuh"
 #include "tuning_cuda.h"
 
@@ -24,11 +24,11 @@ struct DeviceRows {
 
 struct Scored {
   DeviceRows prev, cur;
-  int32_t dim, metric, round_to;
+  int32_t dim, metric, score_dtype;
   int32_t warps;  // that share a row: a power of two, at most kThreads / 32
   int64_t rows;   // of a batch entry
-  int64_t slots;  // competing rows of all stretches, end to end
-  Table stretches;
+  int64_t slots;  // competing rows of all segments, end to end
+  Table segments;
   const char* mask;
   int64_t mask_batch, mask_row;
   int32_t masked_key;
@@ -68,7 +68,7 @@ struct Sums {
 };
 
 template <class T>
-__device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metric, int round_to) {
+__device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metric, int score_dtype) {
   // The branches stand outside the loops, and one element's numbers live at a time: registers are for the loads in flight.
   if (metric == V2DROP_COSINE) {
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metr
       sums.cur = __fmaf_rn(b, b, sums.cur);
       sums.change = __fmaf_rn(d, d, sums.change);
     }
-  } else if (metric == V2DROP_L2 && round_to == V2DROP_FLOAT32) {
+  } else if (metric == V2DROP_L2 && score_dtype == V2DROP_FLOAT32) {
 #pragma unroll
     for (int e = 0; e < Vector<T>::kElements; ++e) {
       const float d = T::widen(y.elements[e]) - T::widen(x.elements[e]);
@@ -87,7 +87,7 @@ __device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metr
   } else {
 #pragma unroll
     for (int e = 0; e < Vector<T>::kElements; ++e) {
-      const float d = round_to_dtype(T::widen(y.elements[e]) - T::widen(x.elements[e]), round_to);
+      const float d = round_to_dtype(T::widen(y.elements[e]) - T::widen(x.elements[e]), score_dtype);
       sums.change = metric == V2DROP_L1 ? sums.change + fabsf(d) : __fmaf_rn(d, d, sums.change);
     }
   }
@@ -95,7 +95,7 @@ __device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metr
 
 // This thread's share of a row; `lane` of `lanes` threads. Nothing is added where the row is not `wanted`.
 template <class T, bool ALIGNED, bool AGAIN>
-__device__ Sums sum_row(const char* prev, const char* cur, int dim, int lane, int lanes, bool wanted, int metric, int round_to) {
+__device__ Sums sum_row(const char* prev, const char* cur, int dim, int lane, int lanes, bool wanted, int metric, int score_dtype) {
   constexpr int kElements = Vector<T>::kElements;
   constexpr int kLoads = ALIGNED ? kScoreLoads : 1;  // element by element there are as many loads in flight, and registers, with one
   Sums sums;
@@ -108,7 +108,7 @@ __device__ Sums sum_row(const char* prev, const char* cur, int dim, int lane, in
       y[j] = load_vector<T, ALIGNED, true>(cur, begin + j * lanes * kElements, dim);
     }
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) add<T>(sums, x[j], y[j], metric, round_to);
+    for (int j = 0; j < kLoads; ++j) add<T>(sums, x[j], y[j], metric, score_dtype);
   }
   return sums;
 }
@@ -162,8 +162,8 @@ __device__ inline float score_of(const Sums& sums, int metric) {
   return __fdiv_rn(rest < 0 ? 0.0f : rest, 2 * a * b);  // NaN passes
 }
 
-// The stretch that a slot lies in, found by the whole block: the slot becomes its place there.
-__device__ inline int stretch_of_slot(BlockCounts<kThreads>& counts, const Table& table, int* slot) {
+// The segment that a slot lies in, found by the whole block: the slot becomes its place there.
+__device__ inline int segment_of_slot(BlockCounts<kThreads>& counts, const Table& table, int* slot) {
   struct Found {
     int group, place;
   };
@@ -195,30 +195,30 @@ template <class T, bool ALIGNED>
 __device__ void score_rows(const Scored& s, BlockCounts<kThreads>& counts, RowSums& sums, int first, int groups) {
   const int lanes = 32 * s.warps, lane = thread_id() % lanes, mine = thread_id() / lanes, together = kThreads / lanes;
   int g = 0, place = first;
-  if (s.stretches.rows) g = stretch_of_slot(counts, s.stretches, &place);
+  if (s.segments.rows) g = segment_of_slot(counts, s.segments, &place);
   place += mine;
   for (int group = 0; group < groups; ++group, place += together) {
     const bool inside = first + group * together + mine < s.slots;
     int entry = 0, position = 0;
     if (inside) {
-      const v2drop_stretch* table = s.stretches.rows;
+      const v2drop_segment* table = s.segments.rows;
       if (table) {
         while (place >= table[g].n) place -= static_cast<int>(table[g++].n);
-        const int row = static_cast<int>(table[g].row0 + table[g].pre) + place;
+        const int row = static_cast<int>(table[g].src_start + table[g].n_prefix) + place;
         entry = row / s.rows;
         position = row % s.rows;
       } else {
-        const int n = static_cast<int>(s.stretches.alike.n);
+        const int n = static_cast<int>(s.segments.alike.n);
         entry = place / n;
-        position = static_cast<int>(s.stretches.alike.pre) + place % n;
+        position = static_cast<int>(s.segments.alike.n_prefix) + place % n;
       }
     }
     const bool masked = inside && s.mask && !s.mask[entry * s.mask_batch + position * s.mask_row];
     const Sums share = sum_row<T, ALIGNED, false>(s.prev.at(entry, position), s.cur.at(entry, position), s.dim, lane, lanes,
-                                                  inside && !masked, s.metric, s.round_to);
+                                                  inside && !masked, s.metric, s.score_dtype);
     const Sums all = sums.total(share, s.warps, s.metric == V2DROP_COSINE);
     if (lane != 0 || !inside) continue;
-    const float score = round_to_dtype(score_of(all, s.metric), s.round_to);
+    const float score = round_to_dtype(score_of(all, s.metric), s.score_dtype);
     if (s.keys) {
       s.keys[static_cast<int64_t>(entry) * s.rows + position] = masked ? s.masked_key : key_of_bits(__float_as_uint(score));
     } else {
@@ -230,8 +230,8 @@ __device__ void score_rows(const Scored& s, BlockCounts<kThreads>& counts, RowSu
 // The host's side, in score_cuda.cu.
 
 DeviceRows device_rows(const Rows& view);
-// Scores of the rows of `hidden`, of which those of `stretches` compete; the caller says where they go.
-Scored describe_scores(const Hidden& hidden, int32_t metric, int32_t round_to);
+// Scores of the rows of `hidden`, of which those of `segments` compete; the caller says where they go.
+Scored describe_scores(const Hidden& hidden);
 // Whether all rows begin and end at multiples of 16 bytes.
 bool is_aligned(const Rows& view);
 int64_t score_blocks(const Scored& scored, int groups);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Selection on the GPU: one block for each stretch.
+// Selection on the GPU: one block for each segment.
 #include <algorithm>
 
+#include "ops.h"
 #include "score_cuda.cuh"
 #include "select_cuda.cuh"
 
@@ -12,15 +13,15 @@ namespace {
 constexpr int kTableChunk = 128;  // 8 KB of kernel arguments
 
 struct TableChunk {
-  v2drop_stretch rows[kTableChunk];
+  v2drop_segment rows[kTableChunk];
 };
 
 // A table travels as kernel arguments: a copy from host memory would keep the caller's table in use after the call, or synchronise.
-__global__ void __launch_bounds__(kTableChunk) upload_kernel(v2drop_stretch* to, const __grid_constant__ TableChunk chunk, int count) {
+__global__ void __launch_bounds__(kTableChunk) upload_kernel(v2drop_segment* to, const __grid_constant__ TableChunk chunk, int count) {
   if (thread_id() < count) to[thread_id()] = chunk.rows[thread_id()];
 }
 
-// Where the stretches select to.
+// Where the segments select to.
 struct Selected {
   KeptRows kept;     // of a drop, or
   int64_t* indices;  // of a top-k [groups, width]
@@ -56,12 +57,12 @@ __device__ int64_t clamped(const int32_t* cu, int64_t g, int64_t rows, int64_t* 
   return max(min(static_cast<int64_t>(cu[g + 1]), rows) - *first, static_cast<int64_t>(0));
 }
 
-// Stretch g once the offsets are known, and of a drop the new offsets.
+// Segment g once the offsets are known, and of a drop the new offsets.
 template <int THREADS>
-__device__ v2drop_stretch resolve(const Table& table, int64_t g, int64_t rows, const KeptRows& to, BlockCounts<THREADS>& counts) {
-  v2drop_stretch s = table.at(g);
-  s.pre = s.post = s.pad_pre = s.pad_post = 0;
-  s.n = clamped(to.cu, g, rows, &s.row0);
+__device__ v2drop_segment resolve(const Table& table, int64_t g, int64_t rows, const KeptRows& to, BlockCounts<THREADS>& counts) {
+  v2drop_segment s = table.at(g);
+  s.n_prefix = s.n_suffix = s.pad_before = s.pad_after = 0;
+  s.n = clamped(to.cu, g, rows, &s.src_start);
   s.k = min(s.k, s.n);
   if (!to.new_cu) return s;
   int64_t before = 0;
@@ -73,13 +74,13 @@ __device__ v2drop_stretch resolve(const Table& table, int64_t g, int64_t rows, c
   // Offsets that do not ascend may count a row many times, beyond 32 bits.
   before = min(before, static_cast<int64_t>(INT32_MAX));
   const int64_t low = counts.sum(static_cast<int>(before & 0xffff)), high = counts.sum(static_cast<int>(before >> 16));
-  s.out0 = min(low + (high << 16), table.out_rows);
-  s.k = min(s.k, table.out_rows - s.out0);
+  s.dst_start = min(low + (high << 16), table.out_rows);
+  s.k = min(s.k, table.out_rows - s.dst_start);
   const bool last = g == table.groups - 1;
-  s.pad_post = last ? table.out_rows - s.out0 - s.k : 0;
+  s.pad_after = last ? table.out_rows - s.dst_start - s.k : 0;
   if (thread_id() == 0) {
-    to.new_cu[g] = static_cast<int32_t>(s.out0);
-    if (last) to.new_cu[g + 1] = static_cast<int32_t>(s.out0 + s.k);
+    to.new_cu[g] = static_cast<int32_t>(s.dst_start);
+    if (last) to.new_cu[g + 1] = static_cast<int32_t>(s.dst_start + s.k);
   }
   return s;
 }
@@ -91,22 +92,22 @@ __global__ void __launch_bounds__(THREADS)
   BlockCounts<THREADS> counts;
   const int64_t g = blockIdx.x;
   wait_for_previous();
-  const v2drop_stretch s = to.kept.cu ? resolve(table, g, keys.rows, to.kept, counts) : table.at(g);
-  const bool any = s.pre + s.n + s.post > 0;
-  const int64_t entry = any ? s.row0 / keys.rows : 0, position = any ? s.row0 % keys.rows : 0, competing = position + s.pre;
+  const v2drop_segment s = to.kept.cu ? resolve(table, g, keys.rows, to.kept, counts) : table.at(g);
+  const bool any = s.n_prefix + s.n + s.n_suffix > 0;
+  const int64_t entry = any ? s.src_start / keys.rows : 0, position = any ? s.src_start % keys.rows : 0, competing = position + s.n_prefix;
   const auto key = [&](int i) { return keys.at(entry, competing + i); };
   const int n = static_cast<int>(s.n), k = static_cast<int>(s.k);
   if (to.kept.keep) {
-    int64_t* out = to.kept.keep + s.out0;
-    for (int64_t i = thread_id(); i < s.pad_pre; i += THREADS) out[i] = -1;
-    out += s.pad_pre;
-    for (int64_t i = thread_id(); i < s.pre; i += THREADS) out[i] = position + i;
-    out += s.pre;
+    int64_t* out = to.kept.keep + s.dst_start;
+    for (int64_t i = thread_id(); i < s.pad_before; i += THREADS) out[i] = -1;
+    out += s.pad_before;
+    for (int64_t i = thread_id(); i < s.n_prefix; i += THREADS) out[i] = position + i;
+    out += s.n_prefix;
     select_best<THREADS, BINS>(counts, n, k, key, [&](int place, int i) { out[place] = competing + i; });
     out += s.k;
-    for (int64_t i = thread_id(); i < s.post; i += THREADS) out[i] = competing + s.n + i;
-    out += s.post;
-    for (int64_t i = thread_id(); i < s.pad_post; i += THREADS) out[i] = -1;
+    for (int64_t i = thread_id(); i < s.n_suffix; i += THREADS) out[i] = competing + s.n + i;
+    out += s.n_suffix;
+    for (int64_t i = thread_id(); i < s.pad_after; i += THREADS) out[i] = -1;
     return;
   }
   int64_t* index = to.indices + g * to.width;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   Others& others = block_shared<Others>();
   wait_for_previous();
   const int64_t g = blockIdx.x / tiles, mine = blockIdx.x % tiles * kThreads + thread_id();
-  const int64_t entry = cu ? 0 : min(table.at(g).row0 / table.in_rows, table.batch - 1);
+  const int64_t entry = cu ? 0 : min(table.at(g).src_start / table.in_rows, table.batch - 1);
   by_position += g * to.width;
   const int64_t index = mine < to.width ? by_position[mine] : -1;
   const int32_t key = index < 0 ? kExcluded : keys.at(entry, index);
@@ -162,49 +163,42 @@ void launch_select(const Table& table, const DeviceKeys& keys, const Selected& t
   }
 }
 
-bool all_alike(const v2drop_stretch* stretches, int64_t n_stretches, int64_t batch, int64_t rows, int64_t out_rows, bool tiled,
-               bool budgets) {
-  if (!budgets && n_stretches != batch) return false;
-  for (int64_t g = 0; g < n_stretches; ++g) {
-    const v2drop_stretch &s = stretches[g], &first = stretches[0];
+bool all_alike(const Segments& segments, int64_t batch, int64_t rows, int64_t out_rows, bool tiled) {
+  if (!segments.cu_seqlens && segments.count != batch) return false;
+  for (int64_t g = 0; g < segments.count; ++g) {
+    const v2drop_segment &s = segments[g], &first = segments[0];
     if (s.k != first.k) return false;
-    if (budgets) continue;
-    if (s.row0 != g * rows || s.pre != first.pre || s.n != first.n || s.post != first.post) return false;
-    if (tiled && (s.out0 != g * out_rows || s.pad_pre != first.pad_pre || s.pad_post != first.pad_post)) return false;
+    if (segments.cu_seqlens) continue;
+    if (s.src_start != g * rows || s.n_prefix != first.n_prefix || s.n != first.n || s.n_suffix != first.n_suffix) return false;
+    if (tiled && (s.dst_start != g * out_rows || s.pad_before != first.pad_before || s.pad_after != first.pad_after)) return false;
   }
   return true;
 }
 
 }  // namespace
 
-int64_t largest(const v2drop_stretch* stretches, int64_t n_stretches) {
-  int64_t n = 0;
-  for (int64_t g = 0; g < n_stretches; ++g) n = std::max(n, stretches[g].n);
-  return n;
-}
-
-Table make_table(const v2drop_stretch* stretches, int64_t n_stretches, const KeySource& source, int64_t out_rows, bool tiled, bool budgets,
-                 const v2drop_cuda& on, Workspace& workspace) {
+Table make_table(const Segments& segments, const KeySource& source, int64_t out_rows, bool tiled, const v2drop_context& context,
+                 Workspace& workspace) {
   if (source.batch * source.rows > kMaxRows) fail("%s: more than 2^30 rows", source.has_scores ? "scores" : "prev");
   Table table = {};
-  table.groups = n_stretches;
+  table.groups = segments.count;
   table.batch = source.batch;
   table.in_rows = std::max<int64_t>(1, source.rows);
   table.out_rows = out_rows;
-  if (n_stretches == 0) return table;
-  if (all_alike(stretches, n_stretches, source.batch, source.rows, out_rows, tiled, budgets)) {
-    table.alike = stretches[0];
+  if (segments.count == 0) return table;
+  if (all_alike(segments, source.batch, source.rows, out_rows, tiled)) {
+    table.alike = segments[0];
     return table;
   }
-  table.rows = on.stretches;
+  table.rows = context.device_segments;
   if (table.rows) return table;
-  v2drop_stretch* rows = workspace.take<v2drop_stretch>(n_stretches);
+  v2drop_segment* rows = workspace.take<v2drop_segment>(segments.count);
   table.rows = rows;
-  for (int64_t g = 0; g < n_stretches; g += kTableChunk) {
+  for (int64_t g = 0; g < segments.count; g += kTableChunk) {
     TableChunk chunk;
-    const int count = static_cast<int>(std::min<int64_t>(kTableChunk, n_stretches - g));
-    std::copy_n(stretches + g, count, chunk.rows);
-    launch(upload_kernel, 1, kTableChunk, Edge::kNone, on.stream, rows + g, chunk, count);
+    const int count = static_cast<int>(std::min<int64_t>(kTableChunk, segments.count - g));
+    std::copy_n(segments.data + g, count, chunk.rows);
+    launch(upload_kernel, 1, kTableChunk, Edge::kNone, context.stream, rows + g, chunk, count);
   }
   return table;
 }
@@ -227,9 +221,8 @@ DeviceKeys device_keys(const KeySource& source, const int32_t* keys) {
   return device;
 }
 
-Scored describe_keys(const KeySource& source, int32_t metric, int32_t round_to, const v2drop_stretch* stretches, int64_t n_stretches,
-                     const Table& table, bool budgets, Workspace& workspace) {
-  Scored scored = describe_scores(source.hidden, metric, round_to);
+Scored describe_keys(const KeySource& source, const Segments& segments, const Table& table, Workspace& workspace) {
+  Scored scored = describe_scores(source.hidden);
   scored.keys = workspace.take<int32_t>(source.batch * source.rows);
   if (source.has_mask) {
     scored.mask = source.mask.data;
@@ -237,11 +230,11 @@ Scored describe_keys(const KeySource& source, int32_t metric, int32_t round_to, 
     scored.mask_row = source.mask.row_stride;
   }
   scored.masked_key = source.masked_key;
-  if (budgets) return scored;  // all rows
-  scored.stretches = table;
+  if (segments.cu_seqlens) return scored;  // all rows
+  scored.segments = table;
   int64_t slots = 0;
-  for (int64_t g = 0; g < n_stretches; ++g) slots += stretches[g].n;
-  if (slots > kMaxRows) fail("stretches: more than 2^30 competing rows");
+  for (int64_t g = 0; g < segments.count; ++g) slots += segments[g].n;
+  if (slots > kMaxRows) fail("segments: more than 2^30 competing rows");
   scored.slots = static_cast<int32_t>(slots);
   return scored;
 }
@@ -250,43 +243,38 @@ void launch_select(const Table& table, const DeviceKeys& keys, const KeptRows& t
   launch_select(table, keys, Selected{to, nullptr, nullptr, 0, V2DROP_FLOAT32}, max_n, edge, stream);
 }
 
-}  // namespace v2drop
+namespace cuda {
 
-using namespace v2drop;
+void topk(const TopkRequest& request, const v2drop_context& context) {
+  const KeySource& source = request.source;
+  const Segments& segments = request.segments;
+  const int64_t width = request.width;
+  if (segments.count == 0 || width == 0) return;
 
-v2drop_status v2drop_topk_cuda(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
-                               const v2drop_stretch* stretches, int64_t n_stretches, const v2drop_tensor* cu_seqlens, int32_t order,
-                               int32_t metric, int32_t round_to, const v2drop_tensor* values, const v2drop_tensor* indices,
-                               const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const KeySource source = check_source(scores, prev, cur, metric, round_to, mask, kExcluded);
-    const bool budgets = cu_seqlens != nullptr;
-    budgets ? check_budgets(stretches, n_stretches, source.batch) : check_stretches(stretches, n_stretches, source.batch, source.rows);
-    const KeptRows lengths = {nullptr, budgets ? check_cu("cu_seqlens", cu_seqlens, n_stretches) : nullptr, nullptr};
-    const TopkRows out = check_topk(scores, stretches, n_stretches, order, values, indices);
-    if (n_stretches == 0 || out.width == 0) return;
-
-    Workspace workspace(cuda);
-    const Table table = make_table(stretches, n_stretches, source, out.width, false, budgets, cuda, workspace);
-    Edge edge = Edge::kNone;
-    DeviceKeys keys;
-    if (source.has_scores) {
-      keys = device_keys(source, nullptr);
-    } else {
-      const Scored scored = describe_keys(source, metric, round_to, stretches, n_stretches, table, budgets, workspace);
-      keys = device_keys(source, scored.keys);
-      edge = launch_score(scored, prev->dtype, is_aligned(source.hidden.prev) && is_aligned(source.hidden.cur), cuda.stream);
-    }
-    const int64_t max_n = budgets ? source.rows : largest(stretches, n_stretches);
-    if (order == V2DROP_ORDER_POSITION) {
-      launch_select(table, keys, Selected{lengths, out.indices, out.values, out.width, out.dtype}, max_n, edge, cuda.stream);
-      return;
-    }
-    int64_t* by_position = workspace.take<int64_t>(n_stretches * out.width);
-    launch_select(table, keys, Selected{lengths, by_position, nullptr, out.width, out.dtype}, max_n, edge, cuda.stream);
-    const int64_t tiles = (out.width + kThreads - 1) / kThreads;
-    launch(rank_kernel, n_stretches * tiles, kThreads, Edge::kDependent, cuda.stream, table, keys,
-           Selected{{}, out.indices, out.values, out.width, out.dtype}, by_position, lengths.cu, tiles);
-  });
+  Workspace workspace(context);
+  const Table table = make_table(segments, source, width, false, context, workspace);
+  Edge edge = Edge::kNone;
+  DeviceKeys keys;
+  if (source.has_scores) {
+    keys = device_keys(source, nullptr);
+  } else {
+    const Hidden& hidden = source.hidden;
+    const Scored scored = describe_keys(source, segments, table, workspace);
+    keys = device_keys(source, scored.keys);
+    edge = launch_score(scored, hidden.prev.dtype, is_aligned(hidden.prev) && is_aligned(hidden.cur), context.stream);
+  }
+  const KeptRows lengths = {nullptr, segments.cu_seqlens, nullptr};
+  const int64_t max_n = segments.cu_seqlens ? source.rows : segments.largest();
+  if (request.order == V2DROP_ORDER_POSITION) {
+    launch_select(table, keys, Selected{lengths, request.indices, request.values, width, request.dtype}, max_n, edge, context.stream);
+    return;
+  }
+  int64_t* by_position = workspace.take<int64_t>(segments.count * width);
+  launch_select(table, keys, Selected{lengths, by_position, nullptr, width, request.dtype}, max_n, edge, context.stream);
+  const int64_t tiles = (width + kThreads - 1) / kThreads;
+  launch(rank_kernel, segments.count * tiles, kThreads, Edge::kDependent, context.stream, table, keys,
+         Selected{{}, request.indices, request.values, width, request.dtype}, by_position, lengths.cu, tiles);
 }
+
+}  // namespace cuda
+}  // namespace v2drop

@@ -7,34 +7,33 @@
 
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
 #include "tuning_cuda.h"
 
 namespace v2drop {
 
 struct Scored;  // score_cuda.cuh
 
-// The stretches of a call: one for every batch entry, all alike, or a table in device memory.
+// The segments of a call: one for every batch entry, all alike, or a table in device memory.
 struct Table {
-  const v2drop_stretch* rows;  // NULL: `alike`, for entry 0
-  v2drop_stretch alike;
+  const v2drop_segment* rows;  // NULL: `alike`, for entry 0
+  v2drop_segment alike;
   int64_t groups;
   int64_t batch, in_rows, out_rows;  // rows of a batch entry, at least 1 of the input
 
-  __device__ v2drop_stretch at(int64_t g) const {
+  __device__ v2drop_segment at(int64_t g) const {
     if (rows) return rows[g];
-    v2drop_stretch s = alike;
-    s.row0 = g * in_rows;
-    s.out0 = g * out_rows;
+    v2drop_segment s = alike;
+    s.src_start = g * in_rows;
+    s.dst_start = g * out_rows;
     return s;
   }
-  // The last stretch that begins at or before an output row, so never one without output rows in front of another.
+  // The last segment that begins at or before an output row, so never one without output rows in front of another.
   __device__ int64_t of_output(int64_t row) const {
     if (!rows) return row / out_rows;
     int64_t low = 0, high = groups - 1;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
-      if (rows[middle].out0 <= row) {
+      if (rows[middle].dst_start <= row) {
         low = middle;
       } else {
         high = middle - 1;
@@ -174,14 +173,12 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
 
 // The host's side, in select_cuda.cu.
 
-// The stretches as kernels read them. `budgets`: only their k counts. `tiled`: their output rows count too.
-Table make_table(const v2drop_stretch* stretches, int64_t n_stretches, const KeySource& source, int64_t out_rows, bool tiled, bool budgets,
-                 const v2drop_cuda& on, Workspace& workspace);
-int64_t largest(const v2drop_stretch* stretches, int64_t n_stretches);  // competition
-DeviceKeys device_keys(const KeySource& source, const int32_t* keys);   // keys NULL: from given scores
+// The segments as kernels read them. `tiled`: their output rows count too.
+Table make_table(const Segments& segments, const KeySource& source, int64_t out_rows, bool tiled, const v2drop_context& context,
+                 Workspace& workspace);
+DeviceKeys device_keys(const KeySource& source, const int32_t* keys);  // keys NULL: from given scores
 // Keys of the competing rows of hidden states, into scratch memory; described by `scored`, which is not launched.
-Scored describe_keys(const KeySource& source, int32_t metric, int32_t round_to, const v2drop_stretch* stretches, int64_t n_stretches,
-                     const Table& table, bool budgets, Workspace& workspace);
+Scored describe_keys(const KeySource& source, const Segments& segments, const Table& table, Workspace& workspace);
 
 // Rows of keep [batch, out_rows], and offsets of a packed result.
 struct KeptRows {

@@ -6,7 +6,8 @@
 #include <cmath>
 #include <memory>
 
-#include "check.h"
+#include "kernels.h"
+#include "ops.h"
 #include "thread_pool.h"
 
 namespace v2drop {
@@ -19,71 +20,61 @@ int64_t block_rows(int64_t rows, int64_t row_bytes) {
 }
 
 }  // namespace
-}  // namespace v2drop
+namespace cpu {
 
-using namespace v2drop;
-
-v2drop_status v2drop_key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores, int32_t threads) {
-  return guard([&] {
-    const HeadRows keys = check_heads("k", k);
-    check_norm(norm);
-    const Rows out = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", keys.batch, keys.rows);
-    check_writable("scores", *scores);
-    check_threads(threads);
-
-    const AddNorms add = kernels().add_norms[norm][keys.dtype];
-    const int64_t block = block_rows(keys.rows, keys.dim * kDtypeBytes[keys.dtype]), blocks = (keys.rows + block - 1) / block;
-    const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(keys.batch * keys.rows)]());
-    parallel_for(keys.batch * blocks, useful_threads(threads, keys.bytes()), [&](int64_t item) {
-      const int64_t b = item / blocks, first = item % blocks * block, n = std::min(block, keys.rows - first);
-      float* to = sums.get() + b * keys.rows + first;
-      for (int64_t h = 0; h < keys.heads; ++h) add(keys.at(b, h, first), keys.row_stride, n, keys.dim, to);
-      for (int64_t i = 0; i < n; ++i) {
-        const float score = norm == V2DROP_L2 ? std::sqrt(to[i]) : to[i];
-        __builtin_memcpy(out.at(b, first + i), &score, sizeof score);
-      }
-    });
-  });
-}
-
-v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines, int32_t threads) {
-  return guard([&] {
-    const Pivots p = check_pivots(x, pivots, cosines);
-    const Rows& rows = p.x;
-    const int64_t n_pivots = p.pivots.rows, pitch = packed_dim(rows.dim);
-    check_threads(threads);
-
-    // Pivots, packed, and the squares of their norms; all zeros where there is none.
-    const Kernels& k = kernels();
-    const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(rows.batch * n_pivots * pitch)]());
-    const std::unique_ptr<float[]> norms(new float[static_cast<size_t>(rows.batch * n_pivots)]());
-    for (int64_t b = 0; b < rows.batch; ++b) {
-      for (int64_t i = 0; i < n_pivots; ++i) {
-        int64_t pivot;
-        __builtin_memcpy(&pivot, p.pivots.at(b, i), sizeof pivot);
-        if (pivot < 0 || pivot >= rows.rows) continue;
-        const char* row = rows.at(b, pivot);
-        k.pack[rows.dtype](row, rows.dim, packed.get() + (b * n_pivots + i) * pitch);
-        k.add_norms[V2DROP_L2][rows.dtype](row, 0, 1, rows.dim, norms.get() + b * n_pivots + i);
-      }
+void key_norm(const NormRequest& request, const v2drop_context& context) {
+  const HeadRows& keys = request.k;
+  const AddNorms add = kernels().add_norms[request.norm][keys.dtype];
+  const int64_t block = block_rows(keys.rows, keys.dim * kDtypeBytes[keys.dtype]), blocks = (keys.rows + block - 1) / block;
+  const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(keys.batch * keys.rows)]());
+  parallel_for(keys.batch * blocks, useful_threads(context.threads, keys.bytes()), [&](int64_t item) {
+    const int64_t b = item / blocks, first = item % blocks * block, n = std::min(block, keys.rows - first);
+    float* to = sums.get() + b * keys.rows + first;
+    for (int64_t h = 0; h < keys.heads; ++h) add(keys.at(b, h, first), keys.row_stride, n, keys.dim, to);
+    for (int64_t i = 0; i < n; ++i) {
+      const float score = request.norm == V2DROP_L2 ? std::sqrt(to[i]) : to[i];
+      __builtin_memcpy(request.scores.at(b, first + i), &score, sizeof score);
     }
-    constexpr int64_t kRows = 64, kVectors = 8;  // products of a step
-    const int64_t block = std::min(kRows, block_rows(rows.rows, rows.dim * kDtypeBytes[rows.dtype]));
-    const int64_t blocks = (rows.rows + block - 1) / block;
-    parallel_for(rows.batch * blocks, useful_threads(threads, rows.bytes()), [&](int64_t item) {
-      const int64_t b = item / blocks, first = item % blocks * block, n = std::min(block, rows.rows - first);
-      const char* at = rows.at(b, first);
-      float squares[kRows] = {}, products[kVectors * kRows];
-      k.add_norms[V2DROP_L2][rows.dtype](at, rows.row_stride, n, rows.dim, squares);
-      for (int64_t v = 0; v < n_pivots; ++v) {
-        if (v % kVectors == 0) {
-          k.dots[rows.dtype](at, rows.row_stride, n, packed.get() + (b * n_pivots + v) * pitch, std::min(kVectors, n_pivots - v), rows.dim,
-                             1.0f, products, kRows);
-        }
-        const float norm = std::sqrt(norms[static_cast<size_t>(b * n_pivots + v)]), *product = products + v % kVectors * kRows;
-        float* to = reinterpret_cast<float*>(p.cosines.at(b, v)) + first;
-        for (int64_t i = 0; i < n; ++i) to[i] = norm == 0 || squares[i] == 0 ? 0.0f : product[i] / (std::sqrt(squares[i]) * norm);
-      }
-    });
   });
 }
+
+void cosine_to_pivots(const PivotsRequest& p, const v2drop_context& context) {
+  const Rows& rows = p.x;
+  const int64_t n_pivots = p.pivots.rows, pitch = packed_dim(rows.dim);
+
+  // Pivots, packed, and the squares of their norms; all zeros where there is none.
+  const Kernels& k = kernels();
+  const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(rows.batch * n_pivots * pitch)]());
+  const std::unique_ptr<float[]> norms(new float[static_cast<size_t>(rows.batch * n_pivots)]());
+  for (int64_t b = 0; b < rows.batch; ++b) {
+    for (int64_t i = 0; i < n_pivots; ++i) {
+      int64_t pivot;
+      __builtin_memcpy(&pivot, p.pivots.at(b, i), sizeof pivot);
+      if (pivot < 0 || pivot >= rows.rows) continue;
+      const char* row = rows.at(b, pivot);
+      k.pack[rows.dtype](row, rows.dim, packed.get() + (b * n_pivots + i) * pitch);
+      k.add_norms[V2DROP_L2][rows.dtype](row, 0, 1, rows.dim, norms.get() + b * n_pivots + i);
+    }
+  }
+  constexpr int64_t kRows = 64, kVectors = 8;  // products of a step
+  const int64_t block = std::min(kRows, block_rows(rows.rows, rows.dim * kDtypeBytes[rows.dtype]));
+  const int64_t blocks = (rows.rows + block - 1) / block;
+  parallel_for(rows.batch * blocks, useful_threads(context.threads, rows.bytes()), [&](int64_t item) {
+    const int64_t b = item / blocks, first = item % blocks * block, n = std::min(block, rows.rows - first);
+    const char* at = rows.at(b, first);
+    float squares[kRows] = {}, products[kVectors * kRows];
+    k.add_norms[V2DROP_L2][rows.dtype](at, rows.row_stride, n, rows.dim, squares);
+    for (int64_t v = 0; v < n_pivots; ++v) {
+      if (v % kVectors == 0) {
+        k.dots[rows.dtype](at, rows.row_stride, n, packed.get() + (b * n_pivots + v) * pitch, std::min(kVectors, n_pivots - v), rows.dim,
+                           1.0f, products, kRows);
+      }
+      const float norm = std::sqrt(norms[static_cast<size_t>(b * n_pivots + v)]), *product = products + v % kVectors * kRows;
+      float* to = reinterpret_cast<float*>(p.cosines.at(b, v)) + first;
+      for (int64_t i = 0; i < n; ++i) to[i] = norm == 0 || squares[i] == 0 ? 0.0f : product[i] / (std::sqrt(squares[i]) * norm);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace v2drop

@@ -5,6 +5,7 @@
 
 #include "dots_cuda.cuh"
 #include "launch.cuh"
+#include "ops.h"
 
 namespace v2drop {
 namespace {
@@ -123,62 +124,53 @@ __global__ void __launch_bounds__(kThreads, kDotBlocksOfSm) cosine_kernel(const 
 }
 
 }  // namespace
+namespace cuda {
+
+void key_norm(const NormRequest& request, const v2drop_context& context) {
+  const HeadRows& keys = request.k;
+  const Rows& out = request.scores;
+  check_dim("k", keys.dim);
+  if (keys.heads > INT32_MAX) fail("k: more than 2^31 heads");
+  if (keys.batch == 0 || keys.rows == 0) return;
+  if (keys.batch > kMaxRows / keys.rows) fail("k: more than 2^30 rows");
+  const Norms n = {device_heads(keys),
+                   static_cast<int32_t>(keys.dim),
+                   static_cast<int32_t>(keys.heads),
+                   request.norm == V2DROP_L2,
+                   keys.rows,
+                   keys.batch * keys.rows,
+                   out.data,
+                   out.batch_stride,
+                   out.row_stride};
+  for_row_type(keys.dtype, keys.dim, is_aligned(keys), [&](auto type, auto lanes, auto aligned) {
+    constexpr int kLanes = decltype(lanes)::value, kRows = kThreads / kLanes * kDotRows;
+    launch(key_norm_kernel<decltype(type), kLanes, decltype(aligned)::value>, (n.all + kRows - 1) / kRows, kThreads, Edge::kNone,
+           context.stream, n);
+  });
+}
+
+void cosine_to_pivots(const PivotsRequest& p, const v2drop_context& context) {
+  check_dim("x", p.x.dim);
+  if (p.pivots.rows > INT32_MAX / 2) fail("pivots: more than 2^30 for an entry");
+  if (p.x.batch == 0 || p.x.rows == 0 || p.pivots.rows == 0) return;
+  if (p.x.batch > kMaxRows / p.x.rows) fail("x: more than 2^30 rows");
+  const int64_t warps = (p.x.rows + kCosineRows - 1) / kCosineRows * p.x.batch;
+  const Cosines c = {device_rows(p.x),
+                     p.pivots.data,
+                     p.pivots.batch_stride,
+                     p.pivots.row_stride,
+                     static_cast<int32_t>(p.x.dim),
+                     static_cast<int32_t>(p.pivots.rows),
+                     p.x.rows,
+                     warps,
+                     p.cosines.data,
+                     p.cosines.batch_stride,
+                     p.cosines.row_stride};
+  for_row_type(p.x.dtype, p.x.dim, is_aligned(p.x), [&](auto type, auto, auto aligned) {
+    launch(cosine_kernel<decltype(type), decltype(aligned)::value>, (warps + kThreads / 32 - 1) / (kThreads / 32), kThreads, Edge::kNone,
+           context.stream, c);
+  });
+}
+
+}  // namespace cuda
 }  // namespace v2drop
-
-using namespace v2drop;
-
-v2drop_status v2drop_key_norm_cuda(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores, const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const HeadRows keys = check_heads("k", k);
-    check_norm(norm);
-    const Rows out = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", keys.batch, keys.rows);
-    check_writable("scores", *scores);
-    check_dim("k", keys.dim);
-    if (keys.heads > INT32_MAX) fail("k: more than 2^31 heads");
-    if (keys.batch == 0 || keys.rows == 0) return;
-    if (keys.batch > kMaxRows / keys.rows) fail("k: more than 2^30 rows");
-    const Norms n = {device_heads(keys),
-                     static_cast<int32_t>(keys.dim),
-                     static_cast<int32_t>(keys.heads),
-                     norm == V2DROP_L2,
-                     keys.rows,
-                     keys.batch * keys.rows,
-                     out.data,
-                     out.batch_stride,
-                     out.row_stride};
-    for_row_type(keys.dtype, keys.dim, is_aligned(keys), [&](auto type, auto lanes, auto aligned) {
-      constexpr int kLanes = decltype(lanes)::value, kRows = kThreads / kLanes * kDotRows;
-      launch(key_norm_kernel<decltype(type), kLanes, decltype(aligned)::value>, (n.all + kRows - 1) / kRows, kThreads, Edge::kNone,
-             cuda.stream, n);
-    });
-  });
-}
-
-v2drop_status v2drop_cosine_to_pivots_cuda(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
-                                           const v2drop_cuda* on) {
-  return guard([&] {
-    const v2drop_cuda& cuda = check_on(on);
-    const Pivots p = check_pivots(x, pivots, cosines);
-    check_dim("x", p.x.dim);
-    if (p.pivots.rows > INT32_MAX / 2) fail("pivots: more than 2^30 for an entry");
-    if (p.x.batch == 0 || p.x.rows == 0 || p.pivots.rows == 0) return;
-    if (p.x.batch > kMaxRows / p.x.rows) fail("x: more than 2^30 rows");
-    const int64_t warps = (p.x.rows + kCosineRows - 1) / kCosineRows * p.x.batch;
-    const Cosines c = {device_rows(p.x),
-                       p.pivots.data,
-                       p.pivots.batch_stride,
-                       p.pivots.row_stride,
-                       static_cast<int32_t>(p.x.dim),
-                       static_cast<int32_t>(p.pivots.rows),
-                       p.x.rows,
-                       warps,
-                       p.cosines.data,
-                       p.cosines.batch_stride,
-                       p.cosines.row_stride};
-    for_row_type(p.x.dtype, p.x.dim, is_aligned(p.x), [&](auto type, auto, auto aligned) {
-      launch(cosine_kernel<decltype(type), decltype(aligned)::value>, (warps + kThreads / 32 - 1) / (kThreads / 32), kThreads, Edge::kNone,
-             cuda.stream, c);
-    });
-  });
-}

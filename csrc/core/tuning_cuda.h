@@ -29,17 +29,17 @@ constexpr int kCooperativeBlocksOfSm = 3;
 // Rows in a call: row numbers, also a grid's worth beyond the last one, fit 32 bits in the kernels. Offsets are 64-bit everywhere.
 constexpr int64_t kMaxRows = 1 << 30;
 
-// Groups of rows that a block scores one after the other where a table of stretches has to be searched first.
+// Groups of rows that a block scores one after the other where a table of segments has to be searched first.
 constexpr int kTableRowGroups = 4;
 
-// Keys of a stretch up to which the blocks of the gather repeat the select, 8 in the registers of each thread; beyond, select is a kernel
+// Keys of a segment up to which the blocks of the gather repeat the select, 8 in the registers of each thread; beyond, select is a kernel
 // of its own, with 8 keys in each of 1024 threads, and beyond those it counts by bins from L2.
 constexpr int kKeysPerThread = 8;
 constexpr int kFusedSelect = kThreads * kKeysPerThread;
 constexpr int kSelectThreads = 1024;
 
-// Stretches that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.
-constexpr int kStretchesOfTile = 4;
+// Segments that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.
+constexpr int kSegmentsOfTile = 4;
 
 // Bytes of hidden states (one tensor) up to which a drop is one cooperative launch: by the model, a grid barrier then costs less than a
 // second launch, because the rows of all blocks fit the GPU at once (NVIDIA H200, bfloat16).

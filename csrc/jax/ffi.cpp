@@ -2,8 +2,8 @@
 //
 // v2drop_kernels._xla: the C interface as custom calls of XLA, for v2drop_kernels/jax.py, which registers them.
 //
-// Arguments and results are buffers in row-major order, everything else comes as attributes. JAX has no int64 unless told so: row
-// indices cross as int32 [.., 2], their low and high words. Every result list ends with the scratch memory of the GPU.
+// Arguments and results are buffers in row-major order; everything else comes as attributes. JAX has no int64 by default, so row indices
+// are passed as int32 [.., 2], their low and high words. Every list of results ends with the scratch memory of the GPU.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -91,23 +91,27 @@ class Call {
   int32_t code(const char* name) const { return static_cast<int32_t>(number(name)); }
   ffi::Span<const int64_t> list(const char* name) const { return value(attrs_.get<ffi::Span<const int64_t>>(name)); }
 
-  // The arrays from `first_in` and `first_out` on are the parts.
-  std::vector<v2drop_part> parts(size_t first_in, size_t first_out) const {
+  // The arrays from `first_in` and `first_out` on are gathered.
+  std::vector<v2drop_gather> gathers(size_t first_in, size_t first_out) const {
     const auto batch_dims = list("batch_dims"), row_dims = list("row_dims"), fills = list("fills");
-    std::vector<v2drop_part> parts;
+    std::vector<v2drop_gather> gathers;
     for (size_t i = 0; i < row_dims.size(); ++i) {
-      parts.push_back(
+      gathers.push_back(
           {in(first_in + i), out(first_out + i), static_cast<int32_t>(batch_dims[i]), static_cast<int32_t>(row_dims[i]), fills[i]});
     }
-    return parts;
+    return gathers;
   }
 
-  v2drop_cuda on(void* stream) const {
+  v2drop_context context_on(void* stream) const {
     const ffi::AnyBuffer scratch = result(rets_.size() - 1);
     // XLA aligns to 128 bytes; jax.py asks for 256 more than are needed.
     const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch.untyped_data()), first = (begin + 255) / 256 * 256;
-    return {stream, reinterpret_cast<void*>(first), static_cast<int64_t>(scratch.size_bytes() - (first - begin)), V2DROP_DESIGN_AUTO,
-            nullptr};
+    v2drop_context context = V2DROP_CONTEXT_INIT;
+    context.place = V2DROP_CUDA;
+    context.stream = stream;
+    context.workspace = reinterpret_cast<void*>(first);
+    context.workspace_bytes = static_cast<int64_t>(scratch.size_bytes() - (first - begin));
+    return context;
   }
 
  private:
@@ -118,80 +122,84 @@ class Call {
   ffi::Dictionary attrs_;
 };
 
-constexpr int32_t kAllThreads = 0;
-
-// What competes: scores, or both hidden states, in front of the other arguments.
-struct Ranked {
-  explicit Ranked(const Call& call) : count(static_cast<size_t>(call.number("ranked"))), first(call.in(0)) {
-    if (count == 2) second = call.in(1);
-    const auto list = call.list("stretches");
-    static_assert(sizeof(v2drop_stretch) == 8 * sizeof(int64_t), "a stretch is eight numbers of the attribute");
-    stretches = reinterpret_cast<const v2drop_stretch*>(list.begin());
-    n_stretches = static_cast<int64_t>(list.size() / 8);
+// What rows are ranked by, scores or both hidden states, which stand in front of the other arguments.
+class Source {
+ public:
+  Source(const Call& call, size_t first, size_t count) : first_(call.in(first)) {
+    if (count == 2) {
+      second_ = call.in(first + 1);
+      source_.prev = &first_;
+      source_.cur = &second_;
+    } else {
+      source_.scores = &first_;
+    }
+    source_.metric = call.code("metric");
   }
-  const v2drop_tensor* scores() const { return count == 1 ? &first : nullptr; }
-  const v2drop_tensor* prev() const { return count == 2 ? &first : nullptr; }
-  const v2drop_tensor* cur() const { return count == 2 ? &second : nullptr; }
+  Source(const Source&) = delete;
+  void round_scores_to(int32_t dtype) { source_.score_dtype = dtype; }
+  operator const v2drop_source*() const { return &source_; }
 
-  size_t count;
-  v2drop_tensor first, second;
-  const v2drop_stretch* stretches;
-  int64_t n_stretches;
+ private:
+  v2drop_tensor first_, second_;
+  v2drop_source source_ = V2DROP_SOURCE_INIT;
 };
 
-v2drop_status variation_score(const Call& call, const v2drop_cuda* on) {
-  const v2drop_tensor prev = call.in(0), cur = call.in(1), scores = call.out(0);
-  const int32_t metric = call.code("metric"), round_to = call.code("round_to");
-  return on ? v2drop_variation_score_cuda(&prev, &cur, metric, round_to, &scores, on)
-            : v2drop_variation_score(&prev, &cur, metric, round_to, &scores, kAllThreads);
+// The source and the segments of a selection.
+struct Ranked {
+  explicit Ranked(const Call& call) : count(static_cast<size_t>(call.number("ranked"))), source(call, 0, count) {
+    source.round_scores_to(call.code("score_dtype"));
+    const auto list = call.list("segments");
+    static_assert(sizeof(v2drop_segment) == 8 * sizeof(int64_t), "a segment is eight numbers of the attribute");
+    segments = reinterpret_cast<const v2drop_segment*>(list.begin());
+    n_segments = static_cast<int64_t>(list.size() / 8);
+  }
+
+  size_t count;
+  Source source;
+  const v2drop_segment* segments;
+  int64_t n_segments;
+};
+
+v2drop_status variation_score(const Call& call, const v2drop_context* context) {
+  Source source(call, 0, 2);
+  source.round_scores_to(call.code("score_dtype"));
+  const v2drop_tensor scores = call.out(0);
+  return v2drop_variation_score(source, &scores, context);
 }
 
-v2drop_status variation_score_backward(const Call& call, const v2drop_cuda* on) {
-  const v2drop_tensor grad = call.in(0), prev = call.in(1), cur = call.in(2), to_prev = call.out(0), to_cur = call.out(1);
-  const int32_t metric = call.code("metric");
-  return on ? v2drop_variation_score_backward_cuda(&grad, &prev, &cur, metric, &to_prev, &to_cur, on)
-            : v2drop_variation_score_backward(&grad, &prev, &cur, metric, &to_prev, &to_cur, kAllThreads);
+v2drop_status variation_score_backward(const Call& call, const v2drop_context* context) {
+  const Source source(call, 1, 2);
+  const v2drop_tensor grad = call.in(0), to_prev = call.out(0), to_cur = call.out(1);
+  return v2drop_variation_score_backward(&grad, source, &to_prev, &to_cur, context);
 }
 
-v2drop_status topk(const Call& call, const v2drop_cuda* on) {
+v2drop_status topk(const Call& call, const v2drop_context* context) {
   const Ranked r(call);
   const v2drop_tensor values = call.out(0), indices = call.indices_out(1);
-  const int32_t order = call.code("order"), metric = call.code("metric"), round_to = call.code("round_to");
-  return on ? v2drop_topk_cuda(r.scores(), r.prev(), r.cur(), nullptr, r.stretches, r.n_stretches, nullptr, order, metric, round_to,
-                               &values, &indices, on)
-            : v2drop_topk(r.scores(), r.prev(), r.cur(), nullptr, r.stretches, r.n_stretches, order, metric, round_to, &values, &indices,
-                          kAllThreads);
+  return v2drop_topk(r.source, r.segments, r.n_segments, nullptr, call.code("order"), &values, &indices, context);
 }
 
-v2drop_status drop_tokens(const Call& call, const v2drop_cuda* on) {
+v2drop_status drop_tokens(const Call& call, const v2drop_context* context) {
   const Ranked r(call);
   const v2drop_tensor keep = call.indices_out(0);
-  const std::vector<v2drop_part> parts = call.parts(r.count, 1);
-  const int32_t metric = call.code("metric"), round_to = call.code("round_to");
-  const int64_t n_parts = static_cast<int64_t>(parts.size());
-  return on ? v2drop_drop_tokens_cuda(r.scores(), r.prev(), r.cur(), nullptr, r.stretches, r.n_stretches, nullptr, metric, round_to, &keep,
-                                      nullptr, parts.data(), n_parts, on)
-            : v2drop_drop_tokens(r.scores(), r.prev(), r.cur(), nullptr, r.stretches, r.n_stretches, metric, round_to, &keep, parts.data(),
-                                 n_parts, kAllThreads);
+  const std::vector<v2drop_gather> gathers = call.gathers(r.count, 1);
+  return v2drop_drop_tokens(r.source, r.segments, r.n_segments, nullptr, &keep, nullptr, gathers.data(),
+                            static_cast<int64_t>(gathers.size()), context);
 }
 
-v2drop_status compact(const Call& call, const v2drop_cuda* on) {
+v2drop_status compact(const Call& call, const v2drop_context* context) {
   const v2drop_tensor keep = call.indices_in(0);
-  const std::vector<v2drop_part> parts = call.parts(1, 0);
-  const int64_t n_parts = static_cast<int64_t>(parts.size());
-  return on ? v2drop_compact_cuda(&keep, parts.data(), n_parts, on) : v2drop_compact(&keep, parts.data(), n_parts, kAllThreads);
+  const std::vector<v2drop_gather> gathers = call.gathers(1, 0);
+  return v2drop_compact(&keep, gathers.data(), static_cast<int64_t>(gathers.size()), context);
 }
 
-v2drop_status compact_backward(const Call& call, const v2drop_cuda* on) {
+v2drop_status compact_backward(const Call& call, const v2drop_context* context) {
   const v2drop_tensor keep = call.indices_in(0);
-  const int64_t rows = call.number("rows");
-  const std::vector<v2drop_part> parts = call.parts(1, 0);
-  const int64_t n_parts = static_cast<int64_t>(parts.size());
-  return on ? v2drop_compact_backward_cuda(&keep, rows, parts.data(), n_parts, on)
-            : v2drop_compact_backward(&keep, rows, parts.data(), n_parts, kAllThreads);
+  const std::vector<v2drop_gather> gathers = call.gathers(1, 0);
+  return v2drop_compact_backward(&keep, call.number("rows"), gathers.data(), static_cast<int64_t>(gathers.size()), context);
 }
 
-using Op = v2drop_status (*)(const Call&, const v2drop_cuda*);
+using Op = v2drop_status (*)(const Call&, const v2drop_context*);
 
 ffi::Error answer(v2drop_status status) {
   if (status == V2DROP_OK) return ffi::Error::Success();
@@ -215,8 +223,8 @@ template <Op op>
 ffi::Error on_gpu(void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   try {
     const Call call(args, rets, attrs);
-    const v2drop_cuda on = call.on(stream);
-    return answer(op(call, &on));
+    const v2drop_context context = call.context_on(stream);
+    return answer(op(call, &context));
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
   }
@@ -246,5 +254,5 @@ PYBIND11_MODULE(_xla, module) {
   module.attr("cpu") = cpu;
   module.attr("gpu") = gpu;
   module.def("cuda_archs", &v2drop_cuda_archs);
-  module.def("workspace_bytes_cuda", &v2drop_workspace_bytes_cuda);
+  module.def("workspace_bytes", &v2drop_workspace_bytes);
 }

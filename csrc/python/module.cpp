@@ -1,15 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// v2drop_kernels._C: the C interface for Python, free of torch. A tensor comes as a tuple (address, dtype code, shape, strides in
-// elements), a part as (src, dst, batch_dim, row_dim, fill), a table of stretches as (address, rows), a v2drop_cuda as (stream, workspace
-// address, workspace bytes, design, address of the stretches on the device or 0); whoever calls keeps them alive.
-// Tuples are read directly: calls on small tensors are common, and their conversion would cost more than their work.
+// v2drop_kernels._C: the C interface for Python, free of torch. What the functions take:
+//   tensor    (address, dtype code, shape, strides in elements), or None
+//   source    (scores, prev, cur, mask, metric code, dtype code of the scores); the first four are tensors
+//   segments  (address of an int64 table with the columns SEGMENT_FIELDS, number of rows)
+//   gathers   list of (src, dst, batch_dim, row_dim, fill); src and dst are tensors
+//   context   (place, threads, stream, address of the workspace, its bytes, launch mode, address of the segments on the device)
+// The caller keeps everything that is passed by address alive during the call. Tuples are read directly: calls on small tensors are common,
+// and the conversion by pybind11 would cost more than their work.
 #include <pybind11/pybind11.h>
 
 #include <sys/mman.h>
 
+#include <cstddef>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "v2drop/v2drop.h"
@@ -27,7 +34,7 @@ int64_t integer(PyObject* object) {
 // The items of a tuple, whose length must be `size` unless that is negative.
 PyObject** items(PyObject* object, Py_ssize_t size) {
   if (!PyTuple_Check(object) || (size >= 0 && PyTuple_GET_SIZE(object) != size))
-    throw py::type_error("expected a tuple that describes a tensor");
+    throw py::type_error("expected a tuple, as described in csrc/python/module.cpp");
   return &PyTuple_GET_ITEM(object, 0);
 }
 
@@ -39,9 +46,9 @@ void* address(PyObject* object) {
 
 class Tensor {
  public:
-  explicit Tensor(py::handle object) : given_(!object.is_none()) {
+  explicit Tensor(PyObject* object) : given_(object != Py_None) {
     if (!given_) return;
-    PyObject** fields = items(object.ptr(), 4);
+    PyObject** fields = items(object, 4);
     PyObject **shape = items(fields[2], -1), **stride = items(fields[3], PyTuple_GET_SIZE(fields[2]));
     tensor_.data = address(fields[0]);
     tensor_.dtype = static_cast<int32_t>(integer(fields[1]));
@@ -53,6 +60,7 @@ class Tensor {
       tensor_.stride[d] = integer(stride[d]);
     }
   }
+  explicit Tensor(const py::handle& object) : Tensor(object.ptr()) {}
   operator const v2drop_tensor*() const { return given_ ? &tensor_ : nullptr; }
 
  private:
@@ -60,40 +68,67 @@ class Tensor {
   v2drop_tensor tensor_;
 };
 
-std::vector<v2drop_part> parts_of(const py::list& list) {
-  std::vector<v2drop_part> parts;
-  parts.reserve(list.size());
-  for (const py::handle object : list) {
-    PyObject** fields = items(object.ptr(), 5);
-    const Tensor src(fields[0]), dst(fields[1]);
-    if (!src) throw py::type_error("a part has no src");
-    parts.push_back({*src, dst ? *dst : v2drop_tensor{}, static_cast<int32_t>(integer(fields[2])), static_cast<int32_t>(integer(fields[3])),
-                     integer(fields[4])});
-  }
-  return parts;
-}
+class Source {
+ public:
+  explicit Source(const py::handle& object) : Source(items(object.ptr(), 6)) {}
+  Source(const Source&) = delete;
+  operator const v2drop_source*() const { return &source_; }
 
-struct Stretches {
-  const v2drop_stretch* data;
+ private:
+  explicit Source(PyObject** fields) : scores_(fields[0]), prev_(fields[1]), cur_(fields[2]), mask_(fields[3]) {
+    source_ = {
+        sizeof source_, scores_, prev_, cur_, mask_, static_cast<int32_t>(integer(fields[4])), static_cast<int32_t>(integer(fields[5]))};
+  }
+
+  Tensor scores_, prev_, cur_, mask_;
+  v2drop_source source_;
+};
+
+class Context {
+ public:
+  explicit Context(const py::handle& object) {
+    PyObject** fields = items(object.ptr(), 7);
+    context_.place = static_cast<int32_t>(integer(fields[0]));
+    context_.threads = static_cast<int32_t>(integer(fields[1]));
+    context_.stream = address(fields[2]);
+    context_.workspace = address(fields[3]);
+    context_.workspace_bytes = integer(fields[4]);
+    context_.launch_mode = static_cast<int32_t>(integer(fields[5]));
+    context_.device_segments = static_cast<const v2drop_segment*>(address(fields[6]));
+  }
+  operator const v2drop_context*() const { return &context_; }
+
+ private:
+  v2drop_context context_ = V2DROP_CONTEXT_INIT;
+};
+
+struct Segments {
+  const v2drop_segment* data;
   int64_t count;
-  explicit Stretches(py::handle object) {
+  explicit Segments(const py::handle& object) {
     PyObject** fields = items(object.ptr(), 2);
-    data = static_cast<const v2drop_stretch*>(address(fields[0]));
+    data = static_cast<const v2drop_segment*>(address(fields[0]));
     count = integer(fields[1]);
   }
 };
 
-class Cuda {
+class Gathers {
  public:
-  explicit Cuda(py::handle object) {
-    PyObject** fields = items(object.ptr(), 5);
-    on_ = {address(fields[0]), address(fields[1]), integer(fields[2]), static_cast<int32_t>(integer(fields[3])),
-           static_cast<const v2drop_stretch*>(address(fields[4]))};
+  explicit Gathers(const py::list& list) {
+    gathers_.reserve(list.size());
+    for (const py::handle object : list) {
+      PyObject** fields = items(object.ptr(), 5);
+      const Tensor src(fields[0]), dst(fields[1]);
+      if (!src) throw py::type_error("a gather has no src");
+      gathers_.push_back({*src, dst ? *dst : v2drop_tensor{}, static_cast<int32_t>(integer(fields[2])),
+                          static_cast<int32_t>(integer(fields[3])), integer(fields[4])});
+    }
   }
-  operator const v2drop_cuda*() const { return &on_; }
+  const v2drop_gather* data() const { return gathers_.data(); }
+  int64_t count() const { return static_cast<int64_t>(gathers_.size()); }
 
  private:
-  v2drop_cuda on_;
+  std::vector<v2drop_gather> gathers_;
 };
 
 // Runs the work without the interpreter lock, and raises its error.
@@ -113,147 +148,75 @@ void call(const Work& work) {
 
 using Handle = const py::handle&;
 
-void variation_score(Handle prev, Handle cur, int metric, int round_to, Handle scores, int threads) {
-  const Tensor a(prev), b(cur), out(scores);
-  call([&] { return v2drop_variation_score(a, b, metric, round_to, out, threads); });
+void variation_score(Handle source, Handle scores, Handle context) {
+  const Source s(source);
+  const Tensor out(scores);
+  const Context where(context);
+  call([&] { return v2drop_variation_score(s, out, where); });
 }
 
-void variation_score_backward(Handle grad, Handle prev, Handle cur, int metric, Handle grad_prev, Handle grad_cur, int threads) {
-  const Tensor g(grad), a(prev), b(cur), to_a(grad_prev), to_b(grad_cur);
-  call([&] { return v2drop_variation_score_backward(g, a, b, metric, to_a, to_b, threads); });
+void variation_score_backward(Handle grad, Handle source, Handle grad_prev, Handle grad_cur, Handle context) {
+  const Source s(source);
+  const Tensor g(grad), to_prev(grad_prev), to_cur(grad_cur);
+  const Context where(context);
+  call([&] { return v2drop_variation_score_backward(g, s, to_prev, to_cur, where); });
 }
 
-void topk(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, int order, int metric, int round_to, Handle values,
-          Handle indices, int threads) {
-  const Tensor s(scores), a(prev), b(cur), m(mask), v(values), i(indices);
-  const Stretches table(stretches);
-  call([&] { return v2drop_topk(s, a, b, m, table.data, table.count, order, metric, round_to, v, i, threads); });
+void topk(Handle source, Handle segments, Handle cu_seqlens, int order, Handle values, Handle indices, Handle context) {
+  const Source s(source);
+  const Segments table(segments);
+  const Tensor cu(cu_seqlens), v(values), i(indices);
+  const Context where(context);
+  call([&] { return v2drop_topk(s, table.data, table.count, cu, order, v, i, where); });
 }
 
-void drop_tokens(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, int metric, int round_to, Handle keep,
-                 const py::list& parts, int threads) {
-  const Tensor s(scores), a(prev), b(cur), m(mask), k(keep);
-  const Stretches table(stretches);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  call([&] {
-    return v2drop_drop_tokens(s, a, b, m, table.data, table.count, metric, round_to, k, p.data(), static_cast<int64_t>(p.size()), threads);
-  });
+void drop_tokens(Handle source, Handle segments, Handle cu_seqlens, Handle keep, Handle new_cu, const py::list& gathers, Handle context) {
+  const Source s(source);
+  const Segments table(segments);
+  const Tensor cu(cu_seqlens), k(keep), n(new_cu);
+  const Gathers g(gathers);
+  const Context where(context);
+  call([&] { return v2drop_drop_tokens(s, table.data, table.count, cu, k, n, g.data(), g.count(), where); });
 }
 
-// Advice only: where it is not taken, nothing changes.
-void prefer_huge_pages(uintptr_t address, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 4096, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
-}
-
-void compact(Handle keep, const py::list& parts, int threads) {
+void compact(Handle keep, const py::list& gathers, Handle context) {
   const Tensor k(keep);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  call([&] { return v2drop_compact(k, p.data(), static_cast<int64_t>(p.size()), threads); });
+  const Gathers g(gathers);
+  const Context where(context);
+  call([&] { return v2drop_compact(k, g.data(), g.count(), where); });
 }
 
-void compact_backward(Handle keep, int64_t rows, const py::list& parts, int threads) {
+void compact_backward(Handle keep, int64_t rows, const py::list& gathers, Handle context) {
   const Tensor k(keep);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  call([&] { return v2drop_compact_backward(k, rows, p.data(), static_cast<int64_t>(p.size()), threads); });
+  const Gathers g(gathers);
+  const Context where(context);
+  call([&] { return v2drop_compact_backward(k, rows, g.data(), g.count(), where); });
 }
 
-void compact_inplace(Handle keep, const py::list& parts, int threads) {
+void compact_inplace(Handle keep, const py::list& gathers, Handle context) {
   const Tensor k(keep);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  call([&] { return v2drop_compact_inplace(k, p.data(), static_cast<int64_t>(p.size()), threads); });
+  const Gathers g(gathers);
+  const Context where(context);
+  call([&] { return v2drop_compact_inplace(k, g.data(), g.count(), where); });
 }
 
 void attention_score(Handle q, Handle k, Handle query_rows, Handle key_mask, Handle droppable, bool causal, float scale, int mode,
-                     int heads, int queries, Handle scores, int threads) {
+                     int heads, int queries, Handle scores, Handle context) {
   const Tensor a(q), b(k), rows(query_rows), mask(key_mask), drop(droppable), out(scores);
-  call([&] { return v2drop_attention_score(a, b, rows, mask, drop, causal, scale, mode, heads, queries, out, threads); });
+  const Context where(context);
+  call([&] { return v2drop_attention_score(a, b, rows, mask, drop, causal, scale, mode, heads, queries, out, where); });
 }
 
-void key_norm(Handle k, int norm, Handle scores, int threads) {
+void key_norm(Handle k, int norm, Handle scores, Handle context) {
   const Tensor a(k), out(scores);
-  call([&] { return v2drop_key_norm(a, norm, out, threads); });
+  const Context where(context);
+  call([&] { return v2drop_key_norm(a, norm, out, where); });
 }
 
-void cosine_to_pivots(Handle x, Handle pivots, Handle cosines, int threads) {
+void cosine_to_pivots(Handle x, Handle pivots, Handle cosines, Handle context) {
   const Tensor a(x), p(pivots), out(cosines);
-  call([&] { return v2drop_cosine_to_pivots(a, p, out, threads); });
-}
-
-void cuda_variation_score(Handle prev, Handle cur, int metric, int round_to, Handle scores, Handle on) {
-  const Tensor a(prev), b(cur), out(scores);
-  const Cuda o(on);
-  call([&] { return v2drop_variation_score_cuda(a, b, metric, round_to, out, o); });
-}
-
-void cuda_variation_score_backward(Handle grad, Handle prev, Handle cur, int metric, Handle grad_prev, Handle grad_cur, Handle on) {
-  const Tensor g(grad), a(prev), b(cur), to_a(grad_prev), to_b(grad_cur);
-  const Cuda o(on);
-  call([&] { return v2drop_variation_score_backward_cuda(g, a, b, metric, to_a, to_b, o); });
-}
-
-void cuda_topk(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, Handle cu_seqlens, int order, int metric,
-               int round_to, Handle values, Handle indices, Handle on) {
-  const Tensor s(scores), a(prev), b(cur), m(mask), cu(cu_seqlens), v(values), i(indices);
-  const Stretches table(stretches);
-  const Cuda o(on);
-  call([&] { return v2drop_topk_cuda(s, a, b, m, table.data, table.count, cu, order, metric, round_to, v, i, o); });
-}
-
-void cuda_drop_tokens(Handle scores, Handle prev, Handle cur, Handle mask, Handle stretches, Handle cu_seqlens, int metric, int round_to,
-                      Handle keep, Handle new_cu, const py::list& parts, Handle on) {
-  const Tensor s(scores), a(prev), b(cur), m(mask), cu(cu_seqlens), k(keep), n(new_cu);
-  const Stretches table(stretches);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  const Cuda o(on);
-  call([&] {
-    return v2drop_drop_tokens_cuda(s, a, b, m, table.data, table.count, cu, metric, round_to, k, n, p.data(),
-                                   static_cast<int64_t>(p.size()), o);
-  });
-}
-
-void cuda_compact(Handle keep, const py::list& parts, Handle on) {
-  const Tensor k(keep);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  const Cuda o(on);
-  call([&] { return v2drop_compact_cuda(k, p.data(), static_cast<int64_t>(p.size()), o); });
-}
-
-void cuda_compact_backward(Handle keep, int64_t rows, const py::list& parts, Handle on) {
-  const Tensor k(keep);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  const Cuda o(on);
-  call([&] { return v2drop_compact_backward_cuda(k, rows, p.data(), static_cast<int64_t>(p.size()), o); });
-}
-
-void cuda_compact_inplace(Handle keep, const py::list& parts, Handle on) {
-  const Tensor k(keep);
-  const std::vector<v2drop_part> p = parts_of(parts);
-  const Cuda o(on);
-  call([&] { return v2drop_compact_inplace_cuda(k, p.data(), static_cast<int64_t>(p.size()), o); });
-}
-
-void cuda_attention_score(Handle q, Handle k, Handle query_rows, Handle key_mask, Handle droppable, bool causal, float scale, int mode,
-                          int heads, int queries, Handle scores, Handle on) {
-  const Tensor a(q), b(k), rows(query_rows), mask(key_mask), drop(droppable), out(scores);
-  const Cuda o(on);
-  call([&] { return v2drop_attention_score_cuda(a, b, rows, mask, drop, causal, scale, mode, heads, queries, out, o); });
-}
-
-void cuda_key_norm(Handle k, int norm, Handle scores, Handle on) {
-  const Tensor a(k), out(scores);
-  const Cuda o(on);
-  call([&] { return v2drop_key_norm_cuda(a, norm, out, o); });
-}
-
-void cuda_cosine_to_pivots(Handle x, Handle pivots, Handle cosines, Handle on) {
-  const Tensor a(x), p(pivots), out(cosines);
-  const Cuda o(on);
-  call([&] { return v2drop_cosine_to_pivots_cuda(a, p, out, o); });
+  const Context where(context);
+  call([&] { return v2drop_cosine_to_pivots(a, p, out, where); });
 }
 
 // "" if kernels of this build run on the current device, else why not.
@@ -266,16 +229,80 @@ std::string cuda_available() {
   return status == V2DROP_OK ? "" : v2drop_last_error();
 }
 
+std::string version() {
+  const int v = v2drop_version();
+  return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
+}
+
+// Advice to the operating system: where it is not followed, nothing changes.
+void prefer_huge_pages(uintptr_t address, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
+py::dict codes(std::initializer_list<std::pair<const char*, int>> words) {
+  py::dict found;
+  for (const auto& [word, code] : words) found[word] = code;
+  return found;
+}
+
+// The enumerators of v2drop.h under the names that Python gives them, and the columns of a table of segments.
+void add_names(py::module_& module) {
+  module.attr("DTYPES") = codes({{"float32", V2DROP_FLOAT32},
+                                 {"float16", V2DROP_FLOAT16},
+                                 {"bfloat16", V2DROP_BFLOAT16},
+                                 {"int64", V2DROP_INT64},
+                                 {"bool", V2DROP_BOOL},
+                                 {"bits8", V2DROP_BITS8},
+                                 {"bits16", V2DROP_BITS16},
+                                 {"bits32", V2DROP_BITS32},
+                                 {"bits64", V2DROP_BITS64},
+                                 {"bits128", V2DROP_BITS128},
+                                 {"int32", V2DROP_INT32}});
+  module.attr("METRICS") = codes({{"l2", V2DROP_L2}, {"l1", V2DROP_L1}, {"cosine", V2DROP_COSINE}});
+  module.attr("ORDERS") = codes({{"position", V2DROP_ORDER_POSITION}, {"score", V2DROP_ORDER_SCORE}});
+  module.attr("MODES") = codes({{"softmax", V2DROP_SOFTMAX}, {"dot", V2DROP_DOT}});
+  module.attr("HEADS") = codes({{"mean", V2DROP_HEADS_MEAN}, {"sum", V2DROP_HEADS_SUM}, {"max", V2DROP_HEADS_MAX}});
+  module.attr("QUERIES") = codes({{"mean", V2DROP_QUERIES_MEAN}, {"l2", V2DROP_QUERIES_L2}});
+  module.attr("PLACES") = codes({{"cpu", V2DROP_CPU}, {"cuda", V2DROP_CUDA}});
+  module.attr("LAUNCH_MODES") = codes({{"auto", V2DROP_LAUNCH_AUTO},
+                                       {"cooperative", V2DROP_LAUNCH_COOPERATIVE},
+                                       {"fused", V2DROP_LAUNCH_FUSED},
+                                       {"separate", V2DROP_LAUNCH_SEPARATE}});
+
+#define FIELD(index, name)                                                                                              \
+  static_assert(offsetof(v2drop_segment, name) == (index) * sizeof(int64_t), "columns are in the order of the struct"); \
+  fields[index] = #name
+  py::tuple fields(sizeof(v2drop_segment) / sizeof(int64_t));
+  FIELD(0, src_start);
+  FIELD(1, n_prefix);
+  FIELD(2, n);
+  FIELD(3, n_suffix);
+  FIELD(4, k);
+  FIELD(5, dst_start);
+  FIELD(6, pad_before);
+  FIELD(7, pad_after);
+  static_assert(sizeof(v2drop_segment) == 8 * sizeof(int64_t), "every field is a column");
+#undef FIELD
+  module.attr("SEGMENT_FIELDS") = fields;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The C interface of libv2drop; see v2drop_kernels/_native.py for its users.";
-  module.def("version", [] {
-    const int v = v2drop_version();
-    return std::to_string(v / 10000) + "." + std::to_string(v / 100 % 100) + "." + std::to_string(v % 100);
-  });
+  module.doc() = "The C interface of libv2drop; see v2drop_kernels/native.py for its users.";
+  add_names(module);
+  module.def("version", &version);
   module.def("isa", &v2drop_isa);
+  module.def("cuda_archs", &v2drop_cuda_archs);
+  module.def("cuda_available", &cuda_available);
   module.def("prefer_huge_pages", &prefer_huge_pages);
+  module.def("workspace_bytes", &v2drop_workspace_bytes);
+  module.def("attention_workspace_bytes", &v2drop_attention_workspace_bytes);
   module.def("variation_score", &variation_score);
   module.def("variation_score_backward", &variation_score_backward);
   module.def("topk", &topk);
@@ -286,18 +313,4 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention_score", &attention_score);
   module.def("key_norm", &key_norm);
   module.def("cosine_to_pivots", &cosine_to_pivots);
-  module.def("cuda_archs", &v2drop_cuda_archs);
-  module.def("cuda_available", &cuda_available);
-  module.def("workspace_bytes_cuda", &v2drop_workspace_bytes_cuda);
-  module.def("attention_workspace_bytes_cuda", &v2drop_attention_workspace_bytes_cuda);
-  module.def("cuda_attention_score", &cuda_attention_score);
-  module.def("cuda_key_norm", &cuda_key_norm);
-  module.def("cuda_cosine_to_pivots", &cuda_cosine_to_pivots);
-  module.def("cuda_variation_score", &cuda_variation_score);
-  module.def("cuda_variation_score_backward", &cuda_variation_score_backward);
-  module.def("cuda_topk", &cuda_topk);
-  module.def("cuda_drop_tokens", &cuda_drop_tokens);
-  module.def("cuda_compact", &cuda_compact);
-  module.def("cuda_compact_backward", &cuda_compact_backward);
-  module.def("cuda_compact_inplace", &cuda_compact_inplace);
 }

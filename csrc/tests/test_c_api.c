@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A C99 user of the header: small right answers, and every kind of bad argument, which must come back as a status whose message begins
- * with the name of the argument. All of it runs on the CPU entry points and, where the kernels are emulated (so that host memory serves
- * as device memory), on their CUDA twins. In other builds the twins must say that they cannot serve. */
+ * A C99 user of the header: small examples with known results, and every kind of invalid argument, which must come back as a status whose
+ * message begins with the name of the argument. Everything runs on the CPU and, where the kernels are emulated (so that host memory serves
+ * as device memory), on CUDA. In other builds a call on CUDA must return that it is not supported. */
 #include <math.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -32,58 +32,66 @@ static float out_data[6], score_data[4];
 static int64_t keep_data[3], ids_data[4], out_ids[3];
 static unsigned char mask_data[4] = {1, 0, 1, 1};
 
-/* What the tests call: the CPU entry point, or its CUDA twin with `on`. */
-static int on_cuda = 0;
+/* Where the calls of the tests run. */
+static v2drop_context context = V2DROP_CONTEXT_INIT;
 static union {
   char bytes[1 << 14];
   long double align;
 } memory;
-static v2drop_cuda on;
 
-static v2drop_status score(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t round_to,
+static v2drop_source source_of(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
+                               int32_t metric, int32_t score_dtype) {
+  v2drop_source source = V2DROP_SOURCE_INIT;
+  source.scores = scores;
+  source.prev = prev;
+  source.cur = cur;
+  source.mask = mask;
+  source.metric = metric;
+  source.score_dtype = score_dtype;
+  return source;
+}
+
+static v2drop_status score(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t score_dtype,
                            const v2drop_tensor* scores) {
-  return on_cuda ? v2drop_variation_score_cuda(prev, cur, metric, round_to, scores, &on)
-                 : v2drop_variation_score(prev, cur, metric, round_to, scores, 1);
+  const v2drop_source source = source_of(NULL, prev, cur, NULL, metric, score_dtype);
+  return v2drop_variation_score(&source, scores, &context);
 }
 static v2drop_status score_backward(const v2drop_tensor* grad, const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric,
                                     const v2drop_tensor* grad_prev, const v2drop_tensor* grad_cur) {
-  return on_cuda ? v2drop_variation_score_backward_cuda(grad, prev, cur, metric, grad_prev, grad_cur, &on)
-                 : v2drop_variation_score_backward(grad, prev, cur, metric, grad_prev, grad_cur, 1);
+  const v2drop_source source = source_of(NULL, prev, cur, NULL, metric, V2DROP_FLOAT32);
+  return v2drop_variation_score_backward(grad, &source, grad_prev, grad_cur, &context);
 }
 static v2drop_status topk(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
-                          const v2drop_stretch* stretches, int64_t n_stretches, int32_t order, int32_t metric, int32_t round_to,
+                          const v2drop_segment* segments, int64_t n_segments, int32_t order, int32_t metric, int32_t score_dtype,
                           const v2drop_tensor* values, const v2drop_tensor* indices) {
-  return on_cuda ? v2drop_topk_cuda(scores, prev, cur, mask, stretches, n_stretches, NULL, order, metric, round_to, values, indices, &on)
-                 : v2drop_topk(scores, prev, cur, mask, stretches, n_stretches, order, metric, round_to, values, indices, 1);
+  const v2drop_source source = source_of(scores, prev, cur, mask, metric, score_dtype);
+  return v2drop_topk(&source, segments, n_segments, NULL, order, values, indices, &context);
 }
 static v2drop_status drop(const v2drop_tensor* scores, const v2drop_tensor* prev, const v2drop_tensor* cur, const v2drop_tensor* mask,
-                          const v2drop_stretch* stretches, int64_t n_stretches, int32_t metric, int32_t round_to, const v2drop_tensor* keep,
-                          const v2drop_part* parts, int64_t n_parts) {
-  return on_cuda ? v2drop_drop_tokens_cuda(scores, prev, cur, mask, stretches, n_stretches, NULL, metric, round_to, keep, NULL, parts,
-                                           n_parts, &on)
-                 : v2drop_drop_tokens(scores, prev, cur, mask, stretches, n_stretches, metric, round_to, keep, parts, n_parts, 1);
+                          const v2drop_segment* segments, int64_t n_segments, int32_t metric, int32_t score_dtype,
+                          const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers) {
+  const v2drop_source source = source_of(scores, prev, cur, mask, metric, score_dtype);
+  return v2drop_drop_tokens(&source, segments, n_segments, NULL, keep, NULL, gathers, n_gathers, &context);
 }
-static v2drop_status compact(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts) {
-  return on_cuda ? v2drop_compact_cuda(keep, parts, n_parts, &on) : v2drop_compact(keep, parts, n_parts, 1);
+static v2drop_status compact(const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers) {
+  return v2drop_compact(keep, gathers, n_gathers, &context);
 }
-static v2drop_status compact_backward(const v2drop_tensor* keep, int64_t rows, const v2drop_part* parts, int64_t n_parts) {
-  return on_cuda ? v2drop_compact_backward_cuda(keep, rows, parts, n_parts, &on) : v2drop_compact_backward(keep, rows, parts, n_parts, 1);
+static v2drop_status compact_backward(const v2drop_tensor* keep, int64_t rows, const v2drop_gather* gathers, int64_t n_gathers) {
+  return v2drop_compact_backward(keep, rows, gathers, n_gathers, &context);
 }
-static v2drop_status compact_inplace(const v2drop_tensor* keep, const v2drop_part* parts, int64_t n_parts) {
-  return on_cuda ? v2drop_compact_inplace_cuda(keep, parts, n_parts, &on) : v2drop_compact_inplace(keep, parts, n_parts, 1);
+static v2drop_status compact_inplace(const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers) {
+  return v2drop_compact_inplace(keep, gathers, n_gathers, &context);
 }
-
 static v2drop_status attention(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
                                const v2drop_tensor* key_mask, const v2drop_tensor* droppable, int32_t causal, int32_t mode, int32_t heads,
                                int32_t queries, const v2drop_tensor* scores) {
-  return on_cuda ? v2drop_attention_score_cuda(q, k, query_rows, key_mask, droppable, causal, 1.0f, mode, heads, queries, scores, &on)
-                 : v2drop_attention_score(q, k, query_rows, key_mask, droppable, causal, 1.0f, mode, heads, queries, scores, 1);
+  return v2drop_attention_score(q, k, query_rows, key_mask, droppable, causal, 1.0f, mode, heads, queries, scores, &context);
 }
 static v2drop_status key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores) {
-  return on_cuda ? v2drop_key_norm_cuda(k, norm, scores, &on) : v2drop_key_norm(k, norm, scores, 1);
+  return v2drop_key_norm(k, norm, scores, &context);
 }
 static v2drop_status cosines(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* to) {
-  return on_cuda ? v2drop_cosine_to_pivots_cuda(x, pivots, to, &on) : v2drop_cosine_to_pivots(x, pivots, to, 1);
+  return v2drop_cosine_to_pivots(x, pivots, to, &context);
 }
 
 static v2drop_tensor tensor(void* data, int32_t dtype, int64_t rows, int64_t dim) {
@@ -103,8 +111,8 @@ static void test_answers(void) {
   v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
   v2drop_tensor mask = tensor(mask_data, V2DROP_BOOL, 4, 0);
-  v2drop_stretch one = {0, 0, 4, 0, 2, 0, 0, 1}, forced = {0, 0, 4, 0, 3, 0, 0, 0}, top = {0, 0, 4, 0, 3, 0, 0, 0};
-  v2drop_part parts[2];
+  v2drop_segment one = {0, 0, 4, 0, 2, 0, 0, 1}, forced = {0, 0, 4, 0, 3, 0, 0, 0}, top = {0, 0, 4, 0, 3, 0, 0, 0};
+  v2drop_gather gathers[2];
   float values[3];
   int64_t indices[3], again[1] = {2}, row;
   v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 3), i = tensor(indices, V2DROP_INT64, 1, 3), k1 = tensor(again, V2DROP_INT64, 1, 0);
@@ -113,25 +121,25 @@ static void test_answers(void) {
   OK(score(&prev, &cur, V2DROP_L2, V2DROP_FLOAT32, &scores));
   CHECK(score_data[0] == 3 && score_data[1] == 1 && score_data[2] == 5 && score_data[3] == 5);
 
-  parts[0].src = cur;
-  parts[0].dst = tensor(out_data, V2DROP_FLOAT32, 3, 2);
-  parts[1].src = tensor(ids_data, V2DROP_INT64, 4, 0);
-  parts[1].dst = tensor(out_ids, V2DROP_INT64, 3, 0);
-  parts[0].batch_dim = parts[1].batch_dim = -1;
-  parts[0].row_dim = parts[1].row_dim = 0;
-  parts[0].fill = 0;
-  parts[1].fill = -100;
-  OK(drop(NULL, &prev, &cur, NULL, &one, 1, V2DROP_L2, V2DROP_FLOAT32, &keep, parts, 2));
+  gathers[0].src = cur;
+  gathers[0].dst = tensor(out_data, V2DROP_FLOAT32, 3, 2);
+  gathers[1].src = tensor(ids_data, V2DROP_INT64, 4, 0);
+  gathers[1].dst = tensor(out_ids, V2DROP_INT64, 3, 0);
+  gathers[0].batch_dim = gathers[1].batch_dim = -1;
+  gathers[0].row_dim = gathers[1].row_dim = 0;
+  gathers[0].fill = 0;
+  gathers[1].fill = -100;
+  OK(drop(NULL, &prev, &cur, NULL, &one, 1, V2DROP_L2, V2DROP_FLOAT32, &keep, gathers, 2));
   CHECK(keep_data[0] == 2 && keep_data[1] == 3 && keep_data[2] == -1);
   CHECK(out_ids[0] == 12 && out_ids[1] == 13 && out_ids[2] == -100);
   CHECK(out_data[0] == 3 && out_data[1] == 4 && out_data[2] == 4 && out_data[3] == -3 && out_data[4] == 0 && out_data[5] == 0);
 
-  OK(drop(NULL, &prev, &cur, &mask, &forced, 1, V2DROP_L1, V2DROP_FLOAT32, &keep, parts, 2));
+  OK(drop(NULL, &prev, &cur, &mask, &forced, 1, V2DROP_L1, V2DROP_FLOAT32, &keep, gathers, 2));
   CHECK(keep_data[0] == 1 && keep_data[1] == 2 && keep_data[2] == 3);
 
-  OK(drop(&scores, NULL, NULL, NULL, &one, 1, 0, 0, &keep, parts, 2));
+  OK(drop(&scores, NULL, NULL, NULL, &one, 1, 0, 0, &keep, gathers, 2));
   CHECK(keep_data[0] == 2 && keep_data[1] == 3 && keep_data[2] == -1);
-  OK(drop(&scores, NULL, NULL, &mask, &forced, 1, 0, 0, &keep, parts, 2));
+  OK(drop(&scores, NULL, NULL, &mask, &forced, 1, 0, 0, &keep, gathers, 2));
   CHECK(keep_data[0] == 1 && keep_data[1] == 2 && keep_data[2] == 3);
 
   OK(topk(&scores, NULL, NULL, &mask, &top, 1, V2DROP_ORDER_SCORE, 0, 0, &v, &i));
@@ -140,10 +148,39 @@ static void test_answers(void) {
   OK(topk(NULL, &prev, &cur, NULL, &top, 1, V2DROP_ORDER_POSITION, V2DROP_L2, V2DROP_FLOAT32, &v, &i));
   CHECK(indices[0] == 2 && indices[1] == -1 && values[0] == 5 && values[1] == -INFINITY);
 
-  OK(compact_backward(&keep, 4, &(v2drop_part){parts[1].dst, parts[1].src, -1, 0, -1}, 1));
+  OK(compact_backward(&keep, 4, &(v2drop_gather){gathers[1].dst, gathers[1].src, -1, 0, -1}, 1));
   CHECK(ids_data[0] == -1 && ids_data[1] == 11 && ids_data[2] == 12 && ids_data[3] == 13);
-  OK(compact_inplace(&k1, &parts[1], 1));
+  OK(compact_inplace(&k1, &gathers[1], 1));
   CHECK(ids_data[0] == 12 && ids_data[1] == 11);
+}
+
+/* [rows, batch, dim]: the batch dimension comes after the rows, and what is contiguous behind a row spans several entries. */
+static void test_batch_behind_rows(void) {
+  int64_t rows[2][2] = {{0, 2}, {1, -1}}, from[3][2][2], to[2][2][2], back[3][2][2];
+  const v2drop_tensor keep = {rows, V2DROP_INT64, 2, {2, 2}, {2, 1}};
+  v2drop_gather gather = {{from, V2DROP_INT64, 3, {3, 2, 2}, {4, 2, 1}}, {to, V2DROP_INT64, 3, {2, 2, 2}, {4, 2, 1}}, 1, 0, -7};
+  const v2drop_gather transposed = {gather.dst, {back, V2DROP_INT64, 3, {3, 2, 2}, {4, 2, 1}}, 1, 0, -9};
+  int r, b, d;
+  for (r = 0; r < 3; ++r) {
+    for (b = 0; b < 2; ++b) {
+      for (d = 0; d < 2; ++d) from[r][b][d] = 100 * r + 10 * b + d;
+    }
+  }
+  OK(compact(&keep, &gather, 1));
+  OK(compact_backward(&keep, 3, &transposed, 1));
+  for (d = 0; d < 2; ++d) {
+    CHECK(to[0][0][d] == d && to[1][0][d] == 200 + d && to[0][1][d] == 110 + d && to[1][1][d] == -7);
+    CHECK(back[0][0][d] == d && back[1][0][d] == -9 && back[2][0][d] == 200 + d);
+    CHECK(back[0][1][d] == -9 && back[1][1][d] == 110 + d && back[2][1][d] == -9);
+  }
+  /* Without a last dimension a row is one element in either layout. */
+  gather.src.ndim = gather.dst.ndim = 2;
+  memset(to, 0, sizeof to);
+  OK(compact(&keep, &gather, 1));
+  CHECK(to[0][0][0] == 0 && to[1][0][0] == 200 && to[0][1][0] == 110 && to[1][1][0] == -7);
+  gather.src.ndim = gather.dst.ndim = 3;
+  OK(compact_inplace(&keep, &gather, 1));
+  for (d = 0; d < 2; ++d) CHECK(from[0][0][d] == d && from[1][0][d] == 200 + d && from[0][1][d] == 110 + d && from[1][1][d] == 110 + d);
 }
 
 /* [1, heads, rows, dim] */
@@ -247,7 +284,7 @@ static void test_bad_scores(void) {
   BAD("scores", score(&prev, &cur, 0, 0, NULL));
   BAD("metric", score(&prev, &cur, 3, 0, &scores));
   BAD("metric", score(&prev, &cur, -1, 0, &scores));
-  BAD("round_to", score(&prev, &cur, 0, V2DROP_INT64, &scores));
+  BAD("score_dtype", score(&prev, &cur, 0, V2DROP_INT64, &scores));
   t = cur, t.dtype = V2DROP_BFLOAT16;
   BAD("cur", score(&prev, &t, 0, 0, &scores));
   t = prev, t.dtype = 99;
@@ -287,15 +324,15 @@ static void test_bad_selection(void) {
   float values[2];
   int64_t indices[2];
   const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
-  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
-  v2drop_stretch s;
+  const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
+  v2drop_segment s;
   v2drop_tensor t;
 #define TOPK(scores, prev, cur, mask, s, n, order, v, i) topk(scores, prev, cur, mask, s, n, order, 0, 0, v, i)
   BAD("prev", TOPK(NULL, NULL, NULL, NULL, &good, 1, 0, &v, &i));
   BAD("prev", TOPK(&scores, &prev, &cur, NULL, &good, 1, 0, &v, &i));
   BAD("mask", TOPK(&scores, NULL, NULL, &scores, &good, 1, 0, &v, &i));
-  BAD("stretches", TOPK(&scores, NULL, NULL, NULL, NULL, 1, 0, &v, &i));
-  BAD("n_stretches", TOPK(&scores, NULL, NULL, NULL, &good, -1, 0, &v, &i));
+  BAD("segments", TOPK(&scores, NULL, NULL, NULL, NULL, 1, 0, &v, &i));
+  BAD("n_segments", TOPK(&scores, NULL, NULL, NULL, &good, -1, 0, &v, &i));
   BAD("order", TOPK(&scores, NULL, NULL, NULL, &good, 1, 2, &v, &i));
   BAD("values", TOPK(&scores, NULL, NULL, NULL, &good, 1, 0, &i, &i));
   BAD("indices", TOPK(&scores, NULL, NULL, NULL, &good, 1, 0, &v, &v));
@@ -308,28 +345,28 @@ static void test_bad_selection(void) {
   OK(DROP(&good, 1, &keep));
   BAD("cur", drop(&scores, NULL, &cur, NULL, &good, 1, 0, 0, &keep, NULL, 0));
   BAD("prev", drop(NULL, NULL, &cur, NULL, &good, 1, 0, 0, &keep, NULL, 0));
-  s = good, s.row0 = -1;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.row0 = 5;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
+  s = good, s.src_start = -1;
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.src_start = 5;
+  BAD("segments[0]", DROP(&s, 1, &keep));
   s = good, s.n = 5;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.n = INT64_MAX, s.pre = INT64_MAX;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.post = 1;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.n = INT64_MAX, s.n_prefix = INT64_MAX;
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.n_suffix = 1;
+  BAD("segments[0]", DROP(&s, 1, &keep));
   s = good, s.k = 5;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
+  BAD("segments[0]", DROP(&s, 1, &keep));
   s = good, s.k = -1;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.out0 = 1;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.pad_post = INT64_MAX;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.pad_pre = -1;
-  BAD("stretches[0]", DROP(&s, 1, &keep));
-  s = good, s.pad_post = 0;
-  BAD("stretches", DROP(&s, 1, &keep));
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.dst_start = 1;
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.pad_after = INT64_MAX;
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.pad_before = -1;
+  BAD("segments[0]", DROP(&s, 1, &keep));
+  s = good, s.pad_after = 0;
+  BAD("segments", DROP(&s, 1, &keep));
   BAD("keep", DROP(&good, 1, NULL));
   t = keep, t.dtype = V2DROP_BITS64;
   BAD("keep", DROP(&good, 1, &t));
@@ -337,10 +374,10 @@ static void test_bad_selection(void) {
   BAD("keep", DROP(&good, 1, &t));
 }
 
-static void test_bad_parts(void) {
+static void test_bad_gathers(void) {
   int64_t rows[3] = {0, 2, -1};
   const v2drop_tensor keep = tensor(rows, V2DROP_INT64, 3, 0);
-  v2drop_part good, p;
+  v2drop_gather good, p;
   good.src = tensor(ids_data, V2DROP_INT64, 4, 0);
   good.dst = tensor(out_ids, V2DROP_INT64, 3, 0);
   good.batch_dim = -1;
@@ -349,26 +386,26 @@ static void test_bad_parts(void) {
 #define COMPACT(p, n) compact(&keep, p, n)
   OK(COMPACT(&good, 1));
   BAD("keep", compact(NULL, &good, 1));
-  BAD("parts", COMPACT(NULL, 1));
-  BAD("n_parts", COMPACT(&good, -1));
+  BAD("gathers", COMPACT(NULL, 1));
+  BAD("n_gathers", COMPACT(&good, -1));
   p = good, p.row_dim = 1;
-  BAD("parts[0].row_dim", COMPACT(&p, 1));
+  BAD("gathers[0].row_dim", COMPACT(&p, 1));
   p = good, p.batch_dim = 0;
-  BAD("parts[0].batch_dim", COMPACT(&p, 1));
+  BAD("gathers[0].batch_dim", COMPACT(&p, 1));
   p = good, p.dst.shape[0] = 2;
-  BAD("parts[0].dst", COMPACT(&p, 1));
+  BAD("gathers[0].dst", COMPACT(&p, 1));
   p = good, p.dst.dtype = V2DROP_BITS64;
-  BAD("parts[0].dst", COMPACT(&p, 1));
+  BAD("gathers[0].dst", COMPACT(&p, 1));
   p = good, p.dst.stride[0] = 0;
-  BAD("parts[0].dst", COMPACT(&p, 1));
+  BAD("gathers[0].dst", COMPACT(&p, 1));
   p = good, p.dst.ndim = 2, p.dst.shape[1] = 1;
-  BAD("parts[0].dst", COMPACT(&p, 1));
+  BAD("gathers[0].dst", COMPACT(&p, 1));
   p = good, p.src.data = NULL;
-  BAD("parts[0].src", COMPACT(&p, 1));
+  BAD("gathers[0].src", COMPACT(&p, 1));
 
   p.src = good.dst, p.dst = good.src, p.batch_dim = -1, p.row_dim = 0, p.fill = 0;
   BAD("rows", compact_backward(&keep, -1, &p, 1));
-  if (on_cuda) return; /* the values of keep lie on the device: nobody checks them */
+  if (context.place == V2DROP_CUDA) return; /* the values of keep lie on the device and are not checked */
   rows[1] = 4;
   BAD("keep", COMPACT(&good, 1));
   BAD("keep", compact_inplace(&keep, &good, 1));
@@ -378,79 +415,128 @@ static void test_bad_parts(void) {
   BAD("keep", compact_backward(&keep, 4, &p, 1));
 }
 
-static void test_bad_threads(void) {
+/* Both structs that may grow: their size, and fields of later versions. */
+static void test_sizes(void) {
+  const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
+  const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0);
+  const v2drop_source source = source_of(NULL, &prev, &cur, NULL, V2DROP_L2, V2DROP_FLOAT32);
+  struct {
+    v2drop_source known;
+    int64_t later;
+  } newer_source;
+  struct {
+    v2drop_context known;
+    int64_t later;
+  } newer_context;
+  v2drop_source s = source;
+  v2drop_context c = context;
+  memset(&newer_source, 0, sizeof newer_source);
+  memset(&newer_context, 0, sizeof newer_context);
+  newer_source.known = source, newer_source.known.size = sizeof newer_source;
+  newer_context.known = context, newer_context.known.size = sizeof newer_context;
+  OK(v2drop_variation_score(&newer_source.known, &scores, &newer_context.known));
+  newer_source.later = 1;
+  CHECK(v2drop_variation_score(&newer_source.known, &scores, &context) == V2DROP_ERROR_UNSUPPORTED);
+  CHECK(!strncmp(v2drop_last_error(), "source", 6));
+  newer_context.later = INT64_MIN;
+  CHECK(v2drop_variation_score(&source, &scores, &newer_context.known) == V2DROP_ERROR_UNSUPPORTED);
+  CHECK(!strncmp(v2drop_last_error(), "context", 7));
+
+  s.size = 0;
+  BAD("source", v2drop_variation_score(&s, &scores, &context));
+  s.size = sizeof s - 1;
+  BAD("source", v2drop_variation_score(&s, &scores, &context));
+  s.size = (size_t)-1;
+  BAD("source", v2drop_variation_score(&s, &scores, &context));
+  BAD("source", v2drop_variation_score(NULL, &scores, &context));
+  BAD("source", v2drop_variation_score_backward(&scores, NULL, NULL, NULL, &context));
+  BAD("source", v2drop_topk(NULL, NULL, 0, NULL, 0, &scores, &scores, &context));
+  BAD("source", v2drop_drop_tokens(NULL, NULL, 0, NULL, &scores, NULL, NULL, 0, &context));
+  c.size = sizeof c - 1;
+  BAD("context", v2drop_variation_score(&source, &scores, &c));
+  s = source, s.scores = &scores;
+  BAD("scores", v2drop_variation_score(&s, &scores, &context));
+  s = source, s.mask = &scores;
+  BAD("mask", v2drop_variation_score(&s, &scores, &context));
+}
+
+static void test_bad_context(void) {
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
-  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
-  BAD("threads", v2drop_variation_score(&prev, &cur, 0, 0, &scores, -1));
-  BAD("threads", v2drop_variation_score_backward(&scores, &prev, &cur, 0, NULL, NULL, -1));
-  BAD("threads", v2drop_drop_tokens(&scores, NULL, NULL, NULL, &good, 1, 0, 0, &keep, NULL, 0, -1));
-  BAD("threads", v2drop_compact(&keep, NULL, 0, -2));
-  BAD("threads", v2drop_compact_backward(&keep, 4, NULL, 0, -2));
-  BAD("threads", v2drop_compact_inplace(&keep, NULL, 0, -2));
+  const v2drop_tensor k = heads_of(key_data, 1, 4, 2), rows = tensor(ids_data, V2DROP_INT64, 4, 0);
+  const v2drop_tensor pivot = tensor(keep_data, V2DROP_INT64, 1, 0), to = tensor(score_data, V2DROP_FLOAT32, 1, 4);
+  const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
+  const v2drop_source hidden = source_of(NULL, &prev, &cur, NULL, 0, 0), given = source_of(&scores, NULL, NULL, NULL, 0, 0);
+  v2drop_context bad[5] = {V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT};
+  int c;
+  bad[0].threads = -1, bad[1].place = 2, bad[2].place = -1, bad[3].launch_mode = 4, bad[4].reserved = 1;
+  for (c = 0; c < 5; ++c) {
+    BAD("context", v2drop_variation_score(&hidden, &scores, &bad[c]));
+    BAD("context", v2drop_variation_score_backward(&scores, &hidden, NULL, NULL, &bad[c]));
+    BAD("context", v2drop_topk(&given, &good, 1, NULL, 0, &scores, &keep, &bad[c]));
+    BAD("context", v2drop_drop_tokens(&given, &good, 1, NULL, &keep, NULL, NULL, 0, &bad[c]));
+    BAD("context", v2drop_compact(&keep, NULL, 0, &bad[c]));
+    BAD("context", v2drop_compact_backward(&keep, 4, NULL, 0, &bad[c]));
+    BAD("context", v2drop_compact_inplace(&keep, NULL, 0, &bad[c]));
+    BAD("context", v2drop_attention_score(&k, &k, &rows, NULL, NULL, 1, 1.0f, 0, 0, 0, &scores, &bad[c]));
+    BAD("context", v2drop_key_norm(&k, 0, &scores, &bad[c]));
+    BAD("context", v2drop_cosine_to_pivots(&cur, &pivot, &to, &bad[c]));
+  }
+  /* NULL is the CPU. */
+  OK(v2drop_variation_score(&hidden, &scores, NULL));
+  CHECK(score_data[0] == 3 && score_data[1] == 1 && score_data[2] == 5 && score_data[3] == 5);
   {
-    const v2drop_tensor k = heads_of(key_data, 1, 4, 2), rows = tensor(ids_data, V2DROP_INT64, 4, 0);
-    const v2drop_tensor pivot = tensor(keep_data, V2DROP_INT64, 1, 0), to = tensor(score_data, V2DROP_FLOAT32, 1, 4);
-    BAD("threads", v2drop_attention_score(&k, &k, &rows, NULL, NULL, 1, 1.0f, 0, 0, 0, &scores, -1));
-    BAD("threads", v2drop_key_norm(&k, 0, &scores, -1));
-    BAD("threads", v2drop_cosine_to_pivots(&cur, &pivot, &to, -1));
+    int32_t offsets[2] = {0, 4};
+    const v2drop_tensor cu = tensor(offsets, V2DROP_INT32, 2, 0);
+    BAD("cu_seqlens", v2drop_topk(&given, &good, 1, &cu, 0, &scores, &keep, NULL));
+    BAD("cu_seqlens", v2drop_drop_tokens(&given, &good, 1, &cu, &keep, &cu, NULL, 0, NULL));
+    BAD("new_cu", v2drop_drop_tokens(&given, &good, 1, NULL, &keep, &cu, NULL, 0, NULL));
   }
 }
 
-/* What only the twins take: where they run, and lengths on the device. */
+/* What only CUDA has: launches, scratch memory, and lengths on the device. */
 static void test_cuda_only(void) {
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
   float values[2];
   int64_t indices[2], places[4];
   const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
-  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
-  const v2drop_cuda usual = on;
-  const v2drop_part part = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0};
+  const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
+  const v2drop_context usual = context;
+  const v2drop_gather gather = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0};
   static union {
     struct {
       float before[16], after[16], out[12];
     } rows;
     long double align;
   } aligned;
-  int design;
-#define ON_DROP(with) v2drop_drop_tokens_cuda(NULL, &prev, &cur, NULL, &good, 1, NULL, 0, 0, &keep, NULL, &part, 1, with)
-  BAD("on", v2drop_variation_score_cuda(&prev, &cur, 0, 0, &scores, NULL));
-  BAD("on", v2drop_variation_score_backward_cuda(&scores, &prev, &cur, 0, NULL, NULL, NULL));
-  BAD("on", v2drop_topk_cuda(&scores, NULL, NULL, NULL, &good, 1, NULL, 0, 0, 0, &v, &i, NULL));
-  BAD("on", ON_DROP(NULL));
-  BAD("on", v2drop_compact_cuda(&keep, &part, 1, NULL));
-  BAD("on", v2drop_compact_backward_cuda(&keep, 4, NULL, 0, NULL));
-  BAD("on", v2drop_compact_inplace_cuda(&keep, &part, 1, NULL));
-  on.design = 4;
-  BAD("on", ON_DROP(&on));
-  on.design = -1;
-  BAD("on", ON_DROP(&on));
-  on = usual, on.workspace = NULL;
-  BAD("workspace", ON_DROP(&on));
-  BAD("workspace", topk(NULL, &prev, &cur, NULL, &good, 1, 0, 0, 0, &v, &i));
-  on = usual, on.workspace = (char*)usual.workspace + 8;
-  BAD("workspace", ON_DROP(&on));
-  on = usual, on.workspace_bytes = 8;
-  BAD("workspace", ON_DROP(&on));
-  on = usual, on.workspace_bytes = -1;
-  BAD("workspace", ON_DROP(&on));
-  /* As much as the header asks for is enough for every design; these rows are too narrow for one of them. */
-  on = usual, on.workspace_bytes = v2drop_workspace_bytes_cuda(4, 1, 0);
-  CHECK(on.workspace_bytes <= 4 * 8 + 64 + 1024);
-  on.design = V2DROP_DESIGN_COOPERATIVE;
-  CHECK(ON_DROP(&on) == V2DROP_ERROR_UNSUPPORTED);
-  for (design = V2DROP_DESIGN_AUTO; design <= V2DROP_DESIGN_THREE; ++design) {
+  int mode;
+#define DROP_HERE drop(NULL, &prev, &cur, NULL, &good, 1, 0, 0, &keep, &gather, 1)
+  context = usual, context.workspace = NULL;
+  BAD("context.workspace", DROP_HERE);
+  BAD("context.workspace", topk(NULL, &prev, &cur, NULL, &good, 1, 0, 0, 0, &v, &i));
+  context = usual, context.workspace = (char*)usual.workspace + 8;
+  BAD("context.workspace", DROP_HERE);
+  context = usual, context.workspace_bytes = 8;
+  BAD("context.workspace", DROP_HERE);
+  context = usual, context.workspace_bytes = -1;
+  BAD("context.workspace", DROP_HERE);
+  /* As much as the header asks for is enough in every launch mode; these rows are too narrow for one of them. */
+  context = usual, context.workspace_bytes = v2drop_workspace_bytes(4, 1, 0);
+  CHECK(context.workspace_bytes <= 4 * 8 + 64 + 1024);
+  context.launch_mode = V2DROP_LAUNCH_COOPERATIVE;
+  CHECK(DROP_HERE == V2DROP_ERROR_UNSUPPORTED);
+  for (mode = V2DROP_LAUNCH_AUTO; mode <= V2DROP_LAUNCH_SEPARATE; ++mode) {
     const v2drop_tensor still = tensor(aligned.rows.before, V2DROP_FLOAT32, 4, 4), moved = tensor(aligned.rows.after, V2DROP_FLOAT32, 4, 4);
-    const v2drop_part rows = {moved, tensor(aligned.rows.out, V2DROP_FLOAT32, 3, 4), -1, 0, 0};
+    const v2drop_gather rows = {moved, tensor(aligned.rows.out, V2DROP_FLOAT32, 3, 4), -1, 0, 0};
     aligned.rows.after[5] = 2, aligned.rows.after[14] = -3;
     aligned.rows.out[1] = aligned.rows.out[11] = 9;
-    on.design = design;
-    OK(v2drop_drop_tokens_cuda(NULL, &still, &moved, NULL, &good, 1, NULL, 0, 0, &keep, NULL, &rows, 1, &on));
+    context.launch_mode = mode;
+    OK(drop(NULL, &still, &moved, NULL, &good, 1, 0, 0, &keep, &rows, 1));
     CHECK(keep_data[0] == 1 && keep_data[1] == 3 && keep_data[2] == -1);
     CHECK(aligned.rows.out[0] == 0 && aligned.rows.out[1] == 2 && aligned.rows.out[6] == -3 && aligned.rows.out[11] == 0);
   }
-  on = usual;
+  context = usual;
 
   { /* What one query needs is enough for any number of them. */
     const v2drop_tensor k = heads_of(key_data, 1, 4, 2), q = heads_of(query_data, 1, 4, 2), rows = tensor(ids_data, V2DROP_INT64, 4, 0);
@@ -458,32 +544,30 @@ static void test_cuda_only(void) {
     memset(ids_data, 0, sizeof ids_data);
     OK(attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
     memcpy(whole, score_data, sizeof whole);
-    on.workspace_bytes = v2drop_attention_workspace_bytes_cuda(1, 1, 1, 4);
-    CHECK(on.workspace_bytes > 0 && on.workspace_bytes < v2drop_attention_workspace_bytes_cuda(1, 1, 4, 4));
+    context.workspace_bytes = v2drop_attention_workspace_bytes(1, 1, 1, 4);
+    CHECK(context.workspace_bytes > 0 && context.workspace_bytes < v2drop_attention_workspace_bytes(1, 1, 4, 4));
     OK(attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
     CHECK(!memcmp(whole, score_data, sizeof whole));
-    on.workspace_bytes = 255;
-    BAD("workspace", attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
-    on = usual;
-    on.workspace = NULL;
-    BAD("workspace", attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
+    context.workspace_bytes = 255;
+    BAD("context.workspace", attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
+    context = usual;
+    context.workspace = NULL;
+    BAD("context.workspace", attention(&q, &k, &rows, NULL, NULL, 0, 0, 0, 0, &scores));
     OK(key_norm(&k, V2DROP_L2, &scores));
-    on = usual;
-    CHECK(v2drop_attention_workspace_bytes_cuda(INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX) > 0);
-    CHECK(v2drop_attention_workspace_bytes_cuda(-1, 1, 1, 1) == 0);
-    BAD("on", v2drop_attention_score_cuda(&q, &k, &rows, NULL, NULL, 0, 1.0f, 0, 0, 0, &scores, NULL));
-    BAD("on", v2drop_key_norm_cuda(&k, 0, &scores, NULL));
-    BAD("on", v2drop_cosine_to_pivots_cuda(&cur, &keep, &prev, NULL));
+    context = usual;
+    CHECK(v2drop_attention_workspace_bytes(INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX) > 0);
+    CHECK(v2drop_attention_workspace_bytes(-1, 1, 1, 1) == 0);
   }
 
-  { /* One stretch of rows 0 to 3, one that is empty, and one whose end is outside and is clamped. */
+  { /* One segment of rows 0 to 3, one that is empty, and one whose end is outside and is clamped. */
     int32_t offsets[4] = {0, 3, 3, 9}, new_offsets[4], wrong[5] = {0, 3, 3, 4, 4};
-    v2drop_stretch table[3];
+    v2drop_segment table[3];
     v2drop_tensor cu = tensor(offsets, V2DROP_INT32, 4, 0), new_cu = tensor(new_offsets, V2DROP_INT32, 4, 0), t;
     const v2drop_tensor four = tensor(places, V2DROP_INT64, 4, 0);
     memset(table, 0, sizeof table);
     table[0].k = table[1].k = table[2].k = 1;
-#define LENGTHS(cu, keep, new_cu) v2drop_drop_tokens_cuda(NULL, &prev, &cur, NULL, table, 3, cu, 0, 0, keep, new_cu, NULL, 0, &on)
+    const v2drop_source source = source_of(NULL, &prev, &cur, NULL, 0, 0);
+#define LENGTHS(cu, keep, new_cu) v2drop_drop_tokens(&source, table, 3, cu, keep, new_cu, NULL, 0, &context)
     OK(LENGTHS(&cu, &four, &new_cu));
     CHECK(places[0] == 2 && places[1] == 3 && places[2] == -1 && places[3] == -1);
     CHECK(new_offsets[0] == 0 && new_offsets[1] == 1 && new_offsets[2] == 1 && new_offsets[3] == 2);
@@ -502,11 +586,11 @@ static void test_cuda_only(void) {
     t = cu, t.data = NULL;
     BAD("cu_seqlens", LENGTHS(&t, &four, &new_cu));
     table[1].k = -1;
-    BAD("stretches[1]", LENGTHS(&cu, &four, &new_cu));
+    BAD("segments[1]", LENGTHS(&cu, &four, &new_cu));
   }
 }
 
-/* No kernel can run: every twin says so, whatever it is given. */
+/* No kernel can run: every call on CUDA returns so, whatever its arguments. */
 static void test_no_cuda(void) {
   const v2drop_status why = v2drop_cuda_available();
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
@@ -514,8 +598,8 @@ static void test_no_cuda(void) {
   float values[2];
   int64_t indices[2];
   const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
-  const v2drop_stretch good = {0, 0, 4, 0, 2, 0, 0, 1};
-  const v2drop_part part = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0}, back = {part.dst, part.src, -1, 0, 0};
+  const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
+  const v2drop_gather gather = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0}, back = {gather.dst, gather.src, -1, 0, 0};
 #define REFUSES(call)                                                           \
   do {                                                                          \
     const v2drop_status status = (call);                                        \
@@ -527,10 +611,10 @@ static void test_no_cuda(void) {
   REFUSES(score(&prev, &cur, 0, 0, &scores));
   REFUSES(score_backward(&scores, &prev, &cur, 0, &prev, &cur));
   REFUSES(topk(&scores, NULL, NULL, NULL, &good, 1, 0, 0, 0, &v, &i));
-  REFUSES(drop(NULL, &prev, &cur, NULL, &good, 1, 0, 0, &keep, &part, 1));
-  REFUSES(compact(&keep, &part, 1));
+  REFUSES(drop(NULL, &prev, &cur, NULL, &good, 1, 0, 0, &keep, &gather, 1));
+  REFUSES(compact(&keep, &gather, 1));
   REFUSES(compact_backward(&keep, 4, &back, 1));
-  REFUSES(compact_inplace(&keep, &part, 1));
+  REFUSES(compact_inplace(&keep, &gather, 1));
   {
     const v2drop_tensor k = heads_of(key_data, 1, 4, 2), rows = tensor(row_data, V2DROP_INT64, 4, 0);
     float found[12];
@@ -543,22 +627,25 @@ static void test_no_cuda(void) {
 
 static void test_all(void) {
   test_answers();
+  test_batch_behind_rows();
   test_attention();
   test_bad_scores();
   test_bad_selection();
-  test_bad_parts();
+  test_bad_gathers();
+  test_sizes();
 }
 
 int main(void) {
   const char* archs = v2drop_cuda_archs();
   CHECK(v2drop_version() == V2DROP_VERSION);
   CHECK(v2drop_last_error()[0] == '\0');
+  context.threads = 1;
   test_all();
-  test_bad_threads();
+  test_bad_context();
 
-  on_cuda = 1;
-  on.workspace = memory.bytes + (256 - (size_t)memory.bytes % 256);
-  on.workspace_bytes = (int64_t)sizeof memory.bytes - 256;
+  context.place = V2DROP_CUDA;
+  context.workspace = memory.bytes + (256 - (size_t)memory.bytes % 256);
+  context.workspace_bytes = (int64_t)sizeof memory.bytes - 256;
   if (!strcmp(archs, "emulated")) {
     OK(v2drop_cuda_available());
     test_all();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Random calls of the CUDA entry points beside their CPU twins, for a library whose kernels are emulated (host memory then serves as device
-// memory). Results are compared with all bytes around them, so that a stray write shows; one call in four gets a wrong argument, and both
-// must refuse it. Arguments: how many calls, and the first seed.
+// Random calls on CUDA, each beside the same call on the CPU, for a library whose kernels are emulated (host memory then serves as device
+// memory). Results are compared with all bytes around them, so that a stray write shows; one call in four gets an invalid argument, and
+// both must refuse it. Arguments: how many calls, and the first seed.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -141,21 +141,47 @@ bool close(float a, float b, double relative, double absolute) {
 
 bool same_bytes(const Array& a, const Array& b) { return a.bytes == b.bytes; }
 
+// One thread of the CPU.
+v2drop_context one_thread() {
+  v2drop_context context = V2DROP_CONTEXT_INIT;
+  context.threads = 1;
+  return context;
+}
+const v2drop_context kCpu = one_thread();
+
+// CUDA, with scratch memory for so many rows, segments and ranked results.
 struct On {
-  v2drop_cuda cuda = {};
+  v2drop_context cuda = V2DROP_CONTEXT_INIT;
   void* memory = nullptr;
-  On(int64_t rows, int64_t stretches, int64_t width, const std::vector<v2drop_stretch>* table) {
-    cuda.workspace_bytes = v2drop_workspace_bytes_cuda(rows, stretches, width);
+  On(int64_t rows, int64_t segments, int64_t width, const std::vector<v2drop_segment>* table) {
+    cuda.place = V2DROP_CUDA;
+    cuda.workspace_bytes = v2drop_workspace_bytes(rows, segments, width);
     if (posix_memalign(&memory, 256, static_cast<size_t>(cuda.workspace_bytes)) != 0) abort();
     memset(memory, static_cast<int>(random(0, 255)), static_cast<size_t>(cuda.workspace_bytes));
     cuda.workspace = memory;
-    cuda.design = static_cast<int32_t>(random(0, 3));
-    if (table && one_in(2)) cuda.stretches = table->data();
+    cuda.launch_mode = static_cast<int32_t>(random(0, 3));
+    if (table && one_in(2)) cuda.device_segments = table->data();
   }
   On(const On&) = delete;
   On& operator=(const On&) = delete;
   ~On() { free(memory); }
 };
+
+v2drop_source hidden_source(const v2drop_tensor* prev, const v2drop_tensor* cur, int32_t metric, int32_t score_dtype) {
+  v2drop_source source = V2DROP_SOURCE_INIT;
+  source.prev = prev;
+  source.cur = cur;
+  source.metric = metric;
+  source.score_dtype = score_dtype;
+  return source;
+}
+
+v2drop_source score_source(const v2drop_tensor* scores, const v2drop_tensor* mask) {
+  v2drop_source source = V2DROP_SOURCE_INIT;
+  source.scores = scores;
+  source.mask = mask;
+  return source;
+}
 
 // Arguments that no entry point may accept, whatever the others are.
 void spoil(v2drop_tensor& t) {
@@ -190,7 +216,7 @@ std::vector<int64_t> lead(int64_t batch, int64_t rows, bool with_batch, int64_t 
 struct Input {
   int64_t batch, rows, dim;
   bool with_batch, computed, masked;
-  int32_t metric, round_to, dtype;
+  int32_t metric, score_dtype, dtype;
   std::unique_ptr<Array> prev, cur, scores, mask;
 
   Input(bool may_mask, bool one_entry) {
@@ -204,7 +230,7 @@ struct Input {
     computed = one_in(2);
     masked = may_mask && one_in(3);
     metric = static_cast<int32_t>(random(0, 2));
-    round_to = one_in(2) ? 0 : static_cast<int32_t>(random(0, 2));
+    score_dtype = one_in(2) ? 0 : static_cast<int32_t>(random(0, 2));
     dtype = static_cast<int32_t>(random(0, 2));
     const bool special = one_in(3);
     prev.reset(new Array(make_array(dtype, lead(batch, rows, with_batch, dim), kLastIsDense)));
@@ -220,8 +246,17 @@ struct Input {
     fill_floats(*scores, special);
     if (!computed) return;
     On on(batch * rows, 0, 0, nullptr);
-    check(v2drop_variation_score_cuda(&prev->tensor, &cur->tensor, metric, round_to, &scores->tensor, &on.cuda) == V2DROP_OK, "score");
+    const v2drop_source source = hidden_source(&prev->tensor, &cur->tensor, metric, score_dtype);
+    check(v2drop_variation_score(&source, &scores->tensor, &on.cuda) == V2DROP_OK, "score");
   }
+  // By what a call on CUDA ranks, and what a call on the CPU then has to rank by to select the same.
+  v2drop_source source() const {
+    v2drop_source made =
+        computed ? hidden_source(&prev->tensor, &cur->tensor, metric, score_dtype) : score_source(&scores->tensor, nullptr);
+    made.mask = mask_tensor();
+    return made;
+  }
+  v2drop_source cpu_source() const { return score_source(&scores->tensor, mask_tensor()); }
   const v2drop_tensor* mask_tensor() const { return masked ? &mask->tensor : nullptr; }
 };
 
@@ -229,11 +264,12 @@ void test_scores() {
   Input in(false, false);
   Array cpu = make_array(V2DROP_FLOAT32, lead(in.batch, in.rows, in.with_batch), kAny), cuda(cpu);
   On on(0, 0, 0, nullptr);
-  const v2drop_status a = v2drop_variation_score(&in.prev->tensor, &in.cur->tensor, in.metric, in.round_to, &cpu.tensor, 1);
-  const v2drop_status b = v2drop_variation_score_cuda(&in.prev->tensor, &in.cur->tensor, in.metric, in.round_to, &cuda.tensor, &on.cuda);
+  const v2drop_source source = hidden_source(&in.prev->tensor, &in.cur->tensor, in.metric, in.score_dtype);
+  const v2drop_status a = v2drop_variation_score(&source, &cpu.tensor, &kCpu);
+  const v2drop_status b = v2drop_variation_score(&source, &cuda.tensor, &on.cuda);
   check(a == V2DROP_OK && b == V2DROP_OK, "scores");
   // A cosine loses digits where one row is much longer than the other.
-  const double relative = in.round_to == 0 ? 1e-4 : 2e-2, absolute = in.metric == V2DROP_COSINE ? 2e-2 : 1e-5;
+  const double relative = in.score_dtype == 0 ? 1e-4 : 2e-2, absolute = in.metric == V2DROP_COSINE ? 2e-2 : 1e-5;
   std::vector<float> expected;
   for_each(cpu.tensor, [&](char* from) { expected.push_back(number(from, 0)); });
   size_t i = 0;
@@ -247,11 +283,9 @@ void test_scores() {
   Array p = make_array(in.dtype, lead(in.batch, in.rows, in.with_batch, in.dim), kLastIsDense), q(p);
   Array c = make_array(in.dtype, lead(in.batch, in.rows, in.with_batch, in.dim), kLastIsDense), d(c);
   const bool only_cur = one_in(3);
-  check(v2drop_variation_score_backward(&grad.tensor, &in.prev->tensor, &in.cur->tensor, in.metric, only_cur ? nullptr : &p.tensor,
-                                        &c.tensor, 1) == V2DROP_OK,
+  check(v2drop_variation_score_backward(&grad.tensor, &source, only_cur ? nullptr : &p.tensor, &c.tensor, &kCpu) == V2DROP_OK,
         "backward on the CPU");
-  check(v2drop_variation_score_backward_cuda(&grad.tensor, &in.prev->tensor, &in.cur->tensor, in.metric, only_cur ? nullptr : &q.tensor,
-                                             &d.tensor, &on.cuda) == V2DROP_OK,
+  check(v2drop_variation_score_backward(&grad.tensor, &source, only_cur ? nullptr : &q.tensor, &d.tensor, &on.cuda) == V2DROP_OK,
         "backward");
   std::vector<float> to_prev, to_cur;
   for_each(p.tensor, [&](char* from) { to_prev.push_back(number(from, in.dtype)); });
@@ -265,33 +299,33 @@ void test_scores() {
   if (only_cur) check(same_bytes(p, q), "grad_prev was not wanted");
 }
 
-std::vector<v2drop_stretch> make_table(const Input& in, bool padded) {
-  std::vector<v2drop_stretch> table;
+std::vector<v2drop_segment> make_table(const Input& in, bool padded) {
+  std::vector<v2drop_segment> table;
   const bool alike = one_in(2);
   int64_t out = 0;
-  v2drop_stretch first = {};
+  v2drop_segment first = {};
   for (int64_t b = 0; b < in.batch; ++b) {
     int64_t row = 0;
     const int64_t count = alike ? 1 : random(1, one_in(20) ? 90 : 5);
     for (int64_t g = 0; g < count; ++g) {
       const int64_t left = in.rows - row;
-      v2drop_stretch s = {};
-      s.row0 = b * in.rows + row;
-      s.pre = g + 1 == count ? random(0, left / 4) : random(0, left / 8);
-      s.n = g + 1 == count ? random(0, left - s.pre) : random(0, left / 2);
-      s.n = std::min(s.n, left - s.pre);
-      s.post = std::min(random(0, 3), left - s.pre - s.n);
+      v2drop_segment s = {};
+      s.src_start = b * in.rows + row;
+      s.n_prefix = g + 1 == count ? random(0, left / 4) : random(0, left / 8);
+      s.n = g + 1 == count ? random(0, left - s.n_prefix) : random(0, left / 2);
+      s.n = std::min(s.n, left - s.n_prefix);
+      s.n_suffix = std::min(random(0, 3), left - s.n_prefix - s.n);
       s.k = one_in(8) ? 0 : one_in(8) ? s.n : random(0, s.n);
-      if (padded) s.pad_pre = random(0, 2), s.pad_post = random(0, 2);
+      if (padded) s.pad_before = random(0, 2), s.pad_after = random(0, 2);
       if (alike && b > 0) {
-        const int64_t row0 = s.row0;
+        const int64_t src_start = s.src_start;
         s = first;
-        s.row0 = row0;
+        s.src_start = src_start;
       }
-      s.out0 = out;
+      s.dst_start = out;
       if (b == 0 && g == 0) first = s;
-      row += s.pre + s.n + s.post;
-      out += s.pad_pre + s.pre + s.k + s.post + s.pad_post;
+      row += s.n_prefix + s.n + s.n_suffix;
+      out += s.pad_before + s.n_prefix + s.k + s.n_suffix + s.pad_after;
       table.push_back(s);
     }
   }
@@ -300,21 +334,16 @@ std::vector<v2drop_stretch> make_table(const Input& in, bool padded) {
 
 void test_topk() {
   Input in(true, false);
-  std::vector<v2drop_stretch> table = make_table(in, false);
+  std::vector<v2drop_segment> table = make_table(in, false);
   const int64_t n = static_cast<int64_t>(table.size());
   int64_t width = random(0, 2);
-  for (const v2drop_stretch& s : table) width = std::max(width, s.k);
+  for (const v2drop_segment& s : table) width = std::max(width, s.k);
   const int32_t order = static_cast<int32_t>(random(0, 1)), dtype = in.scores->tensor.dtype;
   Array v = make_array(dtype, {n, width}, kContiguous), w(v), i = make_array(V2DROP_INT64, {n, width}, kContiguous), j(i);
   On on(in.batch * in.rows, n, order == V2DROP_ORDER_SCORE ? width : 0, &table);
-  const v2drop_tensor* mask = in.mask_tensor();
-  check(v2drop_topk(&in.scores->tensor, nullptr, nullptr, mask, table.data(), n, order, 0, 0, &v.tensor, &i.tensor, 1) == V2DROP_OK,
-        "topk on the CPU");
-  const v2drop_tensor *scores = in.computed ? nullptr : &in.scores->tensor, *prev = in.computed ? &in.prev->tensor : nullptr,
-                      *cur = in.computed ? &in.cur->tensor : nullptr;
-  check(v2drop_topk_cuda(scores, prev, cur, mask, table.data(), n, nullptr, order, in.metric, in.round_to, &w.tensor, &j.tensor,
-                         &on.cuda) == V2DROP_OK,
-        "topk");
+  const v2drop_source cpu = in.cpu_source(), cuda = in.source();
+  check(v2drop_topk(&cpu, table.data(), n, nullptr, order, &v.tensor, &i.tensor, &kCpu) == V2DROP_OK, "topk on the CPU");
+  check(v2drop_topk(&cuda, table.data(), n, nullptr, order, &w.tensor, &j.tensor, &on.cuda) == V2DROP_OK, "topk");
   check(same_bytes(i, j), "the indices of topk");
   std::vector<float> values;
   for_each(v.tensor, [&](char* from) { values.push_back(number(from, dtype)); });
@@ -322,11 +351,11 @@ void test_topk() {
   for_each(w.tensor, [&](char* from) { check(close(number(from, dtype), values[e++], 0, 0), "a value of topk"); });
 }
 
-struct Parts {
+struct Gathers {
   std::vector<std::unique_ptr<Array>> arrays;  // src, dst on the CPU, dst on CUDA; or src twice
-  std::vector<v2drop_part> cpu, cuda;
+  std::vector<v2drop_gather> cpu, cuda;
 
-  Parts(int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
+  Gathers(int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
     const int64_t count = one_in(15) ? random(120, 300) : random(0, 12);
     const int64_t shapes = one_in(2) ? 1 : count;  // few classes, or many
     std::vector<int64_t> shape;
@@ -342,34 +371,34 @@ struct Parts {
         shape.insert(shape.begin() + row_dim, src_rows);
         batch_dim = -1;
         if (batch != 1 || one_in(2)) {
-          batch_dim = static_cast<int32_t>(random(0, row_dim));
+          batch_dim = static_cast<int32_t>(random(0, extra + 1));  // in front of the rows or behind them
           shape.insert(shape.begin() + batch_dim, batch);
-          ++row_dim;
+          if (batch_dim <= row_dim) ++row_dim;
         }
         dtype = static_cast<int32_t>(random(0, 10));
       }
-      v2drop_part part = {};
-      part.row_dim = row_dim;
-      part.batch_dim = batch_dim;
-      part.fill = one_in(2) ? random(-3, 3) : random(INT64_MIN / 4, INT64_MAX / 4);
+      v2drop_gather gather = {};
+      gather.row_dim = row_dim;
+      gather.batch_dim = batch_dim;
+      gather.fill = one_in(2) ? random(-3, 3) : random(INT64_MIN / 4, INT64_MAX / 4);
       arrays.emplace_back(new Array(make_array(dtype, shape, kAny)));
       const size_t src = arrays.size() - 1;
-      part.src = arrays[src]->tensor;
+      gather.src = arrays[src]->tensor;
       if (in_place) {
         arrays.emplace_back(new Array(*arrays[src]));
-        cpu.push_back(part);
-        part.src = arrays.back()->tensor;
-        cuda.push_back(part);
+        cpu.push_back(gather);
+        gather.src = arrays.back()->tensor;
+        cuda.push_back(gather);
         continue;
       }
       std::vector<int64_t> out = shape;
       out[static_cast<size_t>(row_dim)] = dst_rows;
       arrays.emplace_back(new Array(make_array(dtype, out, kAny)));
-      part.dst = arrays.back()->tensor;
-      cpu.push_back(part);
+      gather.dst = arrays.back()->tensor;
+      cpu.push_back(gather);
       arrays.emplace_back(new Array(*arrays.back()));
-      part.dst = arrays.back()->tensor;
-      cuda.push_back(part);
+      gather.dst = arrays.back()->tensor;
+      cuda.push_back(gather);
     }
     step = in_place ? 2 : 3;
   }
@@ -385,55 +414,51 @@ struct Parts {
 
 void test_drop() {
   Input in(true, false);
-  std::vector<v2drop_stretch> table = make_table(in, true);
-  // Entries of equal length: the last stretch of each pads up.
+  std::vector<v2drop_segment> table = make_table(in, true);
+  // Entries of equal length: the last segment of each pads up.
   std::vector<int64_t> lengths(static_cast<size_t>(in.batch), 0);
-  const auto entry_of = [&](const v2drop_stretch& s) { return in.rows > 0 ? std::min(s.row0 / in.rows, in.batch - 1) : 0; };
+  const auto entry_of = [&](const v2drop_segment& s) { return in.rows > 0 ? std::min(s.src_start / in.rows, in.batch - 1) : 0; };
   if (in.rows == 0 && in.batch > 1) return;
-  for (v2drop_stretch& s : table) {
-    if (s.pre + s.n + s.post == 0 && s.row0 > 0) --s.row0;  // an empty one at the end of an entry belongs to it
-    lengths[static_cast<size_t>(entry_of(s))] += s.pad_pre + s.pre + s.k + s.post + s.pad_post;
+  for (v2drop_segment& s : table) {
+    if (s.n_prefix + s.n + s.n_suffix == 0 && s.src_start > 0) --s.src_start;  // an empty one at the end of an entry belongs to it
+    lengths[static_cast<size_t>(entry_of(s))] += s.pad_before + s.n_prefix + s.k + s.n_suffix + s.pad_after;
   }
   int64_t count = 0, out = 0;
   for (int64_t length : lengths) count = std::max(count, length);
   for (size_t g = 0; g < table.size(); ++g) {
-    v2drop_stretch& s = table[g];
+    v2drop_segment& s = table[g];
     const int64_t entry = entry_of(s);
-    if (g + 1 == table.size() || entry_of(table[g + 1]) != entry) s.pad_post += count - lengths[static_cast<size_t>(entry)];
-    s.out0 = out;
-    out += s.pad_pre + s.pre + s.k + s.post + s.pad_post;
+    if (g + 1 == table.size() || entry_of(table[g + 1]) != entry) s.pad_after += count - lengths[static_cast<size_t>(entry)];
+    s.dst_start = out;
+    out += s.pad_before + s.n_prefix + s.k + s.n_suffix + s.pad_after;
   }
   const int64_t n = static_cast<int64_t>(table.size());
   Array keep = make_array(V2DROP_INT64, lead(in.batch, count, in.with_batch), kContiguous), again(keep);
-  Parts parts(in.batch, in.rows, count, false);
+  Gathers gathers(in.batch, in.rows, count, false);
   On on(in.batch * in.rows, n, 0, &table);
-  const v2drop_tensor* mask = in.mask_tensor();
-  check(v2drop_drop_tokens(&in.scores->tensor, nullptr, nullptr, mask, table.data(), n, 0, 0, &keep.tensor, parts.cpu.data(), parts.count(),
-                           1) == V2DROP_OK,
+  const v2drop_source cpu = in.cpu_source(), cuda = in.source();
+  check(v2drop_drop_tokens(&cpu, table.data(), n, nullptr, &keep.tensor, nullptr, gathers.cpu.data(), gathers.count(), &kCpu) == V2DROP_OK,
         "drop on the CPU");
-  const v2drop_tensor *scores = in.computed ? nullptr : &in.scores->tensor, *prev = in.computed ? &in.prev->tensor : nullptr,
-                      *cur = in.computed ? &in.cur->tensor : nullptr;
   const auto drop = [&] {
-    return v2drop_drop_tokens_cuda(scores, prev, cur, mask, table.data(), n, nullptr, in.metric, in.round_to, &again.tensor, nullptr,
-                                   parts.cuda.data(), parts.count(), &on.cuda);
+    return v2drop_drop_tokens(&cuda, table.data(), n, nullptr, &again.tensor, nullptr, gathers.cuda.data(), gathers.count(), &on.cuda);
   };
   v2drop_status status = drop();
-  if (status == V2DROP_ERROR_UNSUPPORTED && on.cuda.design == V2DROP_DESIGN_COOPERATIVE) {
-    on.cuda.design = V2DROP_DESIGN_AUTO;
+  if (status == V2DROP_ERROR_UNSUPPORTED && on.cuda.launch_mode == V2DROP_LAUNCH_COOPERATIVE) {
+    on.cuda.launch_mode = V2DROP_LAUNCH_AUTO;
     status = drop();
   }
   check(status == V2DROP_OK, "drop");
   check(same_bytes(keep, again), "keep");
-  check(parts.same(), "the parts of a drop");
+  check(gathers.same(), "the gathers of a drop");
 }
 
 // Lengths that only the device knows, good ones and any others.
 void test_packed() {
   Input in(false, true);
   const int64_t n = one_in(10) ? 0 : random(1, one_in(20) ? 400 : 6);
-  std::vector<v2drop_stretch> budgets(static_cast<size_t>(n));
+  std::vector<v2drop_segment> budgets(static_cast<size_t>(n));
   const int64_t k = random(0, 40), count = random(0, 200);
-  for (v2drop_stretch& s : budgets) {
+  for (v2drop_segment& s : budgets) {
     s = {};
     s.k = one_in(20) ? INT64_MAX : one_in(2) ? k : random(0, 60);
   }
@@ -452,12 +477,13 @@ void test_packed() {
   std::vector<int64_t> kept;
   std::vector<int32_t> expected = {0};
   for (size_t g = 0; g < budgets.size(); ++g) {
-    v2drop_stretch s = {};
-    s.row0 = clamp(offsets[g]);
-    s.n = std::max<int64_t>(0, clamp(offsets[g + 1]) - s.row0);
+    v2drop_segment s = {};
+    s.src_start = clamp(offsets[g]);
+    s.n = std::max<int64_t>(0, clamp(offsets[g + 1]) - s.src_start);
     s.k = std::min({budgets[g].k, s.n, count - static_cast<int64_t>(kept.size())});
     Array values = make_array(in.scores->tensor.dtype, {1, s.k}, kContiguous), indices = make_array(V2DROP_INT64, {1, s.k}, kContiguous);
-    check(v2drop_topk(&in.scores->tensor, nullptr, nullptr, nullptr, &s, 1, 0, 0, 0, &values.tensor, &indices.tensor, 1) == V2DROP_OK,
+    const v2drop_source source = in.cpu_source();
+    check(v2drop_topk(&source, &s, 1, nullptr, V2DROP_ORDER_POSITION, &values.tensor, &indices.tensor, &kCpu) == V2DROP_OK,
           "topk of a segment");
     for_each(indices.tensor, [&](char* from) {
       int64_t index;
@@ -469,20 +495,19 @@ void test_packed() {
   kept.resize(static_cast<size_t>(count), -1);
 
   Array keep = make_array(V2DROP_INT64, {count}, kContiguous), again(keep), new_cu = make_array(V2DROP_INT32, {n + 1}, kContiguous);
-  Parts parts(1, in.rows, count, false);
+  Gathers gathers(1, in.rows, count, false);
   On on(in.rows, n, 0, &budgets);
-  if (on.cuda.design == V2DROP_DESIGN_COOPERATIVE) on.cuda.design = V2DROP_DESIGN_THREE;
-  const v2drop_tensor *scores = in.computed ? nullptr : &in.scores->tensor, *prev = in.computed ? &in.prev->tensor : nullptr,
-                      *cur = in.computed ? &in.cur->tensor : nullptr;
-  check(v2drop_drop_tokens_cuda(scores, prev, cur, nullptr, budgets.data(), n, &cu.tensor, in.metric, in.round_to, &again.tensor,
-                                &new_cu.tensor, parts.cuda.data(), parts.count(), &on.cuda) == V2DROP_OK,
+  if (on.cuda.launch_mode == V2DROP_LAUNCH_COOPERATIVE) on.cuda.launch_mode = V2DROP_LAUNCH_SEPARATE;
+  const v2drop_source source = in.source();
+  check(v2drop_drop_tokens(&source, budgets.data(), n, &cu.tensor, &again.tensor, &new_cu.tensor, gathers.cuda.data(), gathers.count(),
+                           &on.cuda) == V2DROP_OK,
         "packed drop");
   check(count == 0 || memcmp(again.tensor.data, kept.data(), kept.size() * 8) == 0, "keep of a packed drop");
   check(memcmp(new_cu.tensor.data, expected.data(), expected.size() * 4) == 0, "new_cu");
   if (count == 0) return;
   memcpy(keep.tensor.data, kept.data(), kept.size() * 8);
-  check(v2drop_compact(&keep.tensor, parts.cpu.data(), parts.count(), 1) == V2DROP_OK, "compact on the CPU");
-  check(parts.same(), "the parts of a packed drop");
+  check(v2drop_compact(&keep.tensor, gathers.cpu.data(), gathers.count(), &kCpu) == V2DROP_OK, "compact on the CPU");
+  check(gathers.same(), "the gathers of a packed drop");
 }
 
 void test_compact() {
@@ -516,21 +541,21 @@ void test_compact() {
     memcpy(known.tensor.data, indices.data(), indices.size() * 8);
     memcpy(keep.tensor.data, wild.data(), wild.size() * 8);
   }
-  Parts parts(batch, backward ? count : rows, backward ? rows : count, in_place);
+  Gathers gathers(batch, backward ? count : rows, backward ? rows : count, in_place);
   On on(batch * rows, 0, 0, nullptr);
   v2drop_status a, b;
   if (in_place) {
-    a = v2drop_compact_inplace(&known.tensor, parts.cpu.data(), parts.count(), 1);
-    b = v2drop_compact_inplace_cuda(&keep.tensor, parts.cuda.data(), parts.count(), &on.cuda);
+    a = v2drop_compact_inplace(&known.tensor, gathers.cpu.data(), gathers.count(), &kCpu);
+    b = v2drop_compact_inplace(&keep.tensor, gathers.cuda.data(), gathers.count(), &on.cuda);
   } else if (backward) {
-    a = v2drop_compact_backward(&known.tensor, rows, parts.cpu.data(), parts.count(), 1);
-    b = v2drop_compact_backward_cuda(&keep.tensor, rows, parts.cuda.data(), parts.count(), &on.cuda);
+    a = v2drop_compact_backward(&known.tensor, rows, gathers.cpu.data(), gathers.count(), &kCpu);
+    b = v2drop_compact_backward(&keep.tensor, rows, gathers.cuda.data(), gathers.count(), &on.cuda);
   } else {
-    a = v2drop_compact(&known.tensor, parts.cpu.data(), parts.count(), 1);
-    b = v2drop_compact_cuda(&keep.tensor, parts.cuda.data(), parts.count(), &on.cuda);
+    a = v2drop_compact(&known.tensor, gathers.cpu.data(), gathers.count(), &kCpu);
+    b = v2drop_compact(&keep.tensor, gathers.cuda.data(), gathers.count(), &on.cuda);
   }
   check(a == V2DROP_OK && b == V2DROP_OK, "compact");
-  check(parts.same(), in_place ? "compact in place" : backward ? "compact backward" : "the parts of compact");
+  check(gathers.same(), in_place ? "compact in place" : backward ? "compact backward" : "the gathers of compact");
 }
 
 // Attention, norms and cosines; at times with one wrong argument, or with little scratch memory.
@@ -596,14 +621,14 @@ void test_attention() {
   }
   On on(0, 0, 0, nullptr);
   free(on.memory);
-  const int64_t least = v2drop_attention_workspace_bytes_cuda(batch, heads, std::min<int64_t>(queries, 1), rows);
-  on.cuda.workspace_bytes = one_in(2) ? v2drop_attention_workspace_bytes_cuda(batch, heads, queries, rows) : least + random(0, 5000);
+  const int64_t least = v2drop_attention_workspace_bytes(batch, heads, std::min<int64_t>(queries, 1), rows);
+  on.cuda.workspace_bytes = one_in(2) ? v2drop_attention_workspace_bytes(batch, heads, queries, rows) : least + random(0, 5000);
   if (posix_memalign(&on.memory, 256, static_cast<size_t>(on.cuda.workspace_bytes)) != 0) abort();
   memset(on.memory, static_cast<int>(random(0, 255)), static_cast<size_t>(on.cuda.workspace_bytes));
   on.cuda.workspace = on.memory;
   const v2drop_tensor *mask = masks[0] ? &masks[0]->tensor : nullptr, *droppable = masks[1] ? &masks[1]->tensor : nullptr;
-  const v2drop_status x = v2drop_attention_score(&a, &b, &c, mask, droppable, causal, 0.5f, mode, how, over, &scores.tensor, 1);
-  const v2drop_status y = v2drop_attention_score_cuda(&a, &b, &c, mask, droppable, causal, 0.5f, mode, how, over, &again.tensor, &on.cuda);
+  const v2drop_status x = v2drop_attention_score(&a, &b, &c, mask, droppable, causal, 0.5f, mode, how, over, &scores.tensor, &kCpu);
+  const v2drop_status y = v2drop_attention_score(&a, &b, &c, mask, droppable, causal, 0.5f, mode, how, over, &again.tensor, &on.cuda);
   check(x == (wrong ? V2DROP_ERROR_ARGUMENT : V2DROP_OK) && y == x, "attention");
   const auto compare = [](const Array& expected, const Array& got, double absolute, const char* what) {
     std::vector<float> values;
@@ -622,8 +647,8 @@ void test_attention() {
     compare(scores, again, mode == V2DROP_DOT ? scale * static_cast<double>(heads) * 3 : 1e-4, "a score of attention");
   }
   numbers(k, one_in(3));
-  check(v2drop_key_norm(&k.tensor, norm, &scores.tensor, 1) == V2DROP_OK, "norms on the CPU");
-  check(v2drop_key_norm_cuda(&k.tensor, norm, &again.tensor, &on.cuda) == V2DROP_OK, "norms");
+  check(v2drop_key_norm(&k.tensor, norm, &scores.tensor, &kCpu) == V2DROP_OK, "norms on the CPU");
+  check(v2drop_key_norm(&k.tensor, norm, &again.tensor, &on.cuda) == V2DROP_OK, "norms");
   compare(scores, again, 1e-5, "a norm");
 
   Array rows_of = make_array(dtype, {batch, rows, dim}, kLastIsDense), pivots = make_array(V2DROP_INT64, {batch, n_pivots}, kAny);
@@ -633,8 +658,8 @@ void test_attention() {
     const int64_t row = one_in(4) ? random(-3, rows + 3) : random(0, rows > 0 ? rows - 1 : 0);
     memcpy(to, &row, 8);
   });
-  check(v2drop_cosine_to_pivots(&rows_of.tensor, &pivots.tensor, &cosines.tensor, 1) == V2DROP_OK, "cosines on the CPU");
-  check(v2drop_cosine_to_pivots_cuda(&rows_of.tensor, &pivots.tensor, &those.tensor, &on.cuda) == V2DROP_OK, "cosines");
+  check(v2drop_cosine_to_pivots(&rows_of.tensor, &pivots.tensor, &cosines.tensor, &kCpu) == V2DROP_OK, "cosines on the CPU");
+  check(v2drop_cosine_to_pivots(&rows_of.tensor, &pivots.tensor, &those.tensor, &on.cuda) == V2DROP_OK, "cosines");
   compare(cosines, those, 1e-5, "a cosine");
 }
 
@@ -642,21 +667,21 @@ void test_attention() {
 void test_wrong() {
   Input in(true, false);
   in.computed = one_in(2);
-  std::vector<v2drop_stretch> table(static_cast<size_t>(in.batch));
+  std::vector<v2drop_segment> table(static_cast<size_t>(in.batch));
   const int64_t n = in.batch, k = random(0, in.rows);
   for (int64_t b = 0; b < n; ++b) table[static_cast<size_t>(b)] = {b * in.rows, 0, in.rows, 0, k, b * k, 0, 0};
   Array keep = make_array(V2DROP_INT64, lead(in.batch, k, in.with_batch), kContiguous), was(keep);
   Array values = make_array(in.computed ? static_cast<int32_t>(V2DROP_FLOAT32) : in.scores->tensor.dtype, {n, k}, kContiguous),
         indices = make_array(V2DROP_INT64, {n, k}, kContiguous), no_values(values), no_indices(indices);
-  Parts parts(in.batch, in.rows, k, false);
+  Gathers gathers(in.batch, in.rows, k, false);
   On on(in.batch * in.rows, n, k, &table);
-  on.cuda.design = V2DROP_DESIGN_AUTO;
+  on.cuda.launch_mode = V2DROP_LAUNCH_AUTO;
 
   v2drop_tensor scores = in.scores->tensor, prev = in.prev->tensor, cur = in.cur->tensor, to = keep.tensor, v = values.tensor,
                 i = indices.tensor;
-  int32_t metric = in.metric, round_to = in.round_to, order = 0;
-  int64_t count = n, n_parts = parts.count();
-  const v2drop_cuda* cuda = &on.cuda;
+  int32_t metric = in.metric, score_dtype = in.score_dtype, order = 0;
+  int64_t count = n, n_gathers = gathers.count();
+  const v2drop_context* cuda = &on.cuda;
   const bool topk = one_in(2);
   bool only_cuda = false;
   switch (random(0, 9)) {
@@ -670,49 +695,49 @@ void test_wrong() {
       in.computed ? metric = one_in(2) ? -1 : 3 : scores.dtype = V2DROP_INT64;
       break;
     case 3:
-      in.computed ? round_to = one_in(2) ? -1 : 3 : scores.ndim = 0;
+      in.computed ? score_dtype = one_in(2) ? -1 : 3 : scores.ndim = 0;
       break;
     case 4:
-      topk ? order = 2 : n_parts = -1;
+      topk ? order = 2 : n_gathers = -1;
       break;
     case 5:
       count = -1;
       break;
     case 6: {
       if (table.empty()) return;
-      int64_t* fields[] = {&table[0].row0, &table[0].pre, &table[0].n, &table[0].post, &table[0].k};
+      int64_t* fields[] = {&table[0].src_start, &table[0].n_prefix, &table[0].n, &table[0].n_suffix, &table[0].k};
       *fields[random(0, 4)] = one_in(2) ? random(INT64_MIN, -1) : INT64_MAX - random(0, 1000);
       break;
     }
     case 7: {
-      if (topk || parts.cuda.empty()) return;
-      const size_t p = static_cast<size_t>(random(0, parts.count() - 1));
-      v2drop_part& part = parts.cuda[p];
+      if (topk || gathers.cuda.empty()) return;
+      const size_t p = static_cast<size_t>(random(0, gathers.count() - 1));
+      v2drop_gather& gather = gathers.cuda[p];
       switch (random(0, 4)) {
         case 0:
-          spoil(part.src);
+          spoil(gather.src);
           break;
         case 1:
-          spoil(part.dst);
+          spoil(gather.dst);
           break;
         case 2:
-          part.row_dim = one_in(2) ? -1 : 8;
+          gather.row_dim = one_in(2) ? -1 : 8;
           break;
         case 3:
-          part.batch_dim = one_in(2) ? part.row_dim : 8;
+          gather.batch_dim = one_in(2) ? gather.row_dim : 8;
           break;
         default:
-          ++part.src.shape[part.row_dim];
+          ++gather.src.shape[gather.row_dim];
       }
-      parts.cpu[p] = part;
+      gathers.cpu[p] = gather;
       break;
     }
     case 8:
       only_cuda = true;
       if (one_in(2)) {
-        on.cuda.design = one_in(2) ? -1 : 4;
+        on.cuda.launch_mode = one_in(2) ? -1 : 4;
       } else {
-        cuda = nullptr;
+        on.cuda.size = one_in(2) ? 0 : sizeof on.cuda - 1;
       }
       break;
     default:
@@ -724,21 +749,19 @@ void test_wrong() {
         on.cuda.workspace = one_in(2) ? nullptr : static_cast<char*>(on.memory) + 64;
       }
   }
-  const v2drop_tensor *s = in.computed ? nullptr : &scores, *p = in.computed ? &prev : nullptr, *c = in.computed ? &cur : nullptr;
+  v2drop_source source = in.computed ? hidden_source(&prev, &cur, metric, score_dtype) : score_source(&scores, nullptr);
+  source.mask = in.mask_tensor();
   v2drop_status a = V2DROP_ERROR_ARGUMENT, b;
   if (topk) {
-    if (!only_cuda) a = v2drop_topk(s, p, c, in.mask_tensor(), table.data(), count, order, metric, round_to, &v, &i, 1);
-    b = v2drop_topk_cuda(s, p, c, in.mask_tensor(), table.data(), count, nullptr, order, metric, round_to, &v, &i, cuda);
+    if (!only_cuda) a = v2drop_topk(&source, table.data(), count, nullptr, order, &v, &i, &kCpu);
+    b = v2drop_topk(&source, table.data(), count, nullptr, order, &v, &i, cuda);
   } else {
-    if (!only_cuda) {
-      a = v2drop_drop_tokens(s, p, c, in.mask_tensor(), table.data(), count, metric, round_to, &to, parts.cpu.data(), n_parts, 1);
-    }
-    b = v2drop_drop_tokens_cuda(s, p, c, in.mask_tensor(), table.data(), count, nullptr, metric, round_to, &to, nullptr, parts.cuda.data(),
-                                n_parts, cuda);
+    if (!only_cuda) a = v2drop_drop_tokens(&source, table.data(), count, nullptr, &to, nullptr, gathers.cpu.data(), n_gathers, &kCpu);
+    b = v2drop_drop_tokens(&source, table.data(), count, nullptr, &to, nullptr, gathers.cuda.data(), n_gathers, cuda);
   }
   check(a == V2DROP_ERROR_ARGUMENT, "the CPU takes a wrong argument");
   check(b == V2DROP_ERROR_ARGUMENT, "CUDA takes a wrong argument");
-  check(same_bytes(keep, was) && same_bytes(values, no_values) && same_bytes(indices, no_indices) && parts.same(),
+  check(same_bytes(keep, was) && same_bytes(values, no_values) && same_bytes(indices, no_indices) && gathers.same(),
         "a refused call has written");
 }
 

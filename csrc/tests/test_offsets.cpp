@@ -40,22 +40,28 @@ int main() {
   const v2drop_tensor a = {const_cast<float*>(prev), V2DROP_FLOAT32, 2, {kRows, kDim}, {0, 1}};
   const v2drop_tensor b = {cur, V2DROP_FLOAT32, 2, {kRows, kDim}, {kRow, 1}};
   const v2drop_tensor keep = {kept, V2DROP_INT64, 1, {3}, {1}};
-  const v2drop_part part = {b, {out, V2DROP_FLOAT32, 2, {3, kDim}, {kRow, 1}}, -1, 0, 0};
-  const v2drop_stretch stretch = {0, 0, kRows, 0, 3, 0, 0, 0};
-  CHECK(v2drop_drop_tokens(nullptr, &a, &b, nullptr, &stretch, 1, V2DROP_L1, V2DROP_FLOAT32, &keep, &part, 1, 2) == V2DROP_OK);
+  const v2drop_gather gather = {b, {out, V2DROP_FLOAT32, 2, {3, kDim}, {kRow, 1}}, -1, 0, 0};
+  const v2drop_segment segment = {0, 0, kRows, 0, 3, 0, 0, 0};
+  v2drop_source source = V2DROP_SOURCE_INIT;
+  source.prev = &a;
+  source.cur = &b;
+  source.metric = V2DROP_L1;
+  v2drop_context context = V2DROP_CONTEXT_INIT;
+  context.threads = 2;
+  CHECK(v2drop_drop_tokens(&source, &segment, 1, nullptr, &keep, nullptr, &gather, 1, &context) == V2DROP_OK);
   CHECK(kept[0] == 1 && kept[1] == 2 && kept[2] == 3);
   for (int64_t i = 0; i < 3; ++i)
     CHECK(out[i * kRow] == size[i + 1] && std::memcmp(out + i * kRow, cur + (i + 1) * kRow, sizeof prev) == 0);
 
   // Planes that far apart, as in the heads of a long KV cache: [2, rows, dim].
-  const v2drop_part planes = {
+  const v2drop_gather planes = {
       {cur, V2DROP_FLOAT32, 3, {2, 1, kDim}, {3 * kRow, kDim, 1}}, {out, V2DROP_FLOAT32, 3, {2, 1, kDim}, {kRow, kDim, 1}}, -1, 1, 0};
   int64_t zero = 0;
   const v2drop_tensor first = {&zero, V2DROP_INT64, 1, {1}, {1}};
-  CHECK(v2drop_compact(&first, &planes, 1, 1) == V2DROP_OK);
+  CHECK(v2drop_compact(&first, &planes, 1, &context) == V2DROP_OK);
   CHECK(out[0] == size[0] && out[kRow] == size[3]);
 
-  CHECK(v2drop_compact_inplace(&keep, &part, 1, 2) == V2DROP_OK);
+  CHECK(v2drop_compact_inplace(&keep, &gather, 1, &context) == V2DROP_OK);
   for (int64_t i = 0; i < 3; ++i) CHECK(cur[i * kRow + kDim - 1] == size[i + 1]);
   munmap(cur, bytes);
   munmap(out, bytes);

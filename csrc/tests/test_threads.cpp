@@ -35,10 +35,16 @@ Result drop(std::vector<float>& prev, std::vector<float>& cur, int32_t threads) 
   const v2drop_tensor a = tensor(prev.data(), V2DROP_FLOAT32, 3, kRows, kDim), b = tensor(cur.data(), V2DROP_FLOAT32, 3, kRows, kDim);
   const v2drop_tensor keep = tensor(result.keep.data(), V2DROP_INT64, 2, kKept, 1);
   const v2drop_tensor scores = tensor(result.scores.data(), V2DROP_FLOAT32, 2, kRows, 1);
-  const v2drop_part part = {b, tensor(result.rows.data(), V2DROP_FLOAT32, 3, kKept, kDim), 0, 1, 0};
-  const v2drop_stretch stretches[] = {{0, 5, kRows - 5, 0, kKept - 5, 0, 0, 0}, {kRows, 0, kRows - 9, 9, kKept - 9, kKept, 0, 0}};
-  if (v2drop_drop_tokens(nullptr, &a, &b, nullptr, stretches, 2, V2DROP_COSINE, V2DROP_FLOAT32, &keep, &part, 1, threads) != V2DROP_OK ||
-      v2drop_variation_score(&a, &b, V2DROP_L2, V2DROP_FLOAT32, &scores, threads) != V2DROP_OK) {
+  const v2drop_gather gather = {b, tensor(result.rows.data(), V2DROP_FLOAT32, 3, kKept, kDim), 0, 1, 0};
+  const v2drop_segment segments[] = {{0, 5, kRows - 5, 0, kKept - 5, 0, 0, 0}, {kRows, 0, kRows - 9, 9, kKept - 9, kKept, 0, 0}};
+  v2drop_context context = V2DROP_CONTEXT_INIT;
+  context.threads = threads;
+  v2drop_source by_cosine = V2DROP_SOURCE_INIT, by_l2 = V2DROP_SOURCE_INIT;
+  by_cosine.prev = by_l2.prev = &a;
+  by_cosine.cur = by_l2.cur = &b;
+  by_cosine.metric = V2DROP_COSINE;
+  if (v2drop_drop_tokens(&by_cosine, segments, 2, nullptr, &keep, nullptr, &gather, 1, &context) != V2DROP_OK ||
+      v2drop_variation_score(&by_l2, &scores, &context) != V2DROP_OK) {
     std::printf("%s\n", v2drop_last_error());
     std::exit(1);
   }
@@ -54,11 +60,11 @@ Result drop(std::vector<float>& prev, std::vector<float>& cur, int32_t threads) 
   const v2drop_tensor cosines = tensor(result.cosines.data(), V2DROP_FLOAT32, 3, kPivots, kRows);
   const v2drop_tensor norms = tensor(result.norms.data(), V2DROP_FLOAT32, 2, kRows, 1);
   bool ok =
-      v2drop_key_norm(&k, V2DROP_L2, &norms, threads) == V2DROP_OK && v2drop_cosine_to_pivots(&b, &at, &cosines, threads) == V2DROP_OK;
+      v2drop_key_norm(&k, V2DROP_L2, &norms, &context) == V2DROP_OK && v2drop_cosine_to_pivots(&b, &at, &cosines, &context) == V2DROP_OK;
   for (int i = 0; i < 2; ++i) {
     const v2drop_tensor to = tensor(result.attention[i].data(), V2DROP_FLOAT32, 2, kRows, 1);
     ok &= v2drop_attention_score(&q, &k, &at, nullptr, nullptr, 1, 0.3f, V2DROP_SOFTMAX, i ? 5 : V2DROP_HEADS_MEAN,
-                                 i ? V2DROP_QUERIES_L2 : V2DROP_QUERIES_MEAN, &to, threads) == V2DROP_OK;
+                                 i ? V2DROP_QUERIES_L2 : V2DROP_QUERIES_MEAN, &to, &context) == V2DROP_OK;
   }
   if (!ok) {
     std::printf("%s\n", v2drop_last_error());

@@ -39,14 +39,18 @@ int main(void) {
     const v2drop_tensor prev = view(before, V2DROP_FLOAT32, ROWS, DIM), cur = view(after, V2DROP_FLOAT32, ROWS, DIM);
     const v2drop_tensor out = view(keep, V2DROP_INT64, OUT_ROWS, 0);
     /* From row 0: one row that is always kept, six that compete for three places, one that is always kept. */
-    const v2drop_stretch stretch = {.row0 = 0, .pre = 1, .n = ROWS - 2, .post = 1, .k = KEPT};
-    /* All that has a row per token goes into one list. There is no batch dimension here. */
-    const v2drop_part parts[] = {
+    const v2drop_segment segment = {.n_prefix = 1, .n = ROWS - 2, .n_suffix = 1, .k = KEPT};
+    /* Every tensor with one row per token goes into one list. There is no batch dimension here. */
+    const v2drop_gather gathers[] = {
         {.src = cur, .dst = view(hidden, V2DROP_FLOAT32, OUT_ROWS, DIM), .batch_dim = -1, .row_dim = 0},
         {.src = view(position_ids, V2DROP_INT64, ROWS, 0), .dst = view(kept_ids, V2DROP_INT64, OUT_ROWS, 0), .batch_dim = -1},
     };
-    /* No scores are given, so they come from prev and cur; no mask; all threads. */
-    if (v2drop_drop_tokens(NULL, &prev, &cur, NULL, &stretch, 1, V2DROP_L2, V2DROP_FLOAT32, &out, parts, 2, 0) != V2DROP_OK) {
+    /* No scores are given, so they are computed from prev and cur. A context of NULL is the CPU with all threads. */
+    v2drop_source source = V2DROP_SOURCE_INIT;
+    source.prev = &prev;
+    source.cur = &cur;
+    source.metric = V2DROP_L2;
+    if (v2drop_drop_tokens(&source, &segment, 1, NULL, &out, NULL, gathers, 2, NULL) != V2DROP_OK) {
       fprintf(stderr, "v2drop: %s\n", v2drop_last_error());
       return 1;
     }

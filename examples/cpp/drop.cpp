@@ -49,18 +49,21 @@ class Array {
 Array<float> drop(const Array<float>& prev, const Array<float>& cur, int64_t kept, Array<int64_t>& keep) {
   const int64_t batch = cur.view().shape[0], rows = cur.view().shape[1];
   Array<float> hidden({batch, kept, cur.view().shape[2]});
-  std::vector<v2drop_stretch> stretches;
+  std::vector<v2drop_segment> segments;
   for (int64_t b = 0; b < batch; ++b) {
-    v2drop_stretch stretch = {};
-    stretch.row0 = b * rows;
-    stretch.n = rows;
-    stretch.k = kept;
-    stretch.out0 = b * kept;
-    stretches.push_back(stretch);
+    v2drop_segment segment = {};
+    segment.src_start = b * rows;
+    segment.n = rows;
+    segment.k = kept;
+    segment.dst_start = b * kept;
+    segments.push_back(segment);
   }
-  const v2drop_part part = {cur.view(), hidden.view(), 0, 1, 0};
-  check(v2drop_drop_tokens(nullptr, &prev.view(), &cur.view(), nullptr, stretches.data(), batch, V2DROP_COSINE, V2DROP_FLOAT32,
-                           &keep.view(), &part, 1, 0));
+  const v2drop_gather gather = {cur.view(), hidden.view(), 0, 1, 0};
+  v2drop_source source = V2DROP_SOURCE_INIT;
+  source.prev = &prev.view();
+  source.cur = &cur.view();
+  source.metric = V2DROP_COSINE;
+  check(v2drop_drop_tokens(&source, segments.data(), batch, nullptr, &keep.view(), nullptr, &gather, 1, nullptr));
   return hidden;
 }
 
@@ -70,7 +73,7 @@ int main() try {
   constexpr int64_t kBatch = 2, kRows = 6, kDim = 8, kKept = 2;
   Array<float> prev({kBatch, kRows, kDim}), cur({kBatch, kRows, kDim});
   for (int64_t i = 0; i < kBatch * kRows * kDim; ++i) prev[i] = cur[i] = 1;
-  // The layer turns rows 1 and 4 of the first image and rows 0 and 5 of the second away from where they pointed.
+  // The layer reverses the direction of rows 1 and 4 of the first image and of rows 0 and 5 of the second.
   for (const int64_t row : {1, 4, 6, 11}) cur[row * kDim] = -static_cast<float>(row);
 
   Array<int64_t> keep({kBatch, kKept});
@@ -81,7 +84,7 @@ int main() try {
                 static_cast<double>(hidden[(b * kKept + 1) * kDim]));
   }
 
-  // The same step on device memory is v2drop_drop_tokens_cuda().
+  // The same call with a context whose place is V2DROP_CUDA works on device memory.
   if (v2drop_cuda_available() == V2DROP_OK) {
     std::printf("CUDA: kernels for %s\n", v2drop_cuda_archs());
   } else {

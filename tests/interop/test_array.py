@@ -28,7 +28,7 @@ from support.cases import (
 
 import v2drop_kernels as vk
 import v2drop_kernels.array as va
-from v2drop_kernels import _native
+from v2drop_kernels import native
 
 no_bfloat16 = pytest.mark.skipif(importlib.util.find_spec("ml_dtypes") is None, reason="ml_dtypes is not installed")
 
@@ -249,7 +249,7 @@ def stand_in_for_cupy():
     return cupy
 
 
-EMULATED = _native.available()[0] and _native.cuda_archs() == "emulated"
+EMULATED = native.available()[0] and native.cuda_archs() == "emulated"
 
 
 @pytest.fixture(

@@ -1,4 +1,4 @@
-"""What only the backend ``cuda`` has: designs of a drop, which must agree; its streams, graphs and errors."""
+"""What only the backend ``cuda`` has: modes of a drop, which must agree; its streams, graphs and errors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from support.cases import BATCHES, LARGE, companions, cross, hidden_pair, same, scores, to
 
 import v2drop_kernels as vk
-from v2drop_kernels import _cuda, _native
+from v2drop_kernels import _cuda, _native, native
 
 pytestmark = pytest.mark.backends("cuda")
-DESIGNS = ["cooperative", "two", "three"]
+MODES = ["cooperative", "fused", "separate"]
 RAGGED = BATCHES[6]
 
 
@@ -18,19 +18,19 @@ def fields(dropped):
     return to([dropped.keep, dropped.hidden, dropped.position_ids, dropped.kv, dropped.rope, dropped.labels], "cpu")
 
 
-def drop(on, design, b, dim=24):
-    """The fields of a drop in this design, and those of the reference."""
+def drop(on, mode, b, dim=24):
+    """The fields of a drop in this mode, and those of the reference."""
     prev, cur = hidden_pair((*b.lead, dim), torch.bfloat16)
     want = vk.reference.drop_tokens(prev, cur, b.k("n/3"), **b.arguments(), **companions(b))
     given = {**b.arguments(on.device), **companions(b, device=on.device)}
-    with _cuda.design(design):
+    with _cuda.launch_mode(mode):
         got = vk.drop_tokens(*to([prev, cur], on.device), b.k("n/3"), backend=on.backend, **given)
     return fields(got), fields(want)
 
 
-@cross(design=["two", "three"], b=[*BATCHES, *LARGE])
-def test_designs_agree(on, design, b):
-    same(*drop(on, design, b))
+@cross(mode=["fused", "separate"], b=[*BATCHES, *LARGE])
+def test_modes_agree(on, mode, b):
+    same(*drop(on, mode, b))
 
 
 @cross(b=BATCHES)
@@ -49,30 +49,31 @@ def test_a_cooperative_drop_of_unaligned_rows_is_refused(on):
         drop(on, "cooperative", BATCHES[2], dim=23)
 
 
-@cross(design=DESIGNS, kind=["random", "equal", "special"])
-def test_designs_agree_on_given_scores(on, design, kind):
+@cross(mode=MODES, kind=["random", "equal", "special"])
+def test_modes_agree_on_given_scores(on, mode, kind):
     x, hidden = scores(kind, (2, 300), torch.bfloat16), hidden_pair((2, 300, 8), torch.float32)[1]
     want = vk.reference.drop_tokens(None, hidden, 77, scores=x, droppable=(3, 290))
-    with _cuda.design(design):
+    with _cuda.launch_mode(mode):
         got = vk.drop_tokens(None, hidden.to(on.device), 77, scores=x.to(on.device), droppable=(3, 290), backend=on.backend)
     same(to([got.keep, got.hidden], "cpu"), [want.keep, want.hidden])
 
 
-def test_a_design_holds_inside_its_block_only():
-    with _cuda.design("two"):
-        with pytest.raises(KeyError), _cuda.design("four"):
+def test_a_launch_mode_holds_inside_its_block_only():
+    with _cuda.launch_mode("fused"):
+        with pytest.raises(KeyError), _cuda.launch_mode("four"):
             pass
-        assert _cuda._forced_design.get() == _cuda.DESIGNS["two"]
-    assert _cuda._forced_design.get() == _cuda.DESIGNS["auto"]
+        assert _cuda._forced_mode.get() == native.LAUNCH_MODES["fused"]
+    assert _cuda._forced_mode.get() == native.LAUNCH_MODES["auto"]
 
 
 def test_errors_of_the_library_name_the_argument(on):
     """What the public functions never pass on, so that it is the library that refuses."""
     h = torch.zeros(1, 3, 4, device=on.device)
+    source = None, *map(_native.view, (h, h)), None, 9, 0
     with pytest.raises(ValueError, match="metric: unknown code 9"):
-        _cuda._enqueue(_native.lib().cuda_variation_score, h.device, *map(_native.view, (h, h)), 9, 0, _native.view(h[..., 0]))
+        _cuda._enqueue(native.lib().variation_score, h.device, source, _native.view(h[..., 0]))
     with pytest.raises(TypeError, match="a tuple"):
-        _native.lib().cuda_compact(_native.view(h), [], None)
+        native.lib().compact(_native.view(h), [], None)
 
 
 def test_traced_calls_reach_the_backend(on):

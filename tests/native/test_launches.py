@@ -10,13 +10,13 @@ import torch
 from support.cases import BATCHES, LARGE, METRICS, companions, every_op, hidden_pair, integers, normal, random_bytes, same, scores
 
 import v2drop_kernels as vk
-from v2drop_kernels import _cuda, _native
+from v2drop_kernels import _cuda, native
 
 
 @pytest.fixture(scope="module")
 def started():
     """The kernels started so far in this process."""
-    count = ctypes.CDLL(str(Path(_native.lib().__file__).parent / "libv2drop.so")).v2drop_emulate_launches
+    count = ctypes.CDLL(str(Path(native.lib().__file__).parent / "libv2drop.so")).v2drop_emulate_launches
     count.restype = ctypes.c_int64
     return count
 
@@ -27,18 +27,18 @@ def launches(started, call):
     return started() - before
 
 
-@pytest.mark.parametrize(("design", "want"), [("cooperative", 1), ("two", 2), ("three", 3)])
-def test_launches_of_a_drop(on, started, design, want):
+@pytest.mark.parametrize(("mode", "want"), [("cooperative", 1), ("fused", 2), ("separate", 3)])
+def test_launches_of_a_drop(on, started, mode, want):
     """Scores, selection, hidden states, ids, keys and values of 8 layers."""
     prev, cur = hidden_pair((2, 70, 16), torch.bfloat16)
     kv = [random_bytes((2, 2, 70, 8), torch.bfloat16, i) for i in range(16)]
     ids = integers((2, 70), torch.int64, "ids")
-    with _cuda.design(design):
+    with _cuda.launch_mode(mode):
         drop = lambda: vk.drop_tokens(prev, cur, 9, droppable=(5, 68), kv=kv, position_ids=ids, backend=on.backend)
         assert launches(started, drop) == want
 
 
-def test_launches_of_the_automatic_design(on, started):
+def test_launches_of_the_automatic_mode(on, started):
     """One where the hidden states are small; three where more rows compete than the blocks of a gather select by themselves."""
     small, large = hidden_pair((1, 64, 8), torch.bfloat16), hidden_pair((1, 2100, 8), torch.bfloat16)
     assert launches(started, lambda: vk.drop_tokens(*small, 9, backend=on.backend)) == 1
@@ -96,7 +96,7 @@ def test_little_scratch_memory_changes_no_bit_of_attention(on, heads, monkeypatc
     assert launches(started, lambda: same(attention(on, heads), want)) == 6
 
 
-DESIGNS = pytest.mark.parametrize("design", ["cooperative", "two", "three"])
+MODES = pytest.mark.parametrize("mode", ["cooperative", "fused", "separate"])
 IN_EVERY_ORDER = pytest.mark.parametrize("order", ["forward", "reverse", "7"])
 
 
@@ -125,25 +125,25 @@ def test_the_order_of_threads_changes_no_score(on, heads, monkeypatch):
 
 
 @IN_EVERY_ORDER
-@DESIGNS
+@MODES
 @pytest.mark.parametrize("b", [BATCHES[2], BATCHES[6], BATCHES[9], BATCHES[12], BATCHES[16]], ids=str)
-def test_the_order_of_threads_changes_no_drop(on, b, design, order, monkeypatch):
+def test_the_order_of_threads_changes_no_drop(on, b, mode, order, monkeypatch):
     monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
     prev, cur = hidden_pair((*b.lead, 24), torch.bfloat16)
     want = vk.reference.drop_tokens(prev, cur, b.k("n/3"), **b.arguments(), **companions(b))
-    with _cuda.design(design):
+    with _cuda.launch_mode(mode):
         got = vk.drop_tokens(prev, cur, b.k("n/3"), backend=on.backend, **b.arguments(), **companions(b))
     same([got.keep, got.hidden, got.kv, got.labels], [want.keep, want.hidden, want.kv, want.labels])
 
 
 @IN_EVERY_ORDER
-@DESIGNS
-def test_the_order_of_threads_changes_no_tile(on, design, order, monkeypatch):
+@MODES
+def test_the_order_of_threads_changes_no_tile(on, mode, order, monkeypatch):
     """200 KB of results: many tiles, and fewer, larger ones where the blocks of one launch must all be on the device at once."""
     monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
     prev, cur = hidden_pair((2, 300, 256), torch.bfloat16)
     want = vk.reference.drop_tokens(prev, cur, 190, droppable=(3, 290))
-    with _cuda.design(design):
+    with _cuda.launch_mode(mode):
         got = vk.drop_tokens(prev, cur, 190, droppable=(3, 290), backend=on.backend)
     same([got.keep, got.hidden], [want.keep, want.hidden])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import v2drop_kernels as vk
-from v2drop_kernels import _native
+from v2drop_kernels import native
 from v2drop_kernels.backends import choice
 
 H = torch.zeros(1, 3, 4)
@@ -105,7 +105,7 @@ WHY_NOT_CUDA = [
 
 @pytest.mark.parametrize(("kind", "library", "gpu", "rocm", "want"), WHY_NOT_CUDA, ids=range(len(WHY_NOT_CUDA)))
 def test_cuda_tells_its_reasons_apart(kind, library, gpu, rocm, want, monkeypatch):
-    monkeypatch.setattr(_native, "load_library", lambda: (library, "not built: of a test"))
+    monkeypatch.setattr(native, "load_library", lambda: (library, "not built: of a test"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.version, "hip", rocm)
     assert choice.why_not.__wrapped__("cuda", kind, torch.bfloat16) == want
@@ -214,8 +214,8 @@ def test_backend_cuda_refuses_cpu_tensors(call):
 
 def test_another_build_of_the_module_is_loaded_from_its_path(tmp_path):
     """V2DROP_NATIVE_MODULE: what it names is loaded, or nothing is; never the installed module in its place."""
-    script = "from v2drop_kernels import _native; print(_native.available()[1] or _native.lib().__file__)"
-    for path, want in ((_native.lib().__file__, _native.lib().__file__), (str(tmp_path / "_C.so"), "it cannot be loaded")):
+    script = "from v2drop_kernels import native; print(native.available()[1] or native.lib().__file__)"
+    for path, want in ((native.lib().__file__, native.lib().__file__), (str(tmp_path / "_C.so"), "it cannot be loaded")):
         environment = {**os.environ, "V2DROP_NATIVE_MODULE": path}
         out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
         assert want in out
@@ -239,7 +239,7 @@ def test_native_isa_is_capped_by_environment(isa):
     """Every instruction set that this machine has gives the same bits; V2DROP_ISA caps the choice."""
     script = """
 import torch, v2drop_kernels as vk
-from v2drop_kernels import _native
+from v2drop_kernels import native
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for D in (1, 7, 33, 200):
@@ -251,7 +251,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             assert torch.equal(got.keep, want.keep) and torch.equal(got.hidden, want.hidden)
             scores = vk.variation_score(a, b, metric=metric, backend="cpu")
             assert torch.equal(scores, vk.variation_score(a, b, metric=metric, backend="reference"))
-print(_native.isa())
+print(native.isa())
 """
     found = subprocess.run(
         [sys.executable, "-c", script],

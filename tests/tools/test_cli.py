@@ -9,7 +9,7 @@ import pytest
 
 import v2drop_kernels
 from v2drop_kernels import __main__ as cli
-from v2drop_kernels import _native
+from v2drop_kernels import native
 
 
 def _run(*args, **env):
@@ -24,14 +24,14 @@ def test_info_names_versions_backends_and_reasons(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.search(r"^triton +\d+\.\d+", out, flags=re.MULTILINE)
     assert f"v2drop-kernels  {v2drop_kernels.__version__} " in out
-    assert f"instruction set {_native.isa()} " in out
+    assert f"instruction set {native.isa()} " in out
     cpu, cuda = out.split("\n\n")[1:]
     assert cpu.splitlines()[0] == "cpu tensors"
     assert cpu.splitlines()[1].split() == ["cpu", "runs"]
     assert "triton      serves GPU tensors; cpu tensors only under TRITON_INTERPRET=1" in cpu
     assert "cuda        serves CUDA tensors, not cpu" in cpu
     assert "cpu         serves cpu tensors, not cuda" in cuda
-    assert f"CUDA kernels    {_native.cuda_archs() or 'none'}\n" in out
+    assert f"CUDA kernels    {native.cuda_archs() or 'none'}\n" in out
 
 
 def test_info_says_why_a_forced_backend_cannot_serve(capsys, monkeypatch):

@@ -18,7 +18,7 @@ PACKAGE = Path(v2drop_kernels.__file__).resolve().parent
 # From the ground up; a module may import from its own floor and from those below. A name stands for all modules inside it.
 FLOORS = [
     {"core", "positions", "config"},
-    {"_load", "_native", "_C", "_xla", "_ops", "interop", "array", "jax"},
+    {"native", "_native", "_C", "_xla", "_ops", "interop", "array", "jax"},
     {"backends", "_cuda"},
     {"ops", "_library", "reference"},
     {"__init__"},

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .. import native
+
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 _MODULES = {"triton": "..ops._triton", "cuda": ".._cuda", "cpu": ".._native"}
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -160,7 +162,7 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
     if name == "cpu":
         if kind != "cpu":
             return f"serves cpu tensors, not {kind}"
-        served, reason = load("cpu").available()
+        served, reason = native.available()
         return None if served else reason
     if name == "cuda":
         return load("cuda").why_not(kind)

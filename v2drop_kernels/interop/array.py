@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from .._load import load_library
+from .. import native
 from ..core.arguments import host_cu_seqlens, kind
 from ..core.layout import TokenLayout, is_packed, n_keep
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, TopK
 from . import arrays
-from .arrays import METRICS, ORDERS, GatherSpec, code, rounding
+from .arrays import GatherSpec, code, rounding
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
            "variation_topk"]  # fmt: skip
 
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int64": 3, "bool": 4}
-_BITS = {1: 5, 2: 6, 4: 7, 8: 8, 16: 9}  # what the library need not understand goes by its size
-_HUGE = 4 << 20  # as in _native.py
+_SIZES = (1, 2, 4, 8, 16)  # bytes of an element; the library moves any dtype, and goes by its size
 _ON_CUDA = 2  # DLPack's kDLCUDA
 
 
@@ -69,9 +67,10 @@ def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype:
     call = _Call(threads)
     a, b = call.read("h_prev", h_prev), call.read("h_cur", h_cur)
     arrays.pair(a, b, None)
-    options = code("metric", metric, METRICS), rounding(score_dtype)
+    options = code("metric", metric, native.METRICS), rounding(score_dtype)
     scores = call.empty(b.shape[:-1], np.float32)
-    call("variation_score", call.numbers(a), call.numbers(b), *options, call.view(scores), scratch=(scores.size, 0, 0))
+    source = None, call.numbers(a), call.numbers(b), None, *options
+    call("variation_score", source, call.view(scores), scratch=(scores.size, 0, 0))
     return scores
 
 
@@ -120,8 +119,8 @@ def segmented_topk(
     call = _Call(threads)
     x = call.read("scores", scores)
     arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
-    ranked = call.numbers(x, unit_stride=False), None, None
-    return call.topk(x, ranked, x.dtype, k, droppable, cu_seqlens, code("order", order, ORDERS), 0, 0)
+    source = call.numbers(x, unit_stride=False), None, None, None, 0, 0
+    return call.topk(x, source, x.dtype, k, droppable, cu_seqlens, code("order", order, native.ORDERS))
 
 
 def variation_topk(
@@ -168,9 +167,9 @@ def variation_topk(
     call = _Call(threads)
     a, b = call.read("h_prev", h_prev), call.read("h_cur", h_cur)
     arrays.pair(a, b, is_packed(droppable, cu_seqlens))
-    ranked = None, call.numbers(a), call.numbers(b)
-    options = code("order", order, ORDERS), code("metric", metric, METRICS), rounding(score_dtype)
-    return call.topk(b, ranked, np.float32, k, droppable, cu_seqlens, *options)
+    by = code("order", order, native.ORDERS)
+    source = None, call.numbers(a), call.numbers(b), None, code("metric", metric, native.METRICS), rounding(score_dtype)
+    return call.topk(b, source, np.float32, k, droppable, cu_seqlens, by)
 
 
 def compact(
@@ -323,7 +322,7 @@ def drop_tokens(
         given = call.read("scores", scores)
         arrays.given_scores(given, h)
         ranked = call.numbers(given, unit_stride=False), None, None
-    options = code("metric", metric, METRICS), rounding(score_dtype)
+    options = code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
     parts, unflatten = arrays.flatten(
         arrays.batch_shape("h_cur", h, packed), call.read, call.broadcast, h, kv_layout, position_ids=position_ids, kv=kv,
@@ -332,8 +331,8 @@ def drop_tokens(
     keep = call.empty((plan.out_rows,) if packed else (plan.batch, plan.out_rows), np.int64)
     results, described = call.outputs(parts, plan.out_rows)
     scratch = plan.batch * plan.rows, plan.groups, 0
-    out = call.view(keep), *call.unknown
-    call("drop_tokens", *ranked, None, call.stretches(plan), *call.unknown, *options, *out, described, scratch=scratch)
+    source = *ranked, None, *options
+    call("drop_tokens", source, call.segments(plan), None, call.view(keep), None, described, scratch=scratch)
     fields = unflatten(results)
     if plan.ragged and not packed:
         fields.setdefault("attention_mask", keep >= 0)
@@ -357,11 +356,6 @@ class _Call:
         """NumPy or CuPy."""
         return _cupy() if self.on_gpu else np
 
-    @property
-    def unknown(self) -> tuple[None, ...]:
-        """In place of offsets that only the device knows: an argument that the CPU has not."""
-        return (None,) if self.on_gpu else ()
-
     def read(self, name: str, x: Any) -> Any:
         """``x`` as an array of NumPy or CuPy, without a copy."""
         array = x if type(x) is np.ndarray else _from_protocol(name, x)
@@ -375,7 +369,7 @@ class _Call:
         if on_gpu and array.device != here:
             raise ValueError(f"{name} must lie on CuPy's current device {here.id}, got {array.device}")
         dtype = array.dtype
-        if dtype.hasobject or not dtype.isnative or dtype.itemsize not in _BITS:
+        if dtype.hasobject or not dtype.isnative or dtype.itemsize not in _SIZES:
             raise TypeError(f"{name} must have a plain dtype of 1, 2, 4, 8 or 16 bytes in native order, got {dtype}")
         return array
 
@@ -393,11 +387,11 @@ class _Call:
         self.alive.append(x)
         # NumPy gives an empty array any strides, such as 0 for a last dimension that the library wants contiguous.
         strides = tuple(stride // item for stride in x.strides) if x.size else (1,) * x.ndim
-        return _address(x), _DTYPES.get(x.dtype.name, _BITS[item]), x.shape, strides
+        return _address(x), _dtype_code(x.dtype), x.shape, strides
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         x = self.xp.empty(shape, dtype=dtype)
-        if not self.on_gpu and x.nbytes >= _HUGE:
+        if not self.on_gpu and x.nbytes >= native.HUGE_BYTES:
             _library().prefer_huge_pages(_address(x), x.nbytes)
         return x
 
@@ -416,30 +410,30 @@ class _Call:
             described.append((self.view(x), self.view(result), batch_dim, row_dim, fill))
         return results, described
 
-    def stretches(self, plan: Plan) -> tuple[int, int]:
+    def segments(self, plan: Plan) -> tuple[int, int]:
         table = _table(plan)
         self.alive.append(table)
         return _address(table), plan.groups
 
-    def topk(self, h: Any, ranked: tuple[Any, ...], dtype: Any, k: Any, droppable: Any, cu_seqlens: Any, *options: int) -> TopK:
+    def topk(self, h: Any, source: tuple[Any, ...], dtype: Any, k: Any, droppable: Any, cu_seqlens: Any, order: int) -> TopK:
         plan, _ = arrays.planned("topk", h, k, droppable, cu_seqlens)
         shape = plan.groups, plan.out_rows
         values, indices = self.empty(shape, dtype), self.empty(shape, np.int64)
         results = self.view(values), self.view(indices)
-        width = plan.out_rows if options[0] == ORDERS["score"] else 0
+        width = plan.out_rows if order == native.ORDERS["score"] else 0
         scratch = plan.batch * plan.rows, plan.groups, width
-        self("topk", *ranked, None, self.stretches(plan), *self.unknown, *options, *results, scratch=scratch)
+        self("topk", source, self.segments(plan), None, order, *results, scratch=scratch)
         return TopK(values, indices)
 
     def __call__(self, name: str, *args: Any, scratch: tuple[int, int, int]) -> None:
         """Call the library; ``scratch`` (rows, segments, width) is what the size of a GPU's workspace depends on."""
         library = _library()
         if not self.on_gpu:
-            getattr(library, name)(*args, self.threads)
+            getattr(library, name)(*args, native.cpu_context(self.threads))
             return
-        workspace = self.xp.empty(library.workspace_bytes_cuda(*scratch), dtype=np.uint8)
+        workspace = self.xp.empty(library.workspace_bytes(*scratch), dtype=np.uint8)
         stream = self.xp.cuda.get_current_stream().ptr
-        getattr(library, f"cuda_{name}")(*args, (stream, _address(workspace), workspace.nbytes, 0, 0))
+        getattr(library, name)(*args, native.cuda_context(stream, _address(workspace), workspace.nbytes))
 
 
 def _from_protocol(name: str, x: Any) -> Any:
@@ -469,6 +463,11 @@ def _cupy() -> Any:
     return cupy
 
 
+def _dtype_code(dtype: Any) -> int:
+    codes = native.DTYPES
+    return int(codes[dtype.name] if dtype.name in codes else codes[f"bits{8 * dtype.itemsize}"])
+
+
 def _address(x: Any) -> int:
     interface = getattr(x, "__cuda_array_interface__", None) or x.__array_interface__
     return int(interface["data"][0])
@@ -480,7 +479,7 @@ def _table(plan: Plan) -> Any:
 
 
 def _library() -> Any:
-    module, reason = load_library()
+    module, reason = native.load_library()
     if module is None:
         raise RuntimeError(f"v2drop_kernels.array needs the native library, which is {reason}")
     return module

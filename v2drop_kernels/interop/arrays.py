@@ -9,13 +9,12 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .. import native
 from ..core.arguments import kind
 from ..core.layout import TokenLayout
 from ..core.plan import Plan, Resolved, resolve
 
-METRICS = {"l2": 0, "l1": 1, "cosine": 2}
-ORDERS = {"position": 0, "score": 1}
-_ROUND_TO = {"float32": 0, "float16": 1, "bfloat16": 2}
+_FLOATS = ("float32", "float16", "bfloat16")
 # N are the rows, B the batch entries (none when packed); an extent of 1 at B of ids and tables stands for every entry.
 _FORMS = {
     "position_ids": ("BN", "PBN"),
@@ -54,16 +53,16 @@ def code(name: str, value: Any, codes: dict[str, int]) -> int:
 def rounding(score_dtype: Any) -> int:
     """The library's number of ``score_dtype=``: None, a dtype, a scalar type or the name of one."""
     if score_dtype is None:
-        return 0
+        return int(native.DTYPES["float32"])
     name = getattr(score_dtype, "name", getattr(score_dtype, "__name__", score_dtype))
-    if name not in _ROUND_TO:
+    if name not in _FLOATS:
         raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
-    return _ROUND_TO[name]
+    return int(native.DTYPES[name])
 
 
 def floats(name: str, x: Any) -> None:
     """Raise unless the library reads ``x`` as numbers."""
-    if x.dtype.name not in _ROUND_TO:
+    if x.dtype.name not in _FLOATS:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {x.dtype.name}")
 
 

@@ -25,12 +25,13 @@ except ImportError as error:
         f"pip install jax && pip install --no-build-isolation . in a checkout of v2drop_kernels ({error})"
     ) from error
 
+from .. import native
 from ..core.arguments import host_cu_seqlens
 from ..core.layout import TokenLayout, is_packed, n_keep
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, TopK
 from . import arrays
-from .arrays import METRICS, ORDERS, GatherSpec, code, rounding
+from .arrays import GatherSpec, code, rounding
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
            "variation_topk"]  # fmt: skip
@@ -75,7 +76,7 @@ def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype:
     """
     a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
     arrays.pair(a, b, None)
-    return _score(code("metric", metric, METRICS), rounding(score_dtype), a, b)
+    return _score(code("metric", metric, native.METRICS), rounding(score_dtype), a, b)
 
 
 def segmented_topk(scores: Any, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position") -> TopK:
@@ -119,7 +120,7 @@ def segmented_topk(scores: Any, k: Any, *, cu_seqlens: Any = None, droppable: An
     x = _read("scores", scores)
     arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
     plan, _ = arrays.planned("topk", x, k, droppable, cu_seqlens)
-    return TopK(*_topk(_Select(plan, code("order", order, ORDERS), 0, 0), (x,)))
+    return TopK(*_topk(_Select(plan, code("order", order, native.ORDERS), 0, 0), (x,)))
 
 
 def variation_topk(
@@ -164,7 +165,7 @@ def variation_topk(
     """
     a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
     arrays.pair(a, b, is_packed(droppable, cu_seqlens))
-    options = code("order", order, ORDERS), code("metric", metric, METRICS), rounding(score_dtype)
+    options = code("order", order, native.ORDERS), code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, _ = arrays.planned("topk", b, k, droppable, cu_seqlens)
     return TopK(*_topk(_Select(plan, *options), (a, b)))
 
@@ -313,7 +314,7 @@ def drop_tokens(
         given = _read("scores", scores)
         arrays.given_scores(given, h)
         ranked = (given,)
-    options = code("metric", metric, METRICS), rounding(score_dtype)
+    options = code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
     parts, unflatten = arrays.flatten(
         arrays.batch_shape("h_cur", h, packed), _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv,
@@ -335,11 +336,11 @@ class _Select(NamedTuple):
     plan: Plan
     order: int
     metric: int
-    round_to: int
+    score_dtype: int
 
     def attributes(self, ranked: tuple[Any, ...]) -> dict[str, Any]:
         table = np.array(self.plan.flat_table(), np.int64)
-        return _numbers(ranked=len(ranked), metric=self.metric, round_to=self.round_to) | {"stretches": table}
+        return _numbers(ranked=len(ranked), metric=self.metric, score_dtype=self.score_dtype) | {"segments": table}
 
 
 class _Move(NamedTuple):
@@ -372,16 +373,16 @@ class _Move(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _score(metric: int, round_to: int, prev: Any, cur: Any) -> Any:
+def _score(metric: int, score_dtype: int, prev: Any, cur: Any) -> Any:
     scores = jax.ShapeDtypeStruct(prev.shape[:-1], jnp.float32)
-    return _call("v2drop_variation_score", [scores], (0, 0, 0), prev, cur, **_numbers(metric=metric, round_to=round_to))[0]
+    return _call("v2drop_variation_score", [scores], (0, 0, 0), prev, cur, **_numbers(metric=metric, score_dtype=score_dtype))[0]
 
 
-def _score_forward(metric: int, round_to: int, prev: Any, cur: Any) -> Any:
-    return _score(metric, round_to, prev, cur), (prev, cur)
+def _score_forward(metric: int, score_dtype: int, prev: Any, cur: Any) -> Any:
+    return _score(metric, score_dtype, prev, cur), (prev, cur)
 
 
-def _score_backward(metric: int, round_to: int, saved: Any, grad: Any) -> Any:
+def _score_backward(metric: int, score_dtype: int, saved: Any, grad: Any) -> Any:
     results = [jax.ShapeDtypeStruct(h.shape, h.dtype) for h in saved]
     return tuple(_call("v2drop_variation_score_backward", results, (0, 0, 0), grad, *saved, **_numbers(metric=metric)))
 
@@ -412,7 +413,7 @@ def _topk_backward(how: _Select, saved: Any, grads: Any) -> Any:
     total = int(np.prod(lead))
     rows = jnp.where(indices >= 0, indices + jnp.asarray(entries, jnp.int32)[:, None], total)
     grad = jnp.zeros(total, grads[0].dtype).at[rows].add(grads[0], mode="drop").reshape(lead)
-    return ((grad,) if len(ranked) == 1 else _score_backward(how.metric, how.round_to, ranked, grad),)
+    return ((grad,) if len(ranked) == 1 else _score_backward(how.metric, how.score_dtype, ranked, grad),)
 
 
 _topk.defvjp(_topk_forward, _topk_backward)
@@ -473,7 +474,7 @@ def _read(name: str, x: Any) -> Any:
 
 def _call(name: str, results: list[Any], scratch: tuple[int, int, int], *args: Any, **attributes: Any) -> list[Any]:
     """The results of a custom call; ``scratch`` (rows, segments, width) is what the size of a GPU's workspace depends on."""
-    needed = _xla.workspace_bytes_cuda(*scratch) + 256  # room to align it
+    needed = _xla.workspace_bytes(*scratch) + 256  # room to align it
     call = jax.ffi.ffi_call(name, [*results, jax.ShapeDtypeStruct((needed,), jnp.uint8)], vmap_method="sequential")
     return list(call(*args, **attributes))[:-1]
 
