@@ -93,29 +93,30 @@ def floors() -> str:
 
 def call() -> str:
     """How a call runs."""
-    d = Drawing(860, 330, "How a call of drop_tokens runs")
-    d.box(20, 30, 190, 70, ["public function", "checks shapes and dtypes,", "names the wrong argument"], "blue")
-    d.box(250, 30, 190, 70, ["plan", "one row of integers", "per segment, on the host"], "plain")
-    d.box(480, 30, 160, 70, ["request", "source, plan, mask,", "gathers, options"], "plain")
-    d.box(680, 30, 160, 70, ["backend choice", "supports(request):", "None, or a reason"], "green")
-    for x1, x2 in ((210, 250), (440, 480), (640, 680)):
-        d.arrow(x1, 65, x2 - 2, 65)
-    d.text(430, 128, "eager: a direct call", size=12, ink=SOFT)
-    names = [
+    d = Drawing(860, 350, "How a call of drop_tokens runs")
+    d.box(20, 20, 190, 70, ["public function", "checks shapes and dtypes,", "names the wrong argument"], "blue")
+    d.box(250, 20, 170, 70, ["plan", "one row of integers", "per segment, on the host"], "plain")
+    d.box(460, 20, 160, 70, ["request", "source, plan, mask,", "gathers, options"], "plain")
+    d.box(660, 20, 180, 70, ["choice of the backend", "supports(request):", "None, or a reason"], "green")
+    for x1, x2 in ((210, 250), (420, 460), (620, 660)):
+        d.arrow(x1, 55, x2 - 2, 55)
+    d.box(130, 125, 270, 46, ["eager", "a direct call"], "white")
+    d.box(460, 125, 270, 46, ["torch.compile, torch.export", "one operator torch.ops.v2drop.*"], "white")
+    d.arrow(700, 90, 402, 130)
+    d.arrow(740, 90, 640, 123)
+    backends = [
         ("reference", "plain PyTorch, any device"),
         ("cpu", "C++, AVX-512 or AVX2"),
         ("triton", "CUDA and ROCm"),
         ("cuda", "CUDA C++"),
     ]
-    for i, (name, about) in enumerate(names):
-        x = 20 + i * 209
-        d.box(x, 160, 193, 50, [name, about], "amber")
-        d.arrow(760 - 8 * (3 - i), 100, x + 97, 158)
-    d.text(430, 240, "autograd.Function is used only when a gradient is needed;", size=12, ink=SOFT)
-    d.text(430, 258, "while torch.compile or torch.export trace, the call is one torch.ops.v2drop operator", size=12, ink=SOFT)
-    d.box(250, 275, 360, 42, ["result: kept rows, every gathered tensor, the next layout"], "blue")
-    for i in range(4):
-        d.arrow(20 + i * 209 + 97, 210, 300 + i * 85, 273)
+    d.parts.append(f'<rect x="20" y="205" width="820" height="66" rx="6" fill="#ffffff" stroke="{LINE}" stroke-dasharray="4 3"/>')
+    for i, (name, about) in enumerate(backends):
+        d.box(30 + i * 203, 213, 191, 50, [name, about], "amber")
+    d.arrow(265, 171, 265, 203)
+    d.arrow(595, 171, 595, 203)
+    d.box(190, 300, 480, 36, ["result: kept rows, every gathered tensor, the layout of the next stage"], "blue")
+    d.arrow(430, 271, 430, 298)
     return d.svg()
 
 
@@ -124,7 +125,7 @@ def segment() -> str:
     d = Drawing(860, 300, "One row of the segment table")
     x0, unit, y_in, y_out = 60, 11, 70, 190
     parts = [
-        ("n_prefix = 8, always kept", 8, "plain"),
+        ("n_prefix = 8, kept", 8, "plain"),
         ("n = 40 competing rows, of which k = 12 survive", 40, "amber"),
         ("n_suffix = 9, kept", 9, "plain"),
     ]
@@ -136,8 +137,8 @@ def segment() -> str:
         edges.append(x)
     d.text(x0 - 8, y_in + 27, "in", anchor="end", weight="bold")
     d.text(x0 - 8, y_out + 27, "out", anchor="end", weight="bold")
-    d.text(x0, y_in - 34, "src_start", size=12, ink=SOFT, anchor="start")
-    d.arrow(x0 + 2, y_in - 30, x0 + 2, y_in - 1)
+    d.text(x0 - 4, y_in + 70, "src_start", size=12, ink=SOFT, anchor="end")
+    d.arrow(x0 + 2, y_in + 72, x0 + 2, y_in + 46)
     for i in (2, 3, 7, 11, 12, 13, 18, 22, 27, 31, 36, 38):
         left = edges[1] + i * unit
         d.parts.append(f'<rect x="{left:g}" y="{y_in}" width="{unit}" height="44" fill="#e8a317"/>')
@@ -148,7 +149,7 @@ def segment() -> str:
         starts.append(x)
         x += n * unit
     ends = x
-    d.text(x0, y_out + 84, "dst_start", size=12, ink=SOFT, anchor="start")
+    d.text(x0 - 4, y_out + 70, "dst_start", size=12, ink=SOFT, anchor="end")
     d.arrow(x0 + 2, y_out + 72, x0 + 2, y_out + 46)
     for left, n, label in ((starts[0], 3, "pad_before"), (starts[4], 4, "pad_after")):
         d.text(left + n * unit / 2 + (26 if label == "pad_before" else 0), y_out + 62, label, size=11, ink="#a33")
@@ -156,7 +157,7 @@ def segment() -> str:
     d.arrow(edges[1] + 220, y_in + 44, starts[2] + 66, y_out - 2)
     d.arrow(edges[2] + 50, y_in + 44, starts[3] + 50, y_out - 2)
     d.text(ends + 20, y_out + 18, "The segments of a batch entry tile its rows, in the input", size=12, anchor="start", ink=SOFT)
-    d.text(ends + 20, y_out + 36, "and in the output. pad rows hold the fill value.", size=12, anchor="start", ink=SOFT)
+    d.text(ends + 20, y_out + 36, "and in the output. Padding rows hold the fill value.", size=12, anchor="start", ink=SOFT)
     return d.svg()
 
 
