@@ -118,8 +118,8 @@ def test_the_first_code_of_the_readme_drops_tokens_in_a_model(checkpoints: None,
     names = run(README)
     out = capsys.readouterr().out
     assert f"{names['answer'].shape[1]} tokens" in out
-    assert names["dropping"].report().layers[23].vision == (1,)
-    assert names["dropping"].report().layers[2].vision == (PATCHES,)
+    assert names["session"].report().layers[23].vision == (1,)
+    assert names["session"].report().layers[2].vision == (PATCHES,)
 
 
 def test_the_readme_is_short():
@@ -145,9 +145,9 @@ def test_the_method_on_the_page_of_contributing_runs(monkeypatch: pytest.MonkeyP
     inputs = Processor()(None, "<image>\nWhat is it?")
     try:
         net = model("llava")
-        with torch.no_grad(), vk.models.TokenDropper(schedule)(net) as dropping:
+        with torch.no_grad(), vk.models.TokenDropper(schedule)(net) as session:
             net(**inputs)
-            assert dropping.report().layers[2].vision == (PATCHES // 2,)
+            assert session.report().layers[2].vision == (PATCHES // 2,)
     finally:
         sys.modules.pop("v2drop_kernels.models.policies.keynorm", None)
 
