@@ -31,13 +31,14 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
-    tests: str  # paths, by spaces
+    tests: str  # files, or tests in them (file::test), by spaces
     process: str = "main"  # "main", "interpreter" (Triton), "native" (C++, rebuilt) or "emulated" (CUDA C++, rebuilt)
 
 
 ERRORS, TOPK, SCORE = "tests/ops/test_errors.py", "tests/ops/test_segmented_topk.py", "tests/ops/test_variation_score.py"
 VARIATION, COMPACT, DROP = "tests/ops/test_variation_topk.py", "tests/ops/test_compact.py", "tests/ops/test_drop_tokens.py"
-INPLACE, MODELS = "tests/ops/test_compact_inplace.py", "tests/models/test_models.py"
+INPLACE, ATTENTION = "tests/ops/test_compact_inplace.py", "tests/ops/test_attention_score.py"
+MODELS = "tests/models/test_models.py"
 ARGUMENTS, PLAN, POSITIONS = "v2drop_kernels/core/arguments.py", "v2drop_kernels/core/plan.py", "v2drop_kernels/core/positions.py"
 OPS, ENGINE = "v2drop_kernels/ops", "v2drop_kernels/models"
 POLICIES, HIDIVDROP = "tests/models/test_policies.py", "tests/models/test_hidivdrop.py"
@@ -50,7 +51,7 @@ MUTANTS = [
     Mutant("k may be a bool tensor", ARGUMENTS, "k.is_complex() or k.dtype == torch.bool or", "k.is_complex() or", ERRORS),
     Mutant("cu_seqlens may end early", ARGUMENTS, "and cu[-1] != total", "and cu[-1] > total", ERRORS),
     Mutant("k may be a bool", ARGUMENTS, "if isinstance(x, bool) or not is_int(x)", "if not is_int(x)", ERRORS),
-    Mutant("zero heads", ARGUMENTS, "not 1 <= heads <= h", "not 0 <= heads <= h", "tests/ops/test_attention_score.py"),
+    Mutant("zero heads", ARGUMENTS, "not 1 <= heads <= h", "not 0 <= heads <= h", f"{ATTENTION}::test_attention_of_bad_input"),
     # Plans.
     Mutant(
         "left padding before every segment", PLAN,
@@ -179,14 +180,14 @@ def check(mutants: list[Mutant]) -> None:
         found = path.read_text().count(m.old) if path.exists() else 0
         if found != 1:
             raise SystemExit(f"mutants: {m.name!r}: the text to replace occurs {found} times in {m.file}, it must occur once")
-        if missing := [test for test in m.tests.split() if not (ROOT / test).exists()]:
+        if missing := [test for test in m.tests.split() if not (ROOT / test.partition("::")[0]).exists()]:
             raise SystemExit(f"mutants: {m.name!r}: there is no {missing[0]}")
     names = {m.name for m in MUTANTS}
     if len(names) < len(MUTANTS) or set(SURVIVORS) - names:
         raise SystemExit("mutants: names must differ, and survivors must be mutants")
 
 
-def copy_tree() -> None:
+def copy_tree(copy: Path) -> None:
     """The files of the checkout and its native library; files that did not change keep their times, for the incremental build."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
     wanted = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
@@ -194,21 +195,21 @@ def copy_tree() -> None:
     built = [*package.glob("*.so"), *package.glob("lib/**/*"), *package.glob("include/**/*")]
     wanted |= {str(path.relative_to(ROOT)) for path in built if path.is_file()}
     for name in wanted:
-        source, target = ROOT / name, COPY / name
+        source, target = ROOT / name, copy / name
         if not target.exists() or target.read_bytes() != source.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    for path in [p for p in COPY.rglob("*") if p.is_file() and p.relative_to(COPY).parts[0] != "build"]:
-        if str(path.relative_to(COPY)) not in wanted:
+    for path in [p for p in copy.rglob("*") if p.is_file() and p.relative_to(copy).parts[0] != "build"]:
+        if str(path.relative_to(copy)) not in wanted:
             path.unlink()
 
 
-def build(process: str) -> Path:
+def build(copy: Path, process: str) -> Path:
     """Build the native library of the copy, for the CPU alone or with the emulated CUDA kernels; the module's path."""
-    folder = COPY / "build" / process
+    folder = copy / "build" / process
     tools = str(Path(sys.executable).parent)
     environ = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    run = lambda *command: subprocess.run(command, cwd=COPY, env=environ, check=True, capture_output=True, text=True).stdout
+    run = lambda *command: subprocess.run(command, cwd=copy, env=environ, check=True, capture_output=True, text=True).stdout
     if not (folder / "build.ninja").exists():
         pybind11 = run(sys.executable, "-m", "pybind11", "--cmakedir").strip()
         cuda = "EMULATE" if process == "emulated" else "OFF"
@@ -219,19 +220,19 @@ def build(process: str) -> Path:
     return module
 
 
-def killed(process: str, tests: list[str], *, full: bool = False) -> bool:
+def killed(copy: Path, process: str, tests: list[str], *, full: bool = False) -> bool:
     """Whether a test fails."""
     environ = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "V2DROP_NATIVE_MODULE", "V2DROP_TEST_FULL")}
-    environ["PYTHONPATH"] = str(COPY)
+    environ["PYTHONPATH"] = str(copy)
     if full:
         environ["V2DROP_TEST_FULL"] = "1"
     if process == "interpreter":
         environ["TRITON_INTERPRET"] = "1"
     if process in ("native", "emulated"):
-        environ["V2DROP_NATIVE_MODULE"] = str(build(process))
+        environ["V2DROP_NATIVE_MODULE"] = str(build(copy, process))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=COPY, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return True
     if done.returncode not in (0, 1) and done.returncode >= 0:  # a signal is a crash, which is noticed
@@ -239,13 +240,13 @@ def killed(process: str, tests: list[str], *, full: bool = False) -> bool:
     return done.returncode != 0
 
 
-def try_mutant(m: Mutant, *, full: bool = False) -> bool:
+def try_mutant(copy: Path, m: Mutant, *, full: bool = False) -> bool:
     """Whether the tests notice the mutant; the copy is as before afterwards."""
-    path = COPY / m.file
+    path = copy / m.file
     before = path.read_text()
     path.write_text(before.replace(m.old, m.new))
     try:
-        return killed(m.process, m.tests.split(), full=full)
+        return killed(copy, m.process, m.tests.split(), full=full)
     finally:
         path.write_text(before)
 
@@ -255,8 +256,10 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="only mutants whose name, file or process contains one of these")
     parser.add_argument("--list", action="store_true", help="check the list against the code and print it; run nothing")
     parser.add_argument("--both", action="store_true", help="mutants of Python code with all combinations of parameters as well")
+    parser.add_argument("--folder", type=Path, default=COPY, help="where the copy of the project goes")
     parser.add_argument("--no-baseline", action="store_true", help="do not check first that the tests pass without a mutant")
     args = parser.parse_args()
+    copy = args.folder.resolve()
     check(MUTANTS)
     chosen = [
         m for m in MUTANTS if not args.words or any(word in text for word in args.words for text in (m.name, m.file, m.process))
@@ -264,19 +267,19 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{m.process:12} {m.file:45} {m.name}" for m in chosen))
         return 0
-    copy_tree()
+    copy_tree(copy)
     if not args.no_baseline:
         for process in dict.fromkeys(m.process for m in chosen):
-            if killed(process, list(dict.fromkeys(test for m in chosen if m.process == process for test in m.tests.split()))):
+            if killed(copy, process, list(dict.fromkeys(test for m in chosen if m.process == process for test in m.tests.split()))):
                 raise SystemExit(f"mutants: without a mutant, the tests of the process {process!r} do not pass")
     head = ["mutant", "file", "process", "pairs", *(["all"] if args.both else []), "seconds"]
     print(f"| {' | '.join(head)} |\n{'| --- ' * (len(head) - 1)}| ---: |")
     unexplained, lost = [], []
     for m in chosen:
         began = time.monotonic()
-        found = try_mutant(m)
+        found = try_mutant(copy, m)
         both = args.both and m.process == "main"
-        found_by_all = try_mutant(m, full=True) if both and not found else found  # what pairs find, their superset finds
+        found_by_all = try_mutant(copy, m, full=True) if both and not found else found  # what pairs find, their superset finds
         word = lambda x, m=m: "killed" if x else "survived, explained" if m.name in SURVIVORS else "**survived**"
         columns = [m.name, m.file, m.process, word(found), *([word(found_by_all) if both else ""] if args.both else [])]
         print(f"| {' | '.join(columns)} | {time.monotonic() - began:.0f} |", flush=True)
