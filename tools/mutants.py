@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant("rows of a mask that do not compete are not kept", PLAN, "forced = s.n - s.available", "forced = 0", DROP),
     Mutant(
         "a plan is taken for uniform where only k differs", PLAN,
-        "t[8 * g + 1 : 8 * g + 5] == t[1:5]", "t[8 * g + 1 : 8 * g + 4] == t[1:4]", f"{DROP} {COMPACT}",
+        "n_prefix, n, n_suffix, k, g * plan", "n_prefix, n, n_suffix, s.k, g * plan", f"{DROP} {COMPACT}",
     ),
     Mutant(
         "rows behind the last segment are lost", PLAN,

@@ -63,6 +63,15 @@ def test_compact_of_everything(on, b, key, strides):
     check_compacted(compact(on, keep, hidden, **given, **cu), keep, hidden, companions(b, key))
 
 
+@pytest.mark.backends("cpu", "triton", "cuda")
+@cross(dtype=[torch.int8, torch.bfloat16, torch.complex128], D=[1, 3, 16], strides=["contiguous", "inner", "rows"])
+def test_compact_of_batches_behind_the_rows(on, dtype, D, strides):
+    """``[N, B, D]``: no public argument is laid out so, but the operator takes any two dimensions."""
+    x, keep = random_bytes((11, 3, D), dtype, "x"), some_rows(3, 11, 6)
+    (got,) = torch.ops.v2drop.compact(keep.to(on.device), [strided(x, strides).to(on.device)], [1, 0], [0], on.backend)
+    same(got.cpu(), oracle.gather(x, keep, 1, 0))
+
+
 @cross(dtype=COPIED, layout=["BHSD", "BSHD"], strides=STRIDES, D=[1, 5, 128])
 def test_compact_of_kv(on, dtype, layout, strides, D):
     keep = some_rows(2, 21, 8)
