@@ -20,6 +20,7 @@ from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, TopK
 from . import arrays
 from .arrays import GatherSpec, code, rounding
+from .docs import NUMPY, documented
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
            "variation_topk"]  # fmt: skip
@@ -28,42 +29,8 @@ _SIZES = (1, 2, 4, 8, 16)  # bytes of an element; the library moves any dtype, a
 _ON_CUDA = 2  # DLPack's kDLCUDA
 
 
+@documented(NUMPY)
 def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype: Any = None, threads: int = 0) -> Any:
-    """Score every token by the change that one decoder layer made to it.
-
-    Parameters
-    ----------
-    h_prev, h_cur : array
-        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; float32, float16 or bfloat16. Any
-        strides; where the last dimension is not contiguous they are copied once.
-    metric : {"l2", "l1", "cosine"}
-        The norm of ``h_cur - h_prev``, or ``1 - cos(h_prev, h_cur)``.
-    score_dtype : dtype, optional
-        Round the difference and the score to this dtype (also by its name); default: float32 throughout.
-    threads : int
-        CPU threads that the call may use; 0 means all. It changes no result.
-
-    Returns
-    -------
-    array
-        float32 ``[B, N]`` or ``[T]``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes, dtypes or devices that differ; an unknown metric; the message names the argument.
-    RuntimeError
-        The native library is not built, or built without CUDA and the arrays lie on a GPU.
-
-    Notes
-    -----
-    Sums are float32. Equivalent plain NumPy: ``np.linalg.norm(h_cur.astype("f4") - h_prev.astype("f4"), axis=-1)``.
-
-    Examples
-    --------
-    >>> variation_score(np.zeros((1, 2, 4), np.float32), np.ones((1, 2, 4), np.float32))
-    array([[2., 2.]], dtype=float32)
-    """
     call = _Call(threads)
     a, b = call.read("h_prev", h_prev), call.read("h_cur", h_cur)
     arrays.pair(a, b, None)
@@ -74,48 +41,10 @@ def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype:
     return scores
 
 
+@documented(NUMPY)
 def segmented_topk(
     scores: Any, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position", threads: int = 0
 ) -> TopK:
-    """Keep the k highest scores of every segment.
-
-    Parameters
-    ----------
-    scores : array
-        ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16.
-    k : int | list of int | integer array
-        Tokens to keep, for all segments alike or one count per segment; 0 is allowed, more than a segment has keeps it whole.
-    cu_seqlens : sequence of int | integer array, optional
-        ``[B + 1]`` offsets of a packed batch. They are read on the host: an array on a GPU is copied first.
-    droppable : optional
-        Which tokens compete: None for all, one ``(start, stop)`` for every item, a list with the spans of each item (every
-        span is a segment), or a :class:`TokenLayout` of spans.
-    order : {"position", "score"}
-        Indices ascend, or follow the score.
-    threads : int
-        As in :func:`variation_score`.
-
-    Returns
-    -------
-    TopK
-        ``values`` and int64 ``indices`` ``[G, K]``, one row per segment: positions along ``N`` (padded) or rows of ``T``
-        (packed). A segment that keeps fewer than ``K`` is filled at its end with value -inf and index -1.
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As in :func:`variation_score`; spans, offsets or counts that cannot be.
-
-    Notes
-    -----
-    The order is (score descending, index ascending): NaN ranks above +inf, -0.0 equals 0.0. Equivalent plain NumPy for
-    one budget and no NaN: ``np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, :k])``.
-
-    Examples
-    --------
-    >>> segmented_topk(np.array([[1, 3, 2]], np.float32), 2).indices
-    array([[1, 2]])
-    """
     call = _Call(threads)
     x = call.read("scores", scores)
     arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
@@ -123,6 +52,7 @@ def segmented_topk(
     return call.topk(x, source, x.dtype, k, droppable, cu_seqlens, code("order", order, native.ORDERS))
 
 
+@documented(NUMPY)
 def variation_topk(
     h_prev: Any,
     h_cur: Any,
@@ -135,35 +65,6 @@ def variation_topk(
     score_dtype: Any = None,
     threads: int = 0,
 ) -> TopK:
-    """Keep the k tokens of every segment that one decoder layer changed most; score and select in one call.
-
-    Parameters
-    ----------
-    h_prev, h_cur, metric, score_dtype, threads
-        As in :func:`variation_score`.
-    k, cu_seqlens, droppable, order
-        As in :func:`segmented_topk`.
-
-    Returns
-    -------
-    TopK
-        As :func:`segmented_topk`; values are float32.
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As both.
-
-    Notes
-    -----
-    Equivalent: ``segmented_topk(variation_score(h_prev, h_cur), k)``.
-
-    Examples
-    --------
-    >>> h = np.zeros((1, 3, 4), np.float32)
-    >>> variation_topk(h, h + np.array([[[1], [3], [2]]], np.float32), 2)
-    TopK(values=array([[6., 4.]], dtype=float32), indices=array([[1, 2]]))
-    """
     call = _Call(threads)
     a, b = call.read("h_prev", h_prev), call.read("h_cur", h_cur)
     arrays.pair(a, b, is_packed(droppable, cu_seqlens))
@@ -172,6 +73,7 @@ def variation_topk(
     return call.topk(b, source, np.float32, k, droppable, cu_seqlens, by)
 
 
+@documented(NUMPY)
 def compact(
     keep: Any,
     hidden: Any,
@@ -185,50 +87,6 @@ def compact(
     cu_seqlens: Any = None,
     threads: int = 0,
 ) -> Compacted:
-    """Gather the kept rows of everything that belongs to a batch, in one pass.
-
-    Parameters
-    ----------
-    keep : integer array | TopK
-        Rows that survive: ``[B, S]`` positions along ``N``, or ``[T']`` rows of ``T`` for a packed batch; -1 is an empty row
-        (padding). Any order; each row at most once.
-    hidden : array
-        ``[B, N, ...]``, or packed ``[T, ...]`` with ``cu_seqlens``; any dtype.
-    position_ids : array, optional
-        ``[B, N]``, ``[1, N]`` or M-RoPE's ``[3, B, N]`` (packed ``[T]`` or ``[3, T]``).
-    kv : array or nested tuples/lists, optional
-        K and V of any number of layers, ``[B, H, N, D]`` or ``[B, N, H, D]`` (packed without ``B``); any dtype.
-    kv_layout : {"BHSD", "BSHD"}
-    attention_mask : array, optional
-        ``[B, N]``, any dtype. Padding of the result is 0.
-    rope : tuple of array, optional
-        (cos, sin) tables ``[B, N, R]``, ``[1, N, R]``, ``[N, R]`` or ``[3, B, N, R]``.
-    labels : array, optional
-        ``[B, N]`` signed integers. Padding of the result is -100.
-    cu_seqlens
-        As in :func:`segmented_topk`.
-    threads : int
-        As in :func:`variation_score`.
-
-    Returns
-    -------
-    Compacted
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As in :func:`variation_score`; a row of ``keep`` outside the input (on a GPU it gives an empty row).
-
-    Notes
-    -----
-    Bytes are copied, never interpreted. Equivalent plain NumPy: ``np.take_along_axis(hidden, keep[..., None], axis=1)``.
-
-    Examples
-    --------
-    >>> compact(np.array([[0, 2]]), np.arange(6.0).reshape(1, 3, 2)).hidden
-    array([[[0., 1.],
-            [4., 5.]]])
-    """
     call = _Call(threads)
     packed = cu_seqlens is not None
     h = call.read("hidden", hidden)
@@ -252,6 +110,7 @@ def compact(
     return Compacted(keep=rows, cu_seqlens=cu, **unflatten(results))
 
 
+@documented(NUMPY)
 def drop_tokens(
     h_prev: Any,
     h_cur: Any,
@@ -270,45 +129,6 @@ def drop_tokens(
     score_dtype: Any = None,
     threads: int = 0,
 ) -> Dropped:
-    """Drop all but the k droppable tokens of every segment that the last layer changed most, and compact the rest.
-
-    Parameters
-    ----------
-    h_prev, h_cur : array
-        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; ``h_cur`` is what goes on.
-    k, droppable, cu_seqlens
-        As in :func:`segmented_topk`; tokens that are not droppable (text, system prompt) are all kept.
-    scores : array, optional
-        float ``[B, N]`` (packed ``[T]``): rank by these instead; ``h_prev`` may then be None.
-    position_ids, kv, kv_layout, attention_mask, rope, labels
-        As in :func:`compact`; kept tokens keep their position ids.
-    metric, score_dtype, threads
-        As in :func:`variation_score`.
-
-    Returns
-    -------
-    Dropped
-        ``hidden`` ``[B, S, D]``, ``keep`` ``[B, S]`` (input rows, ascending, -1 for padding), everything else that was
-        given, and ``layout``, the ``droppable=`` of the next stage.
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As in :func:`variation_score`; arrays that do not agree, spans or counts that cannot be.
-
-    Notes
-    -----
-    Order and ties are those of :func:`segmented_topk`. Equivalent plain NumPy for one item and one span ``[a, b)``:
-    ``s = np.linalg.norm(h_cur[0, a:b] - h_prev[0, a:b], axis=-1)``, ``i = a + np.sort(np.argsort(-s, kind="stable")[:k])``,
-    ``keep = np.r_[:a, i, b:N]``, ``h_cur[:, keep]`` and the same for every other array.
-
-    Examples
-    --------
-    >>> h = np.zeros((1, 5, 4), np.float32)
-    >>> grown = h + np.array([0, 1, 3, 2, 0], np.float32)[None, :, None]
-    >>> drop_tokens(h, grown, 2, droppable=(1, 4)).keep
-    array([[0, 2, 3, 4]])
-    """
     call = _Call(threads)
     packed = is_packed(droppable, cu_seqlens)
     h = call.read("h_cur", h_cur)

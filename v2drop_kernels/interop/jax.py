@@ -32,6 +32,7 @@ from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, TopK
 from . import arrays
 from .arrays import GatherSpec, code, rounding
+from .docs import JAX, documented
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
            "variation_topk"]  # fmt: skip
@@ -42,87 +43,22 @@ for _name, _handler in _xla.gpu.items():
     jax.ffi.register_ffi_target(_name, _handler, platform="CUDA")
 
 
+@documented(JAX)
 def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype: Any = None) -> Any:
-    """Score every token by the change that one decoder layer made to it.
-
-    Parameters
-    ----------
-    h_prev, h_cur : Array
-        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; float32, float16 or bfloat16.
-    metric : {"l2", "l1", "cosine"}
-        The norm of ``h_cur - h_prev``, or ``1 - cos(h_prev, h_cur)``.
-    score_dtype : dtype, optional
-        Round the difference and the score to this dtype; default: float32 throughout.
-
-    Returns
-    -------
-    Array
-        float32 ``[B, N]`` or ``[T]``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes or dtypes that differ; an unknown metric; the message names the argument.
-
-    Notes
-    -----
-    Differentiable in both hidden states; the subgradient at score 0 is 0. Equivalent plain JAX:
-    ``jnp.linalg.norm(h_cur.astype("f4") - h_prev.astype("f4"), axis=-1)``.
-
-    Examples
-    --------
-    >>> variation_score(jnp.zeros((1, 2, 4)), jnp.ones((1, 2, 4))).tolist()
-    [[2.0, 2.0]]
-    """
     a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
     arrays.pair(a, b, None)
     return _score(code("metric", metric, native.METRICS), rounding(score_dtype), a, b)
 
 
+@documented(JAX)
 def segmented_topk(scores: Any, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position") -> TopK:
-    """Keep the k highest scores of every segment.
-
-    Parameters
-    ----------
-    scores : Array
-        ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16.
-    k : int | list of int
-        Tokens to keep, for all segments alike or one count per segment; 0 is allowed, more than a segment has keeps it whole.
-    cu_seqlens : sequence of int, optional
-        ``[B + 1]`` offsets of a packed batch.
-    droppable : optional
-        Which tokens compete: None for all, one ``(start, stop)`` for every item, a list with the spans of each item (every
-        span is a segment), or a :class:`TokenLayout` of spans.
-    order : {"position", "score"}
-        Indices ascend, or follow the score.
-
-    Returns
-    -------
-    TopK
-        ``values`` and int32 ``indices`` ``[G, K]``, one row per segment: positions along ``N`` (padded) or rows of ``T``
-        (packed). A segment that keeps fewer than ``K`` is filled at its end with value -inf and index -1.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As in :func:`variation_score`; spans, offsets or counts that cannot be, or that are traced.
-
-    Notes
-    -----
-    The order is (score descending, index ascending): NaN ranks above +inf, -0.0 equals 0.0. Values carry the gradient of
-    ``scores``. Equivalent plain JAX for one budget and no NaN: ``jnp.sort(jax.lax.top_k(scores, k)[1])``.
-
-    Examples
-    --------
-    >>> segmented_topk(jnp.array([[1.0, 3.0, 2.0]]), 2).indices.tolist()
-    [[1, 2]]
-    """
     x = _read("scores", scores)
     arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
     plan, _ = arrays.planned("topk", x, k, droppable, cu_seqlens)
     return TopK(*_topk(_Select(plan, code("order", order, native.ORDERS), 0, 0), (x,)))
 
 
+@documented(JAX)
 def variation_topk(
     h_prev: Any,
     h_cur: Any,
@@ -134,35 +70,6 @@ def variation_topk(
     order: str = "position",
     score_dtype: Any = None,
 ) -> TopK:
-    """Keep the k tokens of every segment that one decoder layer changed most; score and select in one call.
-
-    Parameters
-    ----------
-    h_prev, h_cur, metric, score_dtype
-        As in :func:`variation_score`.
-    k, cu_seqlens, droppable, order
-        As in :func:`segmented_topk`.
-
-    Returns
-    -------
-    TopK
-        As :func:`segmented_topk`; values are float32.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As both.
-
-    Notes
-    -----
-    Equivalent: ``segmented_topk(variation_score(h_prev, h_cur), k)``, gradients of the values included.
-
-    Examples
-    --------
-    >>> h = jnp.zeros((1, 3, 4))
-    >>> variation_topk(h, h + jnp.array([[[1.0], [3.0], [2.0]]]), 2).indices.tolist()
-    [[1, 2]]
-    """
     a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
     arrays.pair(a, b, is_packed(droppable, cu_seqlens))
     options = code("order", order, native.ORDERS), code("metric", metric, native.METRICS), rounding(score_dtype)
@@ -170,6 +77,7 @@ def variation_topk(
     return TopK(*_topk(_Select(plan, *options), (a, b)))
 
 
+@documented(JAX)
 def compact(
     keep: Any,
     hidden: Any,
@@ -182,49 +90,6 @@ def compact(
     labels: Any = None,
     cu_seqlens: Any = None,
 ) -> Compacted:
-    """Gather the kept rows of everything that belongs to a batch, in one pass.
-
-    Parameters
-    ----------
-    keep : integer Array | TopK
-        Rows that survive: ``[B, S]`` positions along ``N``, or ``[T']`` rows of ``T`` for a packed batch; -1 is an empty row
-        (padding). Any order; each row at most once.
-    hidden : Array
-        ``[B, N, ...]``, or packed ``[T, ...]`` with ``cu_seqlens``; any dtype.
-    position_ids : Array, optional
-        ``[B, N]``, ``[1, N]`` or M-RoPE's ``[3, B, N]`` (packed ``[T]`` or ``[3, T]``).
-    kv : Array or nested tuples/lists, optional
-        K and V of any number of layers, ``[B, H, N, D]`` or ``[B, N, H, D]`` (packed without ``B``); any dtype.
-    kv_layout : {"BHSD", "BSHD"}
-    attention_mask : Array, optional
-        ``[B, N]``, any dtype. Padding of the result is 0.
-    rope : tuple of Array, optional
-        (cos, sin) tables ``[B, N, R]``, ``[1, N, R]``, ``[N, R]`` or ``[3, B, N, R]``.
-    labels : Array, optional
-        ``[B, N]`` signed integers. Padding of the result is -100.
-    cu_seqlens
-        As in :func:`segmented_topk`.
-
-    Returns
-    -------
-    Compacted
-
-    Raises
-    ------
-    ValueError, TypeError
-        As in :func:`variation_score`. A row of ``keep`` outside the input is an error of the XLA runtime on a CPU, and an empty
-        row on a GPU.
-
-    Notes
-    -----
-    Differentiable in ``hidden``, ``kv`` and ``rope``. Equivalent plain JAX:
-    ``jnp.take_along_axis(hidden, keep[..., None], axis=1)``.
-
-    Examples
-    --------
-    >>> compact(jnp.array([[0, 2]]), jnp.arange(6.0).reshape(1, 3, 2)).hidden.tolist()
-    [[[0.0, 1.0], [4.0, 5.0]]]
-    """
     packed = cu_seqlens is not None
     h = _read("hidden", hidden)
     at = arrays.batch_shape("hidden", h, packed)
@@ -246,6 +111,7 @@ def compact(
     return Compacted(keep=rows, cu_seqlens=cu, **unflatten(list(results)))
 
 
+@documented(JAX)
 def drop_tokens(
     h_prev: Any,
     h_cur: Any,
@@ -263,46 +129,6 @@ def drop_tokens(
     metric: str = "l2",
     score_dtype: Any = None,
 ) -> Dropped:
-    """Drop all but the k droppable tokens of every segment that the last layer changed most, and compact the rest.
-
-    Parameters
-    ----------
-    h_prev, h_cur : Array
-        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; ``h_cur`` is what goes on.
-    k, droppable, cu_seqlens
-        As in :func:`segmented_topk`; tokens that are not droppable (text, system prompt) are all kept.
-    scores : Array, optional
-        float ``[B, N]`` (packed ``[T]``): rank by these instead; ``h_prev`` may then be None.
-    position_ids, kv, kv_layout, attention_mask, rope, labels
-        As in :func:`compact`; kept tokens keep their position ids.
-    metric, score_dtype
-        As in :func:`variation_score`.
-
-    Returns
-    -------
-    Dropped
-        ``hidden`` ``[B, S, D]``, ``keep`` ``[B, S]`` (input rows, ascending, -1 for padding) and everything else that was
-        given. ``layout`` is None, since a jitted function could not return it: the next stage's is ``TokenLayout.after(k)``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As in :func:`variation_score`; arrays that do not agree, spans or counts that cannot be, or that are traced.
-
-    Notes
-    -----
-    Order and ties are those of :func:`segmented_topk`. Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and
-    ``rope``; never through the choice. Equivalent plain JAX for one item and one span ``[a, b)``:
-    ``s = jnp.linalg.norm(h_cur[0, a:b] - h_prev[0, a:b], axis=-1)``, ``i = a + jnp.sort(jax.lax.top_k(s, k)[1])``,
-    ``keep = jnp.concatenate([jnp.arange(a), i, jnp.arange(b, N)])``, ``h_cur[:, keep]`` and the same for every other array.
-
-    Examples
-    --------
-    >>> h = jnp.zeros((1, 5, 4))
-    >>> grown = h + jnp.array([0.0, 1.0, 3.0, 2.0, 0.0])[None, :, None]
-    >>> jax.jit(lambda a, b: drop_tokens(a, b, 2, droppable=(1, 4)).keep)(h, grown).tolist()
-    [[0, 2, 3, 4]]
-    """
     packed = is_packed(droppable, cu_seqlens)
     h = _read("h_cur", h_cur)
     if scores is None:
