@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Sets up what the Makefile needs, in steps that it repeats only when their inputs changed: `tools/setup.sh env` makes the virtual
-# environment with torch and the build tools, `install` the package (as a link to this directory) with its extras, `build` the
-# native library, incrementally.
+# Sets up what the Makefile needs, in three steps that `make` repeats only when their inputs changed: `tools/setup.sh env` makes the
+# virtual environment with torch and the build tools, `install` installs the package (as a link to this directory) with its extras,
+# and `build` builds the native library incrementally. Each part prints a line when it begins, a line every ten seconds that shows
+# how far it is, and a line with its seconds when it has ended. The full output is in the files *.log of the environment.
 #
 #   PYTHON=...   the Python to use (default: the first of python3, python3.13 ... python3.10 that is 3.10 to 3.13)
 #   VENV=...     where the environment goes (default: .venv)
-#   V2DROP_CUDA=AUTO|ON|OFF, V2DROP_CUDA_ARCHS="80 90"   what `build` builds for GPUs (default: for the one that is here, else for 90)
+#   V2DROP_CUDA=AUTO|ON|OFF, V2DROP_CUDA_ARCHS="80 90"   what `build` builds for GPUs (default: for the GPU of this machine, else for 90)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,14 +33,51 @@ find_python() {
   fail "no Python 3.10 to 3.13 was found (tried: ${tried[*]}); install one, or name it: make PYTHON=/path/to/python3"
 }
 
-# Says nothing unless it fails; then the end of its log tells why.
-try_pip() {
-  "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off "$@" >"$venv/pip.log" 2>&1
+# timed TITLE LOG COMMAND...: runs the command with its output in LOG, and reports on it; returns its exit status.
+timed() {
+  local title=$1 log=$2 began=$SECONDS status=0
+  shift 2
+  say "$title ..."
+  [[ $log == /dev/null ]] || touch "$log.began"
+  : >"$log"
+  while sleep 10 >/dev/null 2>&1; do say "  $((SECONDS - began)) s: $(progress "$log")"; done &
+  reporter=$!
+  "$@" >"$log" 2>&1 || status=$?
+  stop_reporter
+  ((status)) || say "$title: done in $((SECONDS - began)) s"
+  return $status
 }
+# One line about the end of a log: the files compiled so far, the packages installed so far, or what pip does.
+progress() {
+  local compiled packages
+  compiled=$(grep -oE '^\[[0-9]+/[0-9]+\]' "$1" | tail -n 1) || true
+  packages=$(grep '^Installing collected packages:' "$1" | tail -n 1 | tr -cd ,) || true
+  if [[ -n $compiled ]]; then
+    echo "${compiled//[\[\]]/} files compiled or linked"
+  elif [[ -n $packages ]]; then
+    echo "$(find "$venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' -newer "$1.began" | wc -l) of" \
+      "$((${#packages} + 1)) packages installed"
+  else
+    grep -E '^ *(Collecting|Downloading|Building|Preparing|Getting|Running|Using|--)' "$1" | tail -n 1 | sed 's/^ *//' | cut -c 1-100
+  fi
+}
+reporter=
+stop_reporter() {
+  [[ -n $reporter ]] || return 0
+  kill "$reporter" 2>/dev/null || true
+  wait "$reporter" 2>/dev/null || true
+  reporter=
+}
+trap stop_reporter EXIT
+
+try_pip() {
+  timed "$1" "$venv/pip.log" "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off "${@:2}"
+}
+# pip_install TITLE ARGUMENTS...: a failure shows the end of pip's output.
 pip_install() {
   try_pip "$@" && return
   tail -n 25 "$venv/pip.log" >&2
-  fail "pip could not install: $*"
+  fail "pip could not install: ${*:2}"
 }
 in_venv() { "$venv/bin/python" -c "$1" 2>/dev/null; }
 
@@ -64,30 +102,29 @@ make_env() {
   [[ ! -e $venv || -e $venv/.made-by-setup ]] ||
     fail "$venv is there and was not made by this script; move it away, or choose another place: make VENV=.venv-make ..."
   rm -rf "$venv"
-  say "making $venv with $("$python" --version)"
-  "$python" -m venv "${system_site[@]}" "$venv"
+  timed "1 of 5: a virtual environment in $venv with $("$python" --version)" /dev/null \
+    "$python" -m venv "${system_site[@]}" "$venv" || fail "$python could not make a virtual environment in $venv"
   touch "$venv/.made-by-setup"
 
   if [[ ${#system_site[@]} -gt 0 ]] && in_venv "$torch_is_usable"; then
-    say "using the torch that is installed"
+    say "2 of 5: the installed torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)') is reused"
   elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    say "a GPU was found: installing $torch_range with CUDA"
-    pip_install -c $constraints "$torch_range"
+    pip_install "2 of 5: $torch_range with CUDA, since a GPU was found" -c $constraints "$torch_range"
   elif [[ $(uname -sm) == "Linux x86_64" ]]; then
-    # The plain Linux package would bring gigabytes of CUDA libraries along.
+    # The plain Linux package would install gigabytes of CUDA libraries too.
     local wanted="torch==$torch_cpu+cpu"
-    say "no GPU was found: installing $wanted"
-    if ! try_pip -c $constraints "$wanted"; then
-      grep -q 'No matching distribution found for torch' "$venv/pip.log" || pip_install -c $constraints "$wanted"
-      say "pip's own sources do not have it, trying PyTorch's; a torch 2.10 to 2.13 of your own for $python would be used as it is"
-      pip_install -c $constraints "$wanted" --extra-index-url https://download.pytorch.org/whl/cpu
+    if ! try_pip "2 of 5: $wanted, since no GPU was found" -c $constraints "$wanted"; then
+      grep -q 'No matching distribution found for torch' "$venv/pip.log" ||
+        { tail -n 25 "$venv/pip.log" >&2 && fail "pip could not install $wanted"; }
+      say "the package index of pip does not have $wanted; a torch 2.10 to 2.13 that is installed for $python would be used instead"
+      pip_install "2 of 5: $wanted from download.pytorch.org" -c $constraints "$wanted" \
+        --extra-index-url https://download.pytorch.org/whl/cpu
     fi
   else
-    say "installing torch==$torch_cpu"
-    pip_install -c $constraints "torch==$torch_cpu"
+    pip_install "2 of 5: torch==$torch_cpu" -c $constraints "torch==$torch_cpu"
   fi
 
-  # From here on nothing may replace that torch, nor the Triton that it came with.
+  # The later steps must not replace that torch, nor the Triton that it came with.
   "$venv/bin/python" - >"$venv/pins.txt" <<'PY'
 import importlib.metadata as metadata, platform, sys
 
@@ -98,31 +135,30 @@ except metadata.PackageNotFoundError:
     if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
         print("triton==3.9.0" if sys.version_info >= (3, 11) else "triton==3.8.0")
 PY
-  # Their commands must lie in this environment, also where it sees the packages of the system.
-  say "installing the tools"
-  pip_install --ignore-installed -c $constraints -c "$venv/pins.txt" setuptools cmake ninja pybind11 ruff mypy clang-format
+  # --ignore-installed: their commands must be in this environment, also where it sees the packages of the system.
+  pip_install "3 of 5: build tools, linters and type checker" --ignore-installed -c $constraints -c "$venv/pins.txt" \
+    setuptools cmake ninja pybind11 ruff mypy clang-format
   in_venv "$torch_is_usable" || fail "torch cannot be imported: $("$venv/bin/python" -c 'import torch' 2>&1 | tail -n 1)"
 }
 
 install() {
-  say "installing the package and its extras"
-  V2DROP_NO_NATIVE=1 pip_install --no-build-isolation -c $constraints -c "$venv/pins.txt" -e '.[test,plot,bench,dev,docs,jax,models]'
+  V2DROP_NO_NATIVE=1 pip_install "4 of 5: the package and its extras" --no-build-isolation -c $constraints -c "$venv/pins.txt" \
+    -e '.[test,plot,bench,dev,docs,jax,models]'
 }
 
 build() {
-  local log=$venv/build.log began=$SECONDS
-  # One architecture is quick to build and, since it comes as PTX too, serves all later ones. `pip install .` builds for all.
+  local log=$venv/build.log
+  # One architecture is quick to build; its PTX serves all later ones. `pip install .` and `make wheel` build for all.
   if [[ -z ${V2DROP_CUDA_ARCHS:-} ]]; then
     V2DROP_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .) || true
     [[ $V2DROP_CUDA_ARCHS =~ ^[0-9]+$ ]] || V2DROP_CUDA_ARCHS=90
     export V2DROP_CUDA_ARCHS
   fi
-  say "building the native library"
-  if ! PATH="$(cd "$venv/bin" && pwd):$PATH" "$venv/bin/python" setup.py -q build_ext --inplace >"$log" 2>&1; then
+  if ! PATH="$(cd "$venv/bin" && pwd):$PATH" timed "5 of 5: the native library" "$log" \
+    "$venv/bin/python" setup.py -q build_ext --inplace; then
     cat "$log" >&2
     fail "the build failed"
   fi
-  say "built in $((SECONDS - began)) s"
 }
 
 case ${1:-} in
