@@ -1,8 +1,8 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the native build, the package itself.
-#   make demo [ARGS="photo.jpg --preset 128"]     make test     make bench [ARGS=...]
-#   make lint     make format     make setup     make clean     make test-main [ARGS="-k compact"]
-#   make sanitize gpu-check gpu-check-dry     make bench-c
-# PYTHON=/path/to/python3 chooses the Python of a new environment.
+#   make demo [ARGS="photo.jpg --preset 128"]     make bench [ARGS=...]     make bench-c     make setup     make clean
+#   make test     make test-full     make test-main [ARGS="-k compact"]     make mutants     make sanitize     make lint     make format
+#   make docs     make docs-serve     make wheel [PYTHONS="python3.10 python3.13"]     make gpu-check     make gpu-check-dry
+# PYTHON=/path/to/python3 chooses the Python of a new environment, WORKERS=4 the number of test processes.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -14,9 +14,14 @@ CPP := $(shell find csrc examples bench/c tools -name '*.cpp' -o -name '*.h' -o 
 NATIVE := CMakeLists.txt $(shell find cmake csrc tools/cuda_emulator -type f 2>/dev/null)
 COMMA := ,
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
-CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error
+CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error --progress --parallel 2
+# Tests run in several processes, one file of tests in one process; on a GPU, which they would share, in one.
+WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || { n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)); })
+# Passive: threads that wait leave their core to the other processes.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+MAIN := env -u TRITON_INTERPRET -u V2DROP_NATIVE_MODULE
 
-.PHONY: help setup demo test test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve clean
+.PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -29,7 +34,7 @@ $(VENV)/.installed: $(VENV)/.env pyproject.toml setup.py
 	@tools/setup.sh install
 	@touch $@
 
-# Python files need no step of their own, since the package is installed as a link to this directory.
+# A change of Python files needs no step, since the package is installed as a link to this directory.
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	@tools/setup.sh build
 	@touch $@
@@ -48,14 +53,23 @@ bench-c: setup
 	@$(CMAKE) --build build/bench-c -- --quiet
 	build/bench-c/bench_drop
 
-# Triton reads TRITON_INTERPRET once, when it is imported, so the interpreter and the compiler need processes of their own.
-# One after another, whatever -j says: the main tests come last, so that their closing line is the last one.
+# Triton reads TRITON_INTERPRET once, when it is imported, and a process loads one native library, so that the interpreter, the
+# emulated kernels and the compiler need processes of their own. The parts run one after another also with -j: their output stays
+# readable, and the closing line of the main tests is the last one.
 test: setup
-	+$(MAKE) --no-print-directory test-native
-	+$(MAKE) --no-print-directory test-emulated
-	+$(MAKE) --no-print-directory test-interpreter
-	+$(MAKE) --no-print-directory test-compile-only
-	+$(MAKE) --no-print-directory test-main
+	+@$(MAKE) --no-print-directory test-native
+	+@$(MAKE) --no-print-directory test-emulated
+	+@$(MAKE) --no-print-directory test-interpreter
+	+@$(MAKE) --no-print-directory test-compile-only
+	+@$(MAKE) --no-print-directory test-main
+
+# Every combination of parameters, where `make test` takes all pairs. This takes hours.
+test-full:
+	+@V2DROP_TEST_FULL=1 $(MAKE) --no-print-directory test
+
+# Small errors are put into the sources one after another; the tests must find each of them.
+mutants: setup
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 # $(call build,DIR,OPTIONS): the C and C++ tests in a build of their own.
 define build
@@ -64,15 +78,17 @@ define build
 endef
 
 test-native: setup
+	@echo "== test 1 of 5: the C and C++ tests"
 	$(call build,build/ctest,-DV2DROP_CUDA=OFF)
-	$(CTEST) --test-dir build/ctest
+	@$(CTEST) --test-dir build/ctest
 
 # The CUDA C++ kernels on the CPU: the same sources, compiled for an emulator of CUDA's threads.
 test-emulated: setup
+	@echo "== test 2 of 5: the CUDA C++ kernels on the CPU"
 	$(call build,build/emulated,-DV2DROP_CUDA=EMULATE -DV2DROP_BUILD_PYTHON=ON -DV2DROP_JAX=OFF \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)")
-	$(CTEST) --test-dir build/emulated
-	V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/ops tests/native tests/interop/test_array.py $(ARGS)
+	@$(CTEST) --test-dir build/emulated
+	@V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(PYTEST) tests/ops tests/native tests/interop/test_array.py $(ARGS)
 
 # On a machine with a GPU and its own torch: test, measure and report, without network or the setup above. Call it again to go on.
 #   make gpu-check ARGS="--minutes 9 --out DIR"
@@ -95,13 +111,16 @@ sanitize: setup
 	TSAN_OPTIONS=die_after_fork=0 $(CTEST) --test-dir build/tsan
 
 test-interpreter: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops tests/native $(ARGS)
+	@echo "== test 3 of 5: the Triton kernels in Triton's interpreter"
+	@$(MAIN) TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/native $(ARGS)
 
 test-compile-only: setup
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q tests/compile_only $(ARGS)
+	@echo "== test 4 of 5: kernels compiled for GPUs that are not here"
+	@$(MAIN) $(PYTEST) tests/compile_only $(ARGS)
 
 test-main: setup
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q --doctest-modules tests v2drop_kernels $(ARGS)
+	@echo "== test 5 of 5: the main tests"
+	@$(MAIN) $(PYTEST) --doctest-modules tests v2drop_kernels $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -114,6 +133,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The sdist and one wheel per Python, in dist/, and the test that installs the wheel of this environment's Python.
+PYTHONS ?= $(BIN)/python
+wheel: setup
+	$(BIN)/python tools/make_wheels.py $(PYTHONS)
+	V2DROP_WHEELS=dist $(BIN)/python -m pytest -q tests/tools/test_wheel.py
 
 # The documentation: a warning or a broken link is an error. `docs-serve` shows it and follows changes of the files.
 docs: setup

@@ -3,11 +3,11 @@
     python tools/make_wheels.py                          the wheel of this Python
     python tools/make_wheels.py python3.10 python3.13    those of other Pythons, which need pip and venv
 
-Every wheel is built in isolation, from the unpacked sdist, by `pip wheel`. The C++ library of the compiler is linked into libv2drop,
-and auditwheel gives the wheel the oldest manylinux tag that its symbols allow: a wheel runs on systems whose C library is at least as
-old as that of the system that built it. V2DROP_CUDA, V2DROP_CUDA_ARCHS and V2DROP_JAX have the meaning that setup.py gives them;
-V2DROP_JAX is ON unless it is set, so that wheels hold the module for JAX. Object files are kept in build/wheel and shared by all
-Pythons.
+Every wheel is built by `pip wheel`, in isolation, from the unpacked sdist. The C++ library of the compiler is linked into
+libv2drop, and auditwheel gives the wheel the oldest manylinux tag that the imported symbols allow. The newest symbols are those of
+the C library of the building system: built with glibc 2.34 or newer, the tag is manylinux_2_34; for an older tag, build on an
+older system. V2DROP_CUDA, V2DROP_CUDA_ARCHS and V2DROP_JAX have the meaning that setup.py gives them; V2DROP_JAX is ON unless it
+is set, so that wheels hold the module for JAX. Object files are kept in build/wheel and shared by all Pythons.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def main() -> None:
     step = Steps(1 + 3 * len(pythons))
 
     with step("the sdist"):
+        for old in out.glob("v2drop_kernels-*.tar.gz"):
+            old.unlink()
         run(sys.executable, "-m", "build", "--sdist", "--outdir", out, ROOT, env=environment)
     sdist = newest(out, "*.tar.gz")
     # Always at the same place, with the files' own times, so that only what changed is compiled again.
@@ -106,7 +108,10 @@ def main() -> None:
             run(*pip, env=environment)
         with step(f"{name}: the platform tag"):
             auditwheel = [sys.executable, "-m", "auditwheel"]
-            run(*auditwheel, "repair", "--wheel-dir", out, newest(raw, "*.whl"), env=environment)
+            raw_wheel = newest(raw, "*.whl")
+            for old in out.glob("-".join(raw_wheel.name.split("-")[:3]) + "-*.whl"):
+                old.unlink()
+            run(*auditwheel, "repair", "--wheel-dir", out, raw_wheel, env=environment)
             wheel = newest(out, "*.whl")
             shown = " ".join(run(*auditwheel, "show", wheel, env=environment).split())
             found = re.search(r'consistent with the following platform tag: "(manylinux_\w+)"', shown)

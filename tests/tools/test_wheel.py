@@ -42,6 +42,12 @@ def wheel() -> Path:
     return found
 
 
+def sdist_names() -> set[str]:
+    (sdist,) = DIST.glob("v2drop_kernels-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
 def required(name: str, seen: set[str]) -> None:
     """The installed distributions that `name` needs, without its extras."""
     for requirement in metadata.requires(name) or []:
@@ -70,17 +76,16 @@ def test_contents_of_the_wheel(wheel):
     assert len(modules) == 2
     for name in ("include/v2drop/v2drop.h", "lib/libv2drop.so", "lib/cmake/V2Drop/V2DropConfig.cmake", "lib/pkgconfig/v2drop.pc"):
         assert f"v2drop_kernels/{name}" in names
-    tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "v2drop_kernels").rglob("*") if path.suffix in (".py", ".json")}
-    assert tracked | {"v2drop_kernels/py.typed"} <= names
+    sources = {name for name in sdist_names() if name.startswith("v2drop_kernels/") and name.endswith((".py", ".json", "py.typed"))}
+    assert "v2drop_kernels/py.typed" in sources
+    assert sources == {name for name in names if name.endswith((".py", ".json", "py.typed"))}
     assert {name.split("/")[0] for name in names} == {"v2drop_kernels", wheel.name.split(f"-{TAG}")[0] + ".dist-info"}
 
 
 def test_contents_of_the_sdist():
     """The wheel was built from it, so that it holds what the build needs; here also the tests, and nothing that was built."""
-    (sdist,) = DIST.glob("v2drop_kernels-*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = [name.partition("/")[2] for name in archive.getnames()]
-    assert {"tests/tools/test_wheel.py", "tools/setup.sh", "requirements/constraints.txt", "Makefile", "LICENSE"} <= set(names)
+    names = sdist_names()
+    assert {"tests/tools/test_wheel.py", "tools/setup.sh", "requirements/constraints.txt", "Makefile", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o")) or name.startswith(("build", "v2drop_kernels/lib"))]
 
 
