@@ -120,7 +120,7 @@ test-compile-only: setup
 
 test-main: setup
 	@echo "== test 5 of 5: the main tests"
-	@$(MAIN) $(PYTEST) --doctest-modules tests v2drop_kernels $(ARGS)
+	@$(MAIN) $(PYTEST) --doctest-modules $(if $(filter tests/% v2drop_kernels/%,$(ARGS)),,tests v2drop_kernels) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
