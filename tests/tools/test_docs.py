@@ -152,6 +152,12 @@ def test_the_method_on_the_page_of_contributing_runs(monkeypatch: pytest.MonkeyP
         sys.modules.pop("v2drop_kernels.models.policies.keynorm", None)
 
 
+def test_the_c_code_on_the_page_of_linking_is_that_of_the_example():
+    (block,) = blocks(ROOT / "docs" / "linking.md", "c")
+    example = {line.strip() for line in (ROOT / "examples" / "c" / "drop.c").read_text().splitlines()}
+    assert [line for line in block.splitlines() if line.strip() not in example] == []
+
+
 def test_generated_parts_are_up_to_date():
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True, check=False
@@ -191,6 +197,25 @@ def test_every_environment_variable_is_documented():
     assert sorted(name for name in named - internal if f"`{name}`" not in text) == []
 
 
+GENERATED = ("keynorm.py", "build/", "dist/", ".venv", "bench/results/NAME", "v2drop_kernels/lib", "v2drop_kernels/include")
+PATHLIKE = re.compile(r"^[\w.<>*{},-]+(/[\w.<>*{},-]+)+/?$|^[\w-]+\.(py|md|sh|toml|yml|txt|cpp|h|cu|cuh|csv|png|json)$")
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+def test_every_path_that_a_page_names_exists(path: Path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    missing = []
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        if not PATHLIKE.match(quoted) or quoted.startswith(GENERATED) or "<" in quoted or "NAME" in quoted:
+            continue
+        parts = re.split(r"\{([^}]*)\}", quoted)
+        for alternative in parts[1].split(",") if len(parts) == 3 else [""]:
+            name = quoted if len(parts) != 3 else f"{parts[0]}{alternative}{parts[2]}"
+            if not list(ROOT.glob(name.rstrip("/"))) and not list(ROOT.glob(f"*/**/{name}")):
+                missing.append(name)
+    assert missing == []
+
+
 @pytest.mark.parametrize("path", WRITTEN, ids=name_of)
 def test_every_link_leads_somewhere(path: Path):
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -208,6 +233,19 @@ def test_every_link_leads_somewhere(path: Path):
 
 def slug(head: str) -> str:
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", head.lower())).strip("-")
+
+
+def test_make_targets_and_commands_that_pages_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for path in WRITTEN for target in re.findall(r"`make ([\w-]+)", path.read_text())}
+    assert named - targets == set()
+    commands = {
+        word for path in WRITTEN for word in re.findall(r"`(?:python -m v2drop_kernels|v2drop-kernels) (\w+)", path.read_text())
+    }
+    help_text = subprocess.run(
+        [sys.executable, "-m", "v2drop_kernels", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout
+    assert {word for word in commands if word not in help_text} == set()
 
 
 def test_the_site_builds_without_warnings_and_asks_no_other_server(tmp_path: Path):
