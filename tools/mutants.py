@@ -138,7 +138,7 @@ MUTANTS = [
         "if (copy.src_row == copy.inner && copy.dst_row == copy.inner)", "if (copy.dst_row == copy.inner)", COMPACT, "native",
     ),
     Mutant(
-        "a batch dimension behind the rows is ignored", "csrc/core/compact_cpu.cpp",
+        "a batch dimension behind the rows is ignored", "csrc/core/request.cpp",
         "d > row_dim && d != batch_dim; --d", "d > row_dim; --d", COMPACT, "native",
     ),
     # CUDA kernels, emulated.
