@@ -58,7 +58,7 @@ def conditions(row: Row) -> str:
 
 
 def bars_table(rows: list[Row], asserted: bool) -> str:
-    """The bars: what was compared, how it came out, what was asked."""
+    """The ratios: what was compared, the measured value, and the target."""
     lines = []
     for row in rows:
         if (row["asserted"] == "yes") != asserted:
@@ -68,7 +68,7 @@ def bars_table(rows: list[Row], asserted: bool) -> str:
         limit = f"{row['limit']}{unit}" if row["limit"] else "-"
         times = [f"{row[side]} {duration(row[f'{side}_min_us'])}" if row[f"{side}_min_us"] else "-" for side in ("a", "b")]
         lines.append([row["bar"], row["case"], row["threads"], *times, value, limit, row["status"]])
-    return table(["ratio", "case", "threads", "A", "B", "value", "asked", "result"], lines)
+    return table(["ratio", "case", "threads", "A", "B", "value", "target", "result"], lines)
 
 
 def drop_table(rows: list[Row]) -> str:

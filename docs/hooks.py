@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc):(<code[^>]*>)~?")  # Sphinx's markup in docstrings
 log = logging.getLogger("mkdocs.hooks.repository")
 
 
@@ -67,3 +68,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     parts = re.split(f"({FENCE.pattern})", markdown, flags=FENCE.flags)
     return "".join(part if part.startswith("```") else LINK.sub(rewritten, part) for part in parts)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Show the roles of docstrings, such as ``:func:`name```, as plain code."""
+    return ROLE.sub(r"\1", html)
