@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and the exit codes."""
+"""The command line: its output on stdout and stderr, and its exit codes."""
 
 import os
 import re
@@ -75,7 +75,7 @@ def test_help(args, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
-def test_bench_outside_a_checkout_tells_where_it_is(capsys, monkeypatch, tmp_path):
+def test_bench_outside_a_checkout_names_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "v2drop_kernels" / "__main__.py"))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench"]) == 2

@@ -1,4 +1,4 @@
-"""The package as a user meets it: names, docstrings, examples, version."""
+"""The public names of the package, their docstrings and examples, and the version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import v2drop_kernels as vk
 
 ROOT = Path(__file__).resolve().parents[2]
-# The public surface that was promised.
+# Public names that must stay.
 PROMISED = {
     "variation_score", "segmented_topk", "variation_topk", "compact", "compact_", "drop_tokens", "TokenLayout",
     "n_keep", "explain", "backend", "TopK", "Compacted", "Dropped", "reference", "positions", "attention_score",
@@ -45,12 +45,12 @@ def test_all_is_complete():
     assert len(vk.__all__) == len(set(vk.__all__))
 
 
-def test_names_are_what_type_checkers_are_told():
+def test_type_checkers_see_the_public_names():
     """The imports that only type checkers see give every public name, and each resolves to the same object."""
     (hidden, *_) = [node for node in ast.parse(Path(vk.__file__).read_text()).body if isinstance(node, ast.If)]
-    told = {alias.name: node.module for node in hidden.body for alias in node.names}
-    assert sorted(told) == sorted([*vk.__all__, "models", "plot"])
-    for name, home in told.items():
+    visible = {alias.name: node.module for node in hidden.body for alias in node.names}
+    assert sorted(visible) == sorted([*vk.__all__, "models", "plot"])
+    for name, home in visible.items():
         module = importlib.import_module(f"v2drop_kernels.{home or name}")
         assert getattr(vk, name) is (getattr(module, name) if home else module)
     assert set(dir(vk)) >= set(vk.__all__)
@@ -106,18 +106,18 @@ def test_docstrings_of_token_layout(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_say_what_they_hold(name):
+def test_docstrings_of_modules(name):
     path = Path(vk.__file__).parent.joinpath(*name.split(".")[1:])
     source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     doc = ast.get_docstring(ast.parse(source))
     assert doc, f"{name} has no docstring"
-    # A policy says its paper, formula, layers, presets and deviations there.
+    # The docstring of a policy names its paper, formula, layers, presets and deviations.
     assert len(doc.splitlines()) <= (40 if ".policies." in name else 12)
 
 
 @pytest.mark.parametrize("name", ["v2drop_kernels", *(m for m in MODULES if "demo" not in m)])
 def test_examples_run(name):
-    """Every ``>>>`` of every docstring, with the public names at hand."""
+    """Every ``>>>`` of every docstring, with ``torch`` and ``vk`` imported."""
     if name.endswith(".plot"):
         pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
     if name.endswith(".jax"):
@@ -127,7 +127,7 @@ def test_examples_run(name):
     assert not found.failed
 
 
-def test_every_op_has_examples_that_ran():
+def test_every_op_has_examples():
     finder = doctest.DocTestFinder()
     for name in FUNCTIONS:
         if name != "backend":  # a context manager: its example is found through its module
@@ -137,7 +137,7 @@ def test_every_op_has_examples_that_ran():
 
 @pytest.mark.parametrize("name", ["variation_score", "segmented_topk", "variation_topk", "compact", "compact_", "drop_tokens"])
 def test_reference_has_the_same_names_and_arguments(name):
-    """The specification is called as the op is, less the choice of backend."""
+    """The reference takes the arguments of the op, except the choice of the backend."""
     op, spec = (inspect.signature(getattr(m, name)).parameters for m in (vk, vk.reference))
     options = {"backend"} | ({"rows"} if name == "compact_" else set()) | ({"cu_seqlens"} if name == "variation_score" else set())
     assert {p for p in op if p not in options} == set(spec)
