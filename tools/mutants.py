@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows behind the last segment are lost", PLAN,
-        "if by_item[i]:\n            str", "if len(by_item[i]) == 1:\n            str", DROP,
+        "[3] = end - at", "[3] = end - at if len(by_item[i]) == 1 else 0", DROP,
     ),
     Mutant("a selection is as wide as k", PLAN, "ks = tuple(min(x, s.available) for", "ks = tuple(min(x, s.n) for", TOPK),
     Mutant(
