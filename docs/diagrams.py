@@ -170,7 +170,7 @@ def engine() -> str:
     d.box(690, 30, 150, 60, ["decode", "masks of later steps"], "amber")
     d.box(500, 140, 150, 60, ["policy", "scores, or merging"], "green")
     d.box(690, 140, 150, 60, ["caches", "rows kept per layer"], "plain")
-    d.box(250, 140, 200, 60, ["model adapter", "all that knows transformers"], "plain")
+    d.box(250, 140, 200, 60, ["model adapter", "all use of transformers"], "plain")
     d.box(20, 140, 180, 60, ["Hugging Face model", "unmodified"], "white")
     d.box(
         250, 260, 590, 60, ["ops: drop_tokens, attention_score, compact_, ...", "one call per stage for the whole batch"], "green"
