@@ -14,7 +14,7 @@ from support import slow, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from v2drop_kernels.core.layout import TokenLayout
-from v2drop_kernels.models import TokenDropper, policies
+from v2drop_kernels.models import Ranking, TokenDropper, policies
 from v2drop_kernels.models.adapters import adapter_of
 from v2drop_kernels.models.context import DropContext
 from v2drop_kernels.models.policies import sparsevlm as sparsevlm_module
@@ -103,10 +103,18 @@ def alike(items, stop, pads):
         hidden[pad : pad + item.n] = item.hidden
 
 
+def scores_of(policy, stop):
+    """Scores ``[B, N]`` as numbers: tiers lie apart by more than the scores inside them differ."""
+    ranking = policy.score(stop)
+    return ranking.shifted(stop.droppable) if isinstance(ranking, Ranking) else ranking
+
+
 def kept_by(policy, stop, pads):
     """Per item the rows that stay, as numbers in the item, and the scores."""
     with torch.no_grad():
         scores = policy.score(stop)
+    if isinstance(scores, Ranking):
+        scores = scores.ordinals(stop.droppable)
     assert scores.dtype == torch.float32
     assert scores.shape == stop.hidden.shape[:2]
     kept = []
@@ -373,7 +381,7 @@ def test_rows_that_the_mask_hides(name, options):
         without, embeds=stop.embeds, origin=left[None], tower_cache={}
     )  # hidden because an earlier stage dropped them
     with torch.no_grad():
-        got, want, same = (policy.score(x)[:, 5:45] for x in (stop, without, later))
+        got, want, same = (scores_of(policy, x)[:, 5:45] for x in (stop, without, later))
     assert torch.equal(same, want)
     # The same sums in another order: rounding of logits up to some 30 by 2**-24, a few times; a row too many costs per cents.
     torch.testing.assert_close(got, want, rtol=2**-16, atol=2**-20)
@@ -685,7 +693,7 @@ def test_vtw_keeps_nothing():
 @pytest.mark.parametrize("name", ["sparsevlm", "dart", "cross_modal"])
 def test_no_block_before(name):
     stop, _, _ = batch_of(model_of(2), ONE_IMAGE, "left", 2)
-    stop.prev_hidden = None
+    stop.prev_hidden, stop.stage = None, Stage(2, 0.5, policy=name)
     with pytest.raises(ValueError, match=f"'{name}' needs the .* of a block before it"):
         policies.make(name, {}).score(stop)
 
@@ -718,7 +726,9 @@ def test_no_host_synchronisation(name, options):
     policy = policies.make(name, options)
     with torch.no_grad(), NoHost():
         policy.score(stop)
-        policy.score(stop)  # with what it remembers
+        again = policy.score(stop)  # with what it remembers
+        if isinstance(again, Ranking):
+            again.ordinals(stop.droppable)
         table = torch.arange(4).expand(len(SEVERAL), -1)
         policy.merge(stop, table, stop.hidden[:, :4])
 
@@ -743,7 +753,7 @@ def test_half_precision(name, options, dtype):
         stop.hidden, stop.prev_hidden, stop.embeds = map(cast, (stop.hidden, stop.prev_hidden, stop.embeds))
         stop.rope = tuple(map(cast, stop.rope))
         with torch.no_grad():
-            scores.append([policy.score(stop)[i, stop.droppable[i]] for i, item in enumerate(items) if item.vision])
+            scores.append([scores_of(policy, stop)[i, stop.droppable[i]] for i, item in enumerate(items) if item.vision])
     for half, full in zip(*scores, strict=True):
         assert half.dtype == torch.float32
         a, b = (set(slow.best(x.tolist(), 13)) for x in (half, full))

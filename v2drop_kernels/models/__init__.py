@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
     from .policies import preset, presets
     from .policies.twigvlm import twig_schedule
     from .policy import Method, Policy
+    from .ranking import Ranking
     from .report import Kept, LayerReport, Report
     from .session import DropSession
     from .voco import voco_mask
@@ -26,6 +27,7 @@ __all__ = [
     "LayerReport",
     "Method",
     "Policy",
+    "Ranking",
     "Report",
     "TokenDropper",
     "ilvas",
@@ -43,6 +45,7 @@ if not typing.TYPE_CHECKING:  # otherwise type checkers would accept every name
         "policies": ("preset", "presets"),
         "policies.twigvlm": ("twig_schedule",),
         "policy": ("Method", "Policy"),
+        "ranking": ("Ranking",),
         "report": ("Kept", "LayerReport", "Report"),
         "session": ("DropSession",),
         "voco": ("voco_mask",),

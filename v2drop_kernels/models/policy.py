@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .adapters import ModelAdapter
     from .context import DropContext
+    from .ranking import Ranking
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,15 @@ class Policy:
         """Register hooks in the vision tower that write to ``tower_cache``; yield their handles."""
         return iter(())
 
-    def score(self, context: DropContext) -> torch.Tensor | None:
-        """float32 ``[B, N]``, higher means keep; rows that are not droppable may hold anything. None: variation by its metric."""
+    def score(self, context: DropContext) -> torch.Tensor | Ranking | None:
+        """Rank the tokens of a stage.
+
+        Returns
+        -------
+        Tensor | Ranking | None
+            float32 ``[B, N]``, higher means keep, where rows that are not droppable may hold anything; or a :class:`Ranking`
+            whose tiers precede the scores; or None for the variation by ``context.stage.metric``.
+        """
         raise NotImplementedError
 
     def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .caches import compact_static
 from .context import DropContext
 from .forward import Forward
 from .prefill import Prefill, real_lengths
+from .ranking import Ranking
 from .rows import KeptRows
 from .setup import Setup
 from .soft import apply_mask
@@ -79,6 +80,8 @@ def _scores(setup: Setup, context: DropContext, ratio: torch.Tensor | None) -> t
         if ratio is not None and scores is None:
             assert context.prev_hidden is not None
             return variation_score(context.prev_hidden, hidden, metric=context.stage.metric, score_dtype=setup.options.score_dtype)
+        if isinstance(scores, Ranking):
+            return scores.ordinals(context.droppable) if ratio is None else scores.shifted(context.droppable)
         return scores
 
 

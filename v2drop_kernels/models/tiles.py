@@ -8,6 +8,7 @@ import torch
 
 from ..ops.topk.order import ranked
 from .adapters.tower import TOWER, Tower, project_features
+from .ranking import Ranking
 
 if TYPE_CHECKING:
     from .context import DropContext
@@ -109,10 +110,18 @@ class Tiles:
         """An item's ``total``, split evenly over its tiles; the first tiles get the remainder."""
         return total // self.count + (self.number < total % self.count)
 
-    def score(self, tier: torch.Tensor, rank: torch.Tensor, extra: float = 9.0) -> torch.Tensor:
-        """Scores ``[B, N]``: higher tiers (small integers) first, lower ranks first among equals; ``extra`` for other rows."""
-        values = tier.float() - rank / (rank.shape[1] + 1)
-        return torch.nn.functional.pad(values.flatten(), (0, 1), value=extra)[self._patch].to(self.context.hidden.device)
+    def to_rows(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """Values of patches ``[T, W]`` at their rows: ``[B, N]``; ``fill`` at rows that are not patches."""
+        return torch.nn.functional.pad(values.flatten(), (0, 1), value=fill)[self._patch].to(self.context.hidden.device)
+
+    def ranking(self, tier: torch.Tensor, rank: torch.Tensor, *, extra_first: bool = True) -> Ranking:
+        """Rows in order of their patches' tier ``[T, W]`` (not negative) and then of their rank ``[T, W]``, low ranks first.
+
+        Other droppable rows (newlines, and CLS where it has a row) precede all tiers, or come last without ``extra_first``.
+        An item's top k are then exactly the patches of its upper tiers if these are k.
+        """
+        extra = torch.iinfo(torch.int32).max if extra_first else -1
+        return Ranking(self.to_rows(-rank.float(), 0.0), self.to_rows(tier.long(), extra))
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The patches of these rows ``[B, K]`` (-1: none), by tile: int64 ``[T, K']``, ascending, -1 for padding."""

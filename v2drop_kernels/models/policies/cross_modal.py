@@ -55,15 +55,13 @@ class CrossModal(Policy):
         return record_cls(adapter, tower_cache, (self.tower,)) if self.calibrated else iter(())
 
     def score(self, context: DropContext) -> torch.Tensor:
-        if context.prev_hidden is None:
-            raise ValueError("the policy 'cross_modal' needs the attention of a block before it: not where tokens enter the model")
+        prev_hidden = context.previous("the attention of a block before it")
         text = text_rows(context)
-        drawn = context.attention(context.layer - 1, context.prev_hidden, numbers(context, text))
+        drawn = context.attention(context.layer - 1, prev_hidden, numbers(context, text))
         if context.layer > self.calibrated:
             return drawn
         tiles = Tiles(context)
-        seen = tiles.cls(self.tower, "mean")  # [T, W]
-        cls = tiles.score(seen, torch.zeros_like(seen), extra=0.0)  # as they are, by row
+        cls = tiles.to_rows(tiles.cls(self.tower, "mean"), 0.0)
         return cross_modal_score(drawn, cls, self._alignment(context, text), self.scale)
 
     def _alignment(self, context: DropContext, text: torch.Tensor) -> float | torch.Tensor:

@@ -23,6 +23,7 @@ from ...ops.similarity import cosine_to_pivots, key_norm_score
 from ...ops.topk.order import ranked
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..text import text_rows
 
 
@@ -56,25 +57,28 @@ class DART(Policy):
         total = self.pivots + self.text_pivots
         return k if k >= n or k <= self.pivots else self.pivots + total * ((k - self.pivots) // total)
 
-    def score(self, context: DropContext) -> torch.Tensor:
-        if context.prev_hidden is None:
-            raise ValueError("the policy 'dart' needs the keys of a block before it: not where tokens enter the model")
-        _, keys = context.project(context.layer - 1, context.prev_hidden, context.last)
+    def score(self, context: DropContext) -> Ranking:
+        prev_hidden = context.previous("the keys of a block before it")
+        _, keys = context.project(context.layer - 1, prev_hidden, context.last)
         norms, vision = key_norm_score(keys, norm="l1", backend=context.backend), context.droppable
-        eyes, asking = _top(norms, vision, self.pivots), _top(norms, text_rows(context), self.text_pivots)
-        pivots = torch.cat([context.row_indices(eyes, self.pivots), context.row_indices(asking, self.text_pivots)], 1)
-        # The hooks of the norm belong to the engine: its forward alone is what is meant.
+        vision_pivots = _top(norms, vision, self.pivots)
+        text_pivots = _top(norms, text_rows(context), self.text_pivots)
+        pivots = torch.cat([context.row_indices(vision_pivots, self.pivots), context.row_indices(text_pivots, self.text_pivots)], 1)
+        # Only forward: the final norm's hooks belong to the session.
         cosines = cosine_to_pivots(context.adapter.decoder.norm.forward(context.hidden), pivots, backend=context.backend)
-        left = torch.tensor(context.keep, device=norms.device)[:, None] - eyes.sum(1, keepdim=True)
-        share = -(-left // (pivots >= 0).sum(1, keepdim=True).clamp(min=1))  # all pivots there: exact, by `count`
-        pool, scores = vision & ~eyes, torch.where(eyes, 3.0 * pivots.shape[1] + 3, -1.0)
-        place = torch.arange(pool.shape[1], device=pool.device)
-        for i, cosine in enumerate(cosines.unbind(1)):  # earlier takers first, whose cosines lie in 2 of the 3 between them
+        left = torch.tensor(context.keep, device=norms.device)[:, None] - vision_pivots.sum(1, keepdim=True)
+        share = -(-left // (pivots >= 0).sum(1, keepdim=True).clamp(min=1))  # without remainder if all pivots exist, by `count`
+        pool, place = vision & ~vision_pivots, torch.arange(vision.shape[1], device=vision.device)
+        # Vision pivots are kept first, then what the first pivot takes, then the second's, and so on.
+        tier = vision_pivots * (pivots.shape[1] + 1)
+        scores = torch.zeros_like(cosines[:, 0])
+        for i, cosine in enumerate(cosines.unbind(1)):
             order = cosine.masked_fill(~pool, torch.inf).argsort(dim=1, stable=True)
             taken = torch.zeros_like(pool).scatter_(1, order, place < share) & pool
-            scores = torch.where(taken, 3.0 * (pivots.shape[1] - i) - cosine, scores)
+            tier = torch.where(taken, pivots.shape[1] - i, tier)
+            scores = torch.where(taken, -cosine, scores)
             pool &= ~taken
-        return scores
+        return Ranking(scores, tier)
 
 
 def _top(norms: torch.Tensor, among: torch.Tensor, n: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ...ops.similarity import frame_similarity
 from ...ops.topk.order import ranked
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,21 @@ class DyCoke(Policy):
         pruned = frames - -(-frames // 4)
         return fixed + max(k - fixed, 0) // pruned * pruned if pruned else n
 
-    def score(self, context: DropContext) -> torch.Tensor:
+    def score(self, context: DropContext) -> Ranking:
         spans = context.layout.spans
         if context.layer or context.layout.counts is not None or any(len(item) > 1 for item in spans):
             raise ValueError("the policy 'dycoke' takes items of one video, where they enter the model (layer 0)")
-        found = torch.zeros(context.hidden.shape[:2], device=context.hidden.device)
+        scores = torch.zeros(context.hidden.shape[:2], device=context.hidden.device)
+        tier = torch.zeros_like(scores, dtype=torch.int64)
         for item, ((start, stop),) in ((i, x) for i, x in enumerate(spans) if x and x[0][1] - x[0][0] >= self.per_frame):
             frames = (stop - start) // self.per_frame
             end = start + frames * self.per_frame
             video = context.hidden[item, start:end].unflatten(0, (frames, self.per_frame))
             order = ranked(frame_similarity(video, pairs="dycoke", backend=context.backend))
             rank = torch.empty_like(order).scatter_(1, order, torch.arange(self.per_frame, device=order.device).expand_as(order))
-            rank[::4] = -1
-            found[item, start:end] = -rank.flatten().float()
-            found[item, end:stop] = 1
-        return found
+            never_dropped = torch.zeros_like(rank)
+            never_dropped[::4] = 1
+            scores[item, start:end] = -rank.flatten().float()
+            tier[item, start:end] = never_dropped.flatten()
+            tier[item, end:stop] = 1
+        return Ranking(scores.masked_fill(tier > 0, 0.0), tier)

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...core.schedule import Schedule, Stage
 from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..tiles import Tiles
 
 
@@ -44,7 +43,7 @@ class FasterVLM(Policy):
     def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
         return record_cls(adapter, tower_cache, [self.layer])
 
-    def score(self, context: DropContext) -> torch.Tensor:
+    def score(self, context: DropContext) -> Ranking:
         tiles = Tiles(context)
         rank = tiles.rank(tiles.cls(self.layer, "mean"))
-        return tiles.score(rank < tiles.even(tiles.budget())[:, None], rank)
+        return tiles.ranking(rank < tiles.even(tiles.budget())[:, None], rank)

@@ -35,6 +35,4 @@ class FastV(Policy):
     )
 
     def score(self, context: DropContext) -> torch.Tensor:
-        if context.prev_hidden is None:
-            raise ValueError("the policy 'fastv' needs the attention of a block before it: not where tokens enter the model")
-        return context.attention(context.layer - 1, context.prev_hidden)
+        return context.attention(context.layer - 1, context.previous("the attention of a block before it"))

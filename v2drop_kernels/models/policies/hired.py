@@ -21,6 +21,7 @@ from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..tiles import Tiles
 
 
@@ -56,7 +57,7 @@ class HiRED(Policy):
     def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
         return record_cls(adapter, tower_cache, [self.early, self.late])
 
-    def score(self, context: DropContext) -> torch.Tensor:
+    def score(self, context: DropContext) -> Ranking:
         tiles = Tiles(context)
         looked, top = self._looked(tiles)
         is_whole = [i for rows, columns in tiles.tower.grids for i in (True, *(False,) * (rows * columns))]
@@ -66,7 +67,7 @@ class HiRED(Policy):
         first = torch.where(size > 1, (share.double() * self.alpha).floor().long(), share)
         budget = torch.where(whole, first, (share - first) * looked // max(top, 1))
         rank = tiles.rank(tiles.cls(self.late, "sum"))
-        return tiles.score(rank < budget[:, None], rank, extra=-9.0)
+        return tiles.ranking(rank < budget[:, None], rank, extra_first=False)
 
     def _looked(self, tiles: Tiles) -> tuple[torch.Tensor, int]:
         """How many of the top patches of its whole image lie where a tile lies, int64 ``[T]``; and how many these are."""

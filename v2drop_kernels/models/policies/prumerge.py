@@ -24,6 +24,7 @@ from ..adapters import ModelAdapter
 from ..adapters.tower import TOWER, record_cls
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..tiles import Tiles, check_entry
 
 
@@ -96,7 +97,7 @@ class PruMerge(Policy):
         per_item = [sum(next(found) for _ in range(n // width)) for n in items]
         return tuple(n for n in per_item for _ in range(copies))
 
-    def score(self, context: DropContext) -> torch.Tensor:
+    def score(self, context: DropContext) -> Ranking:
         check_entry(context)
         tiles = Tiles(context)
         attention = tiles.cls(self.layer, "single-head")
@@ -113,7 +114,7 @@ class PruMerge(Policy):
         best = rank.masked_fill(chosen | ~tiles.present, rank.shape[1]).amin(1, keepdim=True)
         target = (rank == best) & tiles.present & self.extra
         context.tower_cache["prumerge"] = attention, target
-        return tiles.score(2 * chosen + target, rank)
+        return tiles.ranking(2 * chosen + target, rank)
 
     def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         tiles = Tiles(context)

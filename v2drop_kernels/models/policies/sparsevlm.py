@@ -33,6 +33,7 @@ from ...ops.merge_dropped.sparsevlm import recycled_clusters
 from ...ops.topk.order import ranked
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..text import numbers, prompt_rows, text_rows
 
 RECYCLED = 0.3
@@ -80,19 +81,18 @@ class SparseVLM(Policy):
         if self.heads < 1:
             raise ValueError(f"heads must be at least 1, got {self.heads!r}")
 
-    def score(self, context: DropContext) -> torch.Tensor:
-        if context.prev_hidden is None:
-            raise ValueError("the policy 'sparsevlm' needs the attention of a block before it: not where tokens enter the model")
+    def score(self, context: DropContext) -> torch.Tensor | Ranking:
+        prev_hidden = context.previous("the attention of a block before it")
         raters = _raters(context)
         if self.version == 2:
-            return self._gravity_free(context, context.prev_hidden, raters)
-        scores, droppable = context.attention(context.layer - 1, context.prev_hidden, raters), context.droppable
+            return self._gravity_free(context, prev_hidden, raters)
+        scores, droppable = context.attention(context.layer - 1, prev_hidden, raters), context.droppable
         most = [_tokens(n, k) for n, k in zip(context.counts, context.keep, strict=True)]
         first = torch.arange(scores.shape[1], device=scores.device) < torch.tensor(most, device=scores.device)[:, None]
         kept = torch.zeros_like(droppable).scatter_(1, ranked(scores, droppable), first) & droppable
         clusters = context.tower_cache["clusters"] = recycled_clusters(context.hidden, scores, droppable & ~kept, share=RECYCLED)
         centre = clusters == torch.arange(scores.shape[1], device=scores.device)
-        return torch.where(kept, 3.0, torch.where(centre, 2.0, scores))  # weights are at most 1
+        return Ranking(scores.masked_fill(kept | centre, 0.0), torch.where(kept, 2, centre.long()))
 
     def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self.version == 2:

@@ -24,6 +24,7 @@ from ..adapters import ModelAdapter
 from ..adapters.tower import Tower, clip_tower, record_tower
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..tiles import Tiles, check_entry
 
 
@@ -76,7 +77,7 @@ class ToMe(Policy):
         yield adapter.body.multi_modal_projector.register_forward_hook(functools.partial(_hand_back, record))
         yield from handles
 
-    def score(self, context: DropContext) -> torch.Tensor:
+    def score(self, context: DropContext) -> Ranking:
         check_entry(context)
         tiles = Tiles(context)
         group = tiles.tower.notes["row"][:, 1:]
@@ -85,7 +86,7 @@ class ToMe(Policy):
         first = torch.full_like(group, group.shape[1]).scatter_reduce(
             1, group, index.masked_fill(~tiles.present, group.shape[1]), "amin"
         )
-        return tiles.score(first.gather(1, group) == index, tiles.rank(size.gather(1, group).float()))
+        return tiles.ranking(first.gather(1, group) == index, tiles.rank(size.gather(1, group).float()))
 
 
 def _watch_block(block: Any, record: Tower, index: int, r: int, proportional: bool) -> Iterator[Any]:

@@ -61,5 +61,4 @@ class Variation(Policy):
     )
 
     def score(self, context: DropContext) -> None:
-        if context.prev_hidden is None:
-            raise ValueError("the policy 'variation' needs tokens that a block has changed: not where they enter the model")
+        context.previous("tokens that a block has changed")

@@ -23,6 +23,7 @@ from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
 from ..context import DropContext
 from ..policy import Method, Policy
+from ..ranking import Ranking
 from ..tiles import Tiles, check_entry
 
 
@@ -57,7 +58,7 @@ class VisionZip(Policy):
     def register_hooks(self, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
         return record_cls(adapter, tower_cache, [self.layer])
 
-    def score(self, context: DropContext) -> torch.Tensor:
+    def score(self, context: DropContext) -> Ranking:
         check_entry(context)
         tiles = Tiles(context)
         budget = tiles.even(tiles.budget())
@@ -66,7 +67,7 @@ class VisionZip(Policy):
         dominant = rank < (budget - contextual)[:, None]
         targets = contextual_targets(dominant, contextual, droppable=tiles.present)
         context.tower_cache["visionzip"] = targets
-        return tiles.score(2 * dominant + targets, rank)
+        return tiles.ranking(2 * dominant + targets, rank)
 
     def merge(self, context: DropContext, kept: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         tiles = Tiles(context)
