@@ -1,8 +1,9 @@
 """The demos: ``python -m v2drop_kernels demo [IMAGE]``.
 
 Without a photo, in a source checkout, the small trained model of ``examples/tiny_vlm`` answers a question with and without drops.
-A photo goes through a LLaVA-shaped decoder that drops its vision tokens in three stages, each checked and timed. That decoder
-has seeded random weights, so the picture shows the mechanism and no understanding.
+A photo is run through a LLaVA-shaped decoder that drops its vision tokens in three stages, each checked and timed. The decoder has
+seeded random weights, so the picture shows how tokens are dropped, not what a trained model would keep. Progress is printed on
+stderr, results on stdout.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import plot, reference
 from ._demo_model import GRID, HEAD_DIM, PATCH, SIDE, SYSTEM_TOKENS, Decoder
+from ._steps import step
 from .backends.choice import BACKENDS, backend, explain
 from .core.layout import TokenLayout
 from .ops.drop_tokens import drop_tokens
@@ -35,7 +37,7 @@ WARM_UPS = 2
 
 
 class DemoError(Exception):
-    """What went wrong, in one line for the user."""
+    """An error that is shown to the user in one line."""
 
 
 class Times(NamedTuple):
@@ -74,12 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a photo, or one of scikit-learn's samples: {', '.join(SAMPLES)}, for a LLaVA-shaped decoder with random weights "
         "(default: a picture and a question for the small trained model of a source checkout)",
     )
-    parser.add_argument("--question", help="to the trained model, for instance 'row blue' or 'red below right'")
-    parser.add_argument("--ranking", default="variation", help="of the trained model's picture (default: variation)")
+    parser.add_argument("--question", help="question for the trained model, for instance 'row blue' or 'red below right'")
+    parser.add_argument("--ranking", default="variation", help="of the trained model: the one drawn (default: variation)")
     parser.add_argument("--preset", choices=PRESETS, default="192", help="V2Drop's budget for LLaVA-1.5 (default: 192)")
     parser.add_argument("--backend", choices=BACKENDS, help="force a backend (default: the first that can serve)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the model's picture, or of the random weights (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the picture, or of the random weights (default: 0)")
     parser.add_argument("--repeats", type=_positive, default=31, help="timed runs of each drop step (default: 31)")
     parser.add_argument("-o", "--output", type=Path, default=Path("v2drop_demo.png"), help="the picture (default: v2drop_demo.png)")
     # A narrower decoder keeps the tests quick.
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     _check_output(args.output)
     if args.image is not None:
         if args.question is not None:
-            raise DemoError("--question is for the trained model; a photo meets random weights, which answer nothing")
+            raise DemoError("--question is for the trained model; the decoder for photos has random weights")
         return run_photo(args)
     missing = [name for name in ("transformers", "sklearn") if importlib.util.find_spec(name) is None]
     checkout = Path(__file__).resolve().parents[1]
@@ -101,12 +103,12 @@ def run(args: argparse.Namespace) -> int:
     why = f"{missing[0]} is not installed" if missing else "it comes with a source checkout"
     if args.question is not None:
         raise DemoError(f"--question needs the trained model of examples/tiny_vlm, and {why}")
-    print(f"The trained model of examples/tiny_vlm is not here ({why}): a photo and random weights instead.\n")
+    print(f"The trained model of examples/tiny_vlm is not available ({why}): using a photo and random weights instead.\n")
     return run_photo(args)
 
 
 def run_photo(args: argparse.Namespace) -> int:
-    """A photo through the decoder with random weights."""
+    """Run a photo through the decoder with random weights."""
     began = time.perf_counter()
     name, pixels = load_image(args.image or SAMPLES[0])
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +124,7 @@ def run_photo(args: argparse.Namespace) -> int:
         f"decoder   {decoder.layers} LLaVA-shaped layers, width {decoder.width}, {heads} heads of {HEAD_DIM}, float32, "
         f"{device}" + (f" with {threads} threads" if device == "cpu" else "")
     )
-    print(f"weights   RANDOM (seed {decoder.seed}): the kept patches show the mechanism, not understanding")
+    print(f"weights   RANDOM (seed {decoder.seed}): the kept patches show how tokens are dropped, not what a trained model keeps")
     steps = ", ".join(f"layer {stage.layer} drops {1 - stage.keep:.0%}" for stage in schedule.stages)
     print(f'schedule  V2Drop "{args.preset} tokens" preset for LLaVA-1.5: {steps}\n', flush=True)
 
@@ -139,7 +141,7 @@ def run_photo(args: argparse.Namespace) -> int:
         [range(total), *(stage.kept for stage in stages)],
         grid=(GRID, GRID),
         titles=[f"before: {total} vision tokens", *(f"after the drop at layer {s.layer}: {len(s.kept)}" for s in stages)],
-        caption=f'V2Drop "{args.preset} tokens" preset; a decoder with random weights: it shows the mechanism, not understanding',
+        caption=f'V2Drop "{args.preset} tokens" preset; a decoder with random weights, so not what a trained model would keep',
     )
     try:
         figure.savefig(args.output)
@@ -155,8 +157,9 @@ def run_photo(args: argparse.Namespace) -> int:
 def prefill(
     decoder: Decoder, pixels: Tensor, schedule: Schedule, forced: str | None, repeats: int
 ) -> tuple[list[Stage], list[int], list[int]]:
-    """Run the prompt through all layers; return the drop stages, the vision tokens and the KV rows of every layer."""
-    h = decoder.embed(pixels, TEXT_TOKENS)
+    """Run the prompt through all layers; return the drop stages, and the vision tokens and KV rows of every layer."""
+    with step("embedding the prompt"):
+        h = decoder.embed(pixels, TEXT_TOKENS)
     ids = torch.arange(h.shape[1], device=h.device)[None]
     rope = decoder.rope(ids)
     vision = (SYSTEM_TOKENS, SYSTEM_TOKENS + GRID * GRID)
@@ -164,22 +167,26 @@ def prefill(
     h_prev = h
     planned = {stage.layer: stage for stage in schedule.stages}
     stages, per_layer, cache = [], [], []
-    for layer in range(decoder.layers):
-        if layer in planned:
-            # The score is what the previous layer added: this layer's input against the previous layer's input. Caches of
-            # earlier layers keep all their rows, as in V2Drop; later layers see fewer, at their old positions.
+    starts = sorted({0, *planned})
+    for start, stop in zip(starts, [*starts[1:], decoder.layers], strict=True):
+        if start in planned:
+            # The score is the change by the previous layer: its input against this layer's input. Caches of earlier layers keep
+            # all their rows, as in V2Drop; later layers have fewer rows, with their old position ids.
             before = _vision_tokens(layout)
-            k = planned[layer].count(before)
-            dropped, used, ours, theirs, equal = _checked(
-                h_prev, h, k, droppable=layout, position_ids=ids, rope=rope, forced=forced, repeats=repeats
-            )
+            k = planned[start].count(before)
+            with step(f"drop before layer {start}: checked and timed {repeats} times"):
+                dropped, used, ours, theirs, equal = _checked(
+                    h_prev, h, k, droppable=layout, position_ids=ids, rope=rope, forced=forced, repeats=repeats
+                )
             h, ids, rope, layout = dropped.hidden, dropped.position_ids, dropped.rope, dropped.layout
             patches = [p - vision[0] for p in ids[0].tolist() if vision[0] <= p < vision[1]]
-            stages.append(Stage(layer, before, _vision_tokens(layout), used, ours, theirs, equal, patches))
-        per_layer.append(_vision_tokens(layout))
-        h_prev = h
-        h, kv = decoder.block(layer, h, rope)
-        cache.append(kv)
+            stages.append(Stage(start, before, _vision_tokens(layout), used, ours, theirs, equal, patches))
+        with step(f"layers {start} to {stop - 1}: drawing weights and running"):
+            for layer in range(start, stop):
+                per_layer.append(_vision_tokens(layout))
+                h_prev = h
+                h, kv = decoder.block(layer, h, rope)
+                cache.append(kv)
     return stages, per_layer, [kv[0].shape[2] for kv in cache]
 
 
@@ -227,7 +234,7 @@ def _checked(
     equal = all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b)) for a, b in pairs)
     times: tuple[list[float], list[float]] = ([], [])
     threads = torch.get_num_threads()
-    # With more, one busy neighbour makes torch's threads wait for each other: 80 ms instead of 0.4 were seen at layer 3.
+    # One thread: on a busy machine torch's threads wait for each other, and 80 ms instead of 0.4 were measured at layer 3.
     torch.set_num_threads(1)
     try:
         for i in range(WARM_UPS + repeats):
@@ -280,11 +287,11 @@ def _print_table(stages: list[Stage], repeats: int) -> None:
             print("  ".join("-" * w for w in widths))
     print(
         f"\ndrop step: hidden states, position ids and rope tables; median of {repeats} runs, one thread. reference: the plain\n"
-        "PyTorch specification on the same inputs, run in turn with it; it is written to be read, not to be fast (make bench\n"
-        "compares with tuned PyTorch). equal: kept rows, hidden states, position ids and rope tables have the same bits."
+        "PyTorch specification on the same inputs, run in turn with it and not tuned for speed (make bench compares with tuned\n"
+        "PyTorch). equal: kept rows, hidden states, position ids and rope tables have the same bits."
     )
     if any(s.ours.noisy or s.torch.noisy for s in stages):
-        print("~: the median is over 1.5 times the shortest run; something else kept the machine busy, so do not trust the ratio.")
+        print("~: the median is over 1.5 times the shortest run; other programs kept the machine busy, so the ratio is unreliable.")
 
 
 def _runs(values: list[int]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import v2drop_kernels as vk
+from v2drop_kernels._steps import step
 
 from . import data, model
 
@@ -25,7 +26,7 @@ RANKINGS = {
     "last-token attention": {"policy": "fastv"},
     "random": {"policy": "random"},
 }
-MORE = 64  # further questions, so that one lucky or unlucky answer is seen for what it is
+MORE = 64  # further questions, because one answer may be right or wrong by chance
 
 
 class Answer(NamedTuple):
@@ -64,10 +65,10 @@ def ask(net: Any, examples: Sequence[data.Example], schedule: vk.Schedule | None
         "pixel_values": torch.from_numpy(np.stack([e.pixels for e in examples])),
     }
     dropper = vk.models.TokenDropper(schedule or vk.Schedule(()), backend=backend)
-    with torch.inference_mode(), dropper(net) as dropping:
+    with torch.inference_mode(), dropper(net) as session:
         ids = net.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=4, do_sample=False)
         found = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        return [Answer(data.decode(row), dropping.report(), dropping.kept(i).stages) for i, row in enumerate(found)]
+        return [Answer(data.decode(row), session.report(), session.kept(i).stages) for i, row in enumerate(found)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # 3 MB are loaded at once
-    example, net = choose(args.question, args.seed), model.load()
+    example = choose(args.question, args.seed)
+    with step("loading the trained model"):
+        net = model.load()
     words, truth = " ".join(example.question.words), example.answer
     backend = args.backend or vk.explain(torch.zeros(1)).chosen
     print(f"picture   held-out digits, seed {args.seed}: 10 x 10 patches; nine cells, numbered like a telephone's keys")
@@ -94,11 +97,12 @@ def run(args: argparse.Namespace) -> int:
     answers, rows, same = {}, [], True
     for name in ("nothing dropped", *RANKINGS):
         schedule = schedule_of(args.preset, name) if name in RANKINGS else None
-        (found,), (wanted,) = (ask(net, [example], schedule, which) for which in (args.backend, "reference"))
+        with step(f"{name}: this question, and {MORE} others"):
+            (found,), (wanted,) = (ask(net, [example], schedule, which) for which in (args.backend, "reference"))
+            right = sum(a.digits == e.answer for a, e in zip(ask(net, more, schedule, args.backend), more, strict=True))
         equal = found.kept == wanted.kept and found.digits == wanted.digits
         same &= equal
         answers[name] = found
-        right = sum(a.digits == e.answer for a, e in zip(ask(net, more, schedule, args.backend), more, strict=True))
         needed = [len(set(kept) & set(example.relevant)) for kept in found.kept]
         rows.append(
             (
