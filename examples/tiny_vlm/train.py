@@ -1,20 +1,24 @@
 """Train the tiny vision-language model from scratch: `python -m examples.tiny_vlm.train`.
 
-Step 1 teaches the vision tower what each patch holds, through a linear head that is thrown away: LLaVA starts from a trained tower
-too. Step 2 trains everything on questions. Several questions share one picture: each sees the picture and itself only, by a mask,
-which gives what prompts of their own would give, for a fraction of the work.
+Step 1 trains the vision tower to recognise what each patch contains, through a linear head that is discarded; LLaVA also starts
+from a trained tower. Step 2 trains all parameters on questions. Several questions share one picture: a mask lets each attend to the
+picture and itself only, which gives the same result as one prompt per question for a fraction of the work. On a terminal, progress
+bars show both steps (rich).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
+import importlib.util
 import json
 import math
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,6 +189,20 @@ def image_features(net: Any, pixels: torch.Tensor) -> torch.Tensor:
     return net.model.multi_modal_projector(net.model.vision_tower(pixels).last_hidden_state[:, 1:])
 
 
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[float], None]]:
+    """A function to call with the share that is done, which moves a bar if stdout is a terminal and rich is installed."""
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
+
+
 def measure(net: Any, head: torch.nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Held-out accuracy by kind and order, and what hiding the whole picture from block 2 on leaves."""
     net.eval()
@@ -244,18 +262,20 @@ def main() -> None:
         weight_decay=0.05,
         fused=True,
     )
-    for step in range(0 if args.init else args.tower_steps):
-        tower_optimizer.param_groups[0]["lr"] = rate(step / args.tower_steps, 2e-3)
-        batch = pack(data.scenes("train", 2 * args.batch, rng, warp=True), 1, ("step",), rng)
-        loss, wrong = patch_loss(image_features(net, batch.pixels), head, batch.patches)
-        tower_optimizer.zero_grad()
-        loss.backward()
-        tower_optimizer.step()
-        if step % 100 == 99:
-            print(
-                f"tower {step + 1}: {time.time() - start:.0f} s, loss {loss.item():.3f}, digits wrong {wrong.item():.3f}",
-                flush=True,
-            )
+    with contextlib.nullcontext() if args.init else progress_bar("vision tower") as advance:
+        for step in range(0 if args.init else args.tower_steps):
+            tower_optimizer.param_groups[0]["lr"] = rate(step / args.tower_steps, 2e-3)
+            batch = pack(data.scenes("train", 2 * args.batch, rng, warp=True), 1, ("step",), rng)
+            loss, wrong = patch_loss(image_features(net, batch.pixels), head, batch.patches)
+            tower_optimizer.zero_grad()
+            loss.backward()
+            tower_optimizer.step()
+            advance((step + 1) / args.tower_steps)
+            if step % 100 == 99:
+                print(
+                    f"tower {step + 1}: {time.time() - start:.0f} s, loss {loss.item():.3f}, digits wrong {wrong.item():.3f}",
+                    flush=True,
+                )
 
     if not args.no_compile:
         for layer in net.model.language_model.layers:
@@ -266,53 +286,55 @@ def main() -> None:
     rows: list[dict[str, float]] = []
     mistakes = {order: np.ones(len(data.KINDS)) for order in ("after", "before")}
     step, progress, begun = 0, 0.0, time.time()
-    while progress < 1.0:
-        progress = max(step / args.steps, (time.time() - begun) / max(1.0, args.minutes * 60 - (begun - start)))
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = rate(progress, 1.5 * args.lr if isinstance(opt, torch.optim.Muon) else args.lr)
-        turn = math.floor((step + 1) * args.before) > math.floor(step * args.before)
-        order = "before" if turn and mistakes["after"][0] < 0.5 else "after"
-        weights = (0.1 + mistakes[order]) * curriculum(mistakes["after"])
-        kinds = tuple(rng.choice(data.KINDS, 64, p=weights / weights.sum()).tolist())
-        # One question each: more pictures make up for it.
-        scenes = data.scenes("train", args.batch * (3 if order == "before" else 1), rng, warp=True)
-        batch = pack(scenes, args.questions if order == "after" else 1, kinds, rng, order)
-        seen.clear()
-        hidden = hidden_states(net, batch)[:, batch.image.stop :]
-        labels = batch.labels[:, batch.image.stop :]
-        logits = net.lm_head(hidden)
-        answer_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        place_loss = F.cross_entropy(where(hidden).flatten(0, 1), batch.places[:, batch.image.stop :].flatten())
-        if order == "after":
-            answer_loss = answer_loss + F.cross_entropy(logits.flatten(0, 1), batch.hints[:, batch.image.stop :].flatten())
-        seen_loss, _ = patch_loss(seen[-1], head, batch.patches)
-        for opt in opts:
-            opt.zero_grad()
-        (answer_loss + 0.5 * seen_loss + 0.5 * place_loss).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-        right = ((logits.argmax(-1) == labels) | (labels < 0)).view(*batch.kinds.shape, -1).all(-1)
-        for i in range(len(data.KINDS)):
-            if (asked := batch.kinds == i).any():
-                mistakes[order][i] += 0.05 * (1 - right[asked].float().mean().item() - mistakes[order][i])
-        step += 1
-        if step % 100 == 0 or progress >= 1.0:
-            row = {
-                "at": step,
-                "seconds": round(time.time() - start, 1),
-                "lr": rate(progress, args.lr),
-                "loss": answer_loss.item(),
-                "place_loss": place_loss.item(),
-            }
-            rows.append({**row, **measure(net, head, held_out)})
-            print(" ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
-            with open(args.out / "curve.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-            save(net, args.out)
+    with progress_bar("questions") as advance:
+        while progress < 1.0:
+            progress = max(step / args.steps, (time.time() - begun) / max(1.0, args.minutes * 60 - (begun - start)))
+            for opt in opts:
+                for group in opt.param_groups:
+                    group["lr"] = rate(progress, 1.5 * args.lr if isinstance(opt, torch.optim.Muon) else args.lr)
+            turn = math.floor((step + 1) * args.before) > math.floor(step * args.before)
+            order = "before" if turn and mistakes["after"][0] < 0.5 else "after"
+            weights = (0.1 + mistakes[order]) * curriculum(mistakes["after"])
+            kinds = tuple(rng.choice(data.KINDS, 64, p=weights / weights.sum()).tolist())
+            # One question each: more pictures make up for it.
+            scenes = data.scenes("train", args.batch * (3 if order == "before" else 1), rng, warp=True)
+            batch = pack(scenes, args.questions if order == "after" else 1, kinds, rng, order)
+            seen.clear()
+            hidden = hidden_states(net, batch)[:, batch.image.stop :]
+            labels = batch.labels[:, batch.image.stop :]
+            logits = net.lm_head(hidden)
+            answer_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            place_loss = F.cross_entropy(where(hidden).flatten(0, 1), batch.places[:, batch.image.stop :].flatten())
+            if order == "after":
+                answer_loss = answer_loss + F.cross_entropy(logits.flatten(0, 1), batch.hints[:, batch.image.stop :].flatten())
+            seen_loss, _ = patch_loss(seen[-1], head, batch.patches)
+            for opt in opts:
+                opt.zero_grad()
+            (answer_loss + 0.5 * seen_loss + 0.5 * place_loss).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            for opt in opts:
+                opt.step()
+            right = ((logits.argmax(-1) == labels) | (labels < 0)).view(*batch.kinds.shape, -1).all(-1)
+            for i in range(len(data.KINDS)):
+                if (asked := batch.kinds == i).any():
+                    mistakes[order][i] += 0.05 * (1 - right[asked].float().mean().item() - mistakes[order][i])
+            step += 1
+            advance(min(progress, 1.0))
+            if step % 100 == 0 or progress >= 1.0:
+                row = {
+                    "at": step,
+                    "seconds": round(time.time() - start, 1),
+                    "lr": rate(progress, args.lr),
+                    "loss": answer_loss.item(),
+                    "place_loss": place_loss.item(),
+                }
+                rows.append({**row, **measure(net, head, held_out)})
+                print(" ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()), flush=True)
+                with open(args.out / "curve.csv", "w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0])
+                    writer.writeheader()
+                    writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+                save(net, args.out)
     about = {
         "command": " ".join(["python", "-m", "examples.tiny_vlm.train", *sys.argv[1:]]),
         "steps_done": step, "seconds": round(time.time() - start, 1), "seed": args.seed, "threads": args.threads,
