@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from readme_table import Row, duration, table
+from tables import Row, duration, table
 
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 OWN = ("triton", "cuda", "reference")

@@ -22,7 +22,11 @@ from providers import Case, Expected, Inputs, _legal_set, _rows, _same_scores, m
 import v2drop_kernels as vk
 from v2drop_kernels import reference
 from v2drop_kernels.backends import choice
+from v2drop_kernels.backends.choice import runner_of
+from v2drop_kernels.backends.native import launch_mode
+from v2drop_kernels.backends.requests import CompactBackwardRequest
 from v2drop_kernels.core.types import GatherSpec
+from v2drop_kernels.ops.compact.torch_op import BACKWARD as COMPACT_BACKWARD
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUARTER = Fraction(1, 4)
@@ -31,6 +35,7 @@ VIDEO, VIDEOS, LONG = Case(1, 6272, 3584, QUARTER), Case(8, 6272, 3584, QUARTER)
 ROUNDED = 2.0**-7  # what a bfloat16 difference or norm may be off
 EXACT = 1e-5  # another order of summation of a few thousand float32 terms
 DESIGNS = ("cooperative", "two", "three")
+LAUNCH_MODES = {"two": "fused", "three": "separate"}
 DESIGNED_ROWS = 2048  # kFusedSelect of csrc/core/tuning_cuda.h: beyond it there is one design
 # Baselines are named by what they do; where a bar names several, the fastest one counts.
 COPIES, READS = ("copy", "copy-kernel"), ("read-sum", "read-norm", "read-max")
@@ -162,7 +167,7 @@ def own(case: Case, meter: HostMeter, designs: bool = False) -> Iterator[tuple[s
         yield backend, backend, contextlib.nullcontext, why
         if designs and backend == "cuda" and case.n <= DESIGNED_ROWS:
             for design in DESIGNS:
-                yield f"cuda-{design}", "cuda", functools.partial(choice.load("cuda").design, design), why
+                yield f"cuda-{design}", "cuda", functools.partial(launch_mode, LAUNCH_MODES.get(design, design)), why
 
 
 class OwnBackends:
@@ -533,7 +538,7 @@ def backward(case: Case, meter: HostMeter) -> list[Candidate]:
     def run(backend: str, grad: torch.Tensor) -> torch.Tensor:
         if backend == "reference":
             return scattered(grad)
-        return choice.load(backend).compact_backward(keep, [GatherSpec(grad, 0, 1)], case.n)[0]
+        return runner_of(COMPACT_BACKWARD, backend).run(CompactBackwardRequest(keep, [GatherSpec(grad, 0, 1)], case.n))[0]
 
     check = same(scattered(grad), "gradients")
     moved = case.batch * (case.n + case.k) * case.row_bytes

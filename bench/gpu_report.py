@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu_floors import floors_table
 from gpu_outcomes import Outcomes
-from readme_table import Row, conditions, duration, read, table
+from tables import Row, conditions, duration, read, table
 
 OWN = ("triton", "cuda", "cuda-cooperative", "cuda-two", "cuda-three", "reference")
 OTHERS = {

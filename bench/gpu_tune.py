@@ -29,7 +29,7 @@ from gpu_meter import Call, HostMeter
 from gpu_outcomes import Outcomes
 from harness import ROOT
 from providers import _same_scores, moved_bytes
-from readme_table import duration, table
+from tables import duration, table
 
 import v2drop_kernels as vk
 

@@ -8,12 +8,13 @@ part comes from every folder of bench/results that holds an ``env.json``.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from tables import Row, conditions, duration, read, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
@@ -28,33 +29,6 @@ FILES = {
 }
 COMMAND = "make bench"
 WIDTH = 110  # columns of a line outside of tables
-
-Row = dict[str, str]
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a CSV file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers, to the right."""
-    rows = [list(head), ["---", *["---:"] * (len(head) - 1)], *map(list, lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def duration(us: str) -> str:
-    """Microseconds with a unit and three digits."""
-    value, unit = float(us), "us"
-    if value >= 1000:
-        value, unit = value / 1000, "ms"
-    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
-
-
-def conditions(row: Row) -> str:
-    """One sentence on where and when."""
-    return f"{row['machine']}; instruction set {row['isa']}; {row['versions']}; {row['date']}, commit {row['commit']}"
 
 
 def bars_table(rows: list[Row], asserted: bool) -> str:

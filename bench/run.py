@@ -21,6 +21,7 @@ import bars
 import harness
 import pytest
 import readme_table
+import tables
 from providers import OPS, providers
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +64,7 @@ def measure_suite(path: Path, run: str) -> int:
     )  # fmt: skip
 
 
-def roofline(rows: list[readme_table.Row]) -> str:
+def roofline(rows: list[tables.Row]) -> str:
     """Every op, shape and provider: bytes, time, GB/s and the share of the copy beside it."""
     lines = []
     for row in rows:
@@ -72,14 +73,14 @@ def roofline(rows: list[readme_table.Row]) -> str:
         if not row["median_us"]:
             lines.append([*start, row["check"], "-", "-", "-", "-"])
             continue
-        spread = f"{readme_table.duration(row['p20_us'])} to {readme_table.duration(row['p80_us'])}"
+        spread = f"{tables.duration(row['p20_us'])} to {tables.duration(row['p80_us'])}"
         share = f"{100 * float(row['copy_share']):.0f} %" if row["copy_share"] else "-"
-        lines.append([*start, readme_table.duration(row["median_us"]), spread, row["gb_s"], share, row["quiet"]])
+        lines.append([*start, tables.duration(row["median_us"]), spread, row["gb_s"], share, row["quiet"]])
     head = ["op, provider", "hidden", "threads", "cache", "MB", "median", "p20 to p80", "GB/s", "of a copy", "quiet"]
-    return readme_table.table(head, lines)
+    return tables.table(head, lines)
 
 
-def plot(rows: list[readme_table.Row], path: Path) -> None:
+def plot(rows: list[tables.Row], path: Path) -> None:
     """GB/s over bytes: this package, the other providers, and the copy that is the roof."""
     import matplotlib
 
@@ -111,7 +112,7 @@ def plot(rows: list[readme_table.Row], path: Path) -> None:
 
 def report(folder: Path, memory: str, seconds: float) -> str:
     """report.md, from the two CSV files."""
-    results, measured = readme_table.read(folder / "results.csv"), readme_table.read(folder / "bars.csv")
+    results, measured = tables.read(folder / "results.csv"), tables.read(folder / "bars.csv")
     first = measured[0]
     kind = {"dry": ": a dry run on tiny shapes, no measurement", "ungated": ": no noise gate, not to be quoted"}
     noisy = sum(row["quiet"] == "no" for row in results)
@@ -120,7 +121,7 @@ def report(folder: Path, memory: str, seconds: float) -> str:
     return "\n\n".join(
         [
             f"# CPU measurements{kind.get(first['run'], '')}",
-            f"{readme_table.conditions(first)}. Memory: {memory}. Made by `{readme_table.COMMAND}` in {seconds / 60:.1f} minutes.",
+            f"{tables.conditions(first)}. Memory: {memory}. Made by `{readme_table.COMMAND}` in {seconds / 60:.1f} minutes.",
             "## Bars",
             f"Two calls in turns in one process, at least {bars.REPETITIONS} times over at least {bars.SECONDS:g} s, with the same "
             "inputs on every turn; the value is the ratio of the minima (the host overhead: the median call). An attempt counts "
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "bars":
             broken = measure_suite(done / "results.csv", run)
         if options.only is None:
-            plot(readme_table.read(done / "results.csv"), done / "roofline.png")
+            plot(tables.read(done / "results.csv"), done / "roofline.png")
             (done / "report.md").write_text(report(done, memory, time.monotonic() - start))
         for file in sorted(done.iterdir()):
             (out / file.name).write_bytes(file.read_bytes())

@@ -3,10 +3,13 @@
 Item by item, float64 allowed, differentiable by autograd; shares only the argument parsing with the fast paths.
 """
 
-from .ops.attention_score.reference import attention_score, attention_score_backward, last_rows
+from .ops.attention_score.gradient import attention_score_backward
+from .ops.attention_score.queries import last_rows
+from .ops.attention_score.reference import attention_score
 from .ops.compact.reference import compact, compact_, gather
 from .ops.drop_tokens.reference import drop_tokens, select_and_gather
-from .ops.similarity.reference import cosine_to_pivots, cosine_to_pivots_backward, key_norm, key_norm_backward
+from .ops.similarity.gradient import cosine_to_pivots_backward, key_norm_backward
+from .ops.similarity.reference import cosine_to_pivots, key_norm
 from .ops.topk.reference import segmented_topk, variation_topk
 from .ops.variation_score.reference import variation_score
 

@@ -8,9 +8,26 @@ import pytest
 import torch
 from support.compiled import SM90, SM100, SM120, Compiled, compile_for, every_target, hidden, recorded, specialize
 
+from v2drop_kernels.backends.requests import (
+    AttentionRequest,
+    CompactBackwardRequest,
+    CompactRequest,
+    CosineRequest,
+    DropRequest,
+    KeyNormRequest,
+    ScoreBackwardRequest,
+    ScoreRequest,
+    Source,
+    TopKRequest,
+)
 from v2drop_kernels.core.plan import CuPlan, Plan
 from v2drop_kernels.core.types import GatherSpec
-from v2drop_kernels.ops import _triton as vt
+from v2drop_kernels.ops.attention_score.triton import attention_score
+from v2drop_kernels.ops.compact.triton import compact_, compact_backward
+from v2drop_kernels.ops.drop_tokens.triton import drop_tokens
+from v2drop_kernels.ops.similarity.triton import cosine_to_pivots, key_norm
+from v2drop_kernels.ops.topk.triton import topk
+from v2drop_kernels.ops.variation_score.triton import variation_score, variation_score_backward
 
 pytestmark = pytest.mark.compile_only
 
@@ -31,7 +48,7 @@ def table(n: int) -> Plan:
 
 
 def drop(n: int, parts: list[GatherSpec], plan: Plan | None = None, mask: torch.Tensor | None = None) -> None:
-    vt.drop(None, hidden(n), hidden(n), plan or uniform(n), mask, parts, "l2", None)
+    drop_tokens(DropRequest(Source(None, hidden(n), hidden(n), mask), plan or uniform(n), None, parts))
 
 
 def has_pdl(compiled: Compiled) -> bool:
@@ -53,7 +70,7 @@ SCORES = [
 @pytest.mark.parametrize(("metric", "d", "dtype", "score_dtype"), SCORES, ids=lambda x: str(x).removeprefix("torch."))
 def test_variation_score(target, metric, d, dtype, score_dtype):
     with recorded(target) as launches:
-        vt.variation_score(hidden(576, d, dtype), hidden(576, d, dtype), metric, score_dtype)
+        variation_score(ScoreRequest(Source(None, hidden(576, d, dtype), hidden(576, d, dtype), None, metric, score_dtype)))
     (score,) = launches
     compiled = compile_for(target, score)
     assert not has_pdl(compiled)
@@ -74,7 +91,7 @@ def test_variation_score(target, metric, d, dtype, score_dtype):
 @pytest.mark.parametrize("n", [576, 2048, 4096, 6272, 65536])
 def test_topk(target, n):
     with recorded(target) as launches:
-        vt.topk(torch.empty(1, n), None, None, uniform(n), None, "position", "l2", None)
+        topk(TopKRequest(Source(torch.empty(1, n), None, None), uniform(n), None, "position"))
     assert [x.name for x in launches] == ["select_fwd"]
     compile_for(target, launches[0])
 
@@ -83,7 +100,7 @@ def test_topk(target, n):
 def test_topk_by_score_of_device_lengths(target):
     plan = CuPlan(9000, (5,) * 32, 5, False)
     with recorded(target) as launches:
-        vt.topk(torch.empty(9000), None, None, plan, None, "score", "l2", None, torch.empty(33, dtype=torch.int32))
+        topk(TopKRequest(Source(torch.empty(9000), None, None), plan, torch.empty(33, dtype=torch.int32), "score"))
     assert [x.name for x in launches] == ["select_fwd", "rank_fwd"]
     for item in launches:
         assert has_pdl(compile_for(target, item)) == (target in (SM90, SM100, SM120))
@@ -127,7 +144,7 @@ def test_drop_table_and_mask(target, n):
 def test_drop_device_lengths(target):
     h, plan = hidden(9000)[0], CuPlan(9000, (5,) * 32, 160, True)
     with recorded(target) as launches:
-        vt.drop(None, h, h, plan, None, [GatherSpec(h, -1, 0)], "l2", None, torch.empty(33, dtype=torch.int32))
+        drop_tokens(DropRequest(Source(None, h, h), plan, torch.empty(33, dtype=torch.int32), [GatherSpec(h, -1, 0)]))
     assert [x.name for x in launches] == ["variation_score_fwd", "select_fwd", "gather_fwd"]
     for item in launches[:2]:
         compile_for(target, item)
@@ -138,8 +155,10 @@ def test_backward(target):
     n = 2048
     keep = torch.empty(1, n // 4, dtype=torch.int64)
     with recorded(target) as launches:
-        vt.variation_score_backward(torch.empty(1, n), hidden(n), hidden(n), "cosine", True, True)
-        vt.compact_backward(keep, [GatherSpec(hidden(n // 4), 0, 1)], n)
+        variation_score_backward(
+            ScoreBackwardRequest(torch.empty(1, n), Source(None, hidden(n), hidden(n), None, "cosine"), True, True)
+        )
+        compact_backward(CompactBackwardRequest(keep, [GatherSpec(hidden(n // 4), 0, 1)], n))
     assert [x.name for x in launches] == ["variation_score_bwd", "invert_fwd", "gather_fwd"]
     score, _, gather = (compile_for(target, x) for x in launches)
     if target.backend == "cuda":
@@ -149,7 +168,7 @@ def test_backward(target):
 @every_target
 def test_compact_in_place(target):
     with recorded(target) as launches:
-        vt.compact_(torch.empty(1, 512, dtype=torch.int64), everything(2048))
+        compact_(CompactRequest(torch.empty(1, 512, dtype=torch.int64), everything(2048)))
     assert [x.name for x in launches] == ["compact_inplace"]
     compiled = compile_for(target, launches[0])
     if target.backend == "cuda":
@@ -192,7 +211,7 @@ ATTENTIONS = [  # B, H, Hkv, Q, S, Dh
 def attend(b, h, h_kv, n, s, d, dtype=torch.bfloat16, mode="softmax", heads="mean", queries="mean", masks=True):
     flags = torch.empty(b, s, dtype=torch.bool) if masks else None
     q, k = torch.empty(b, h, n, d, dtype=dtype), torch.empty(b, h_kv, s, d, dtype=dtype)
-    vt.attention_score(q, k, torch.empty(b, n, dtype=torch.int64), flags, flags, True, 0.1, mode, heads, queries)
+    attention_score(AttentionRequest(q, k, torch.empty(b, n, dtype=torch.int64), flags, flags, True, 0.1, mode, heads, queries))
 
 
 @every_target
@@ -245,7 +264,7 @@ def test_attention_score_works_off_many_queries_in_chunks():
 @pytest.mark.parametrize("d", [64, 128, 80])
 def test_key_norm(target, dtype, norm, d):
     with recorded(target) as launches:
-        vt.key_norm(torch.empty(1, 8, 6272, d, dtype=dtype), norm)
+        key_norm(KeyNormRequest(torch.empty(1, 8, 6272, d, dtype=dtype), norm))
     assert [x.name for x in launches] == ["key_norm_fwd"]
     compiled = compile_for(target, launches[0])
     if target.backend == "cuda":
@@ -258,7 +277,7 @@ def test_key_norm(target, dtype, norm, d):
 )
 def test_cosine_to_pivots(target, dtype, p, d):
     with recorded(target) as launches:
-        vt.cosine_to_pivots(hidden(6272, d, dtype), torch.empty(1, p, dtype=torch.int64))
+        cosine_to_pivots(CosineRequest(hidden(6272, d, dtype), torch.empty(1, p, dtype=torch.int64)))
     assert [x.name for x in launches] == ["cosine_to_pivots_fwd"]
     compiled = compile_for(target, launches[0])
     if target.backend == "cuda":
@@ -270,7 +289,7 @@ def test_new_attention_lengths_do_not_recompile():
     for n, s in ((1, 576), (1, 601), (1, 640)):
         with recorded(SM90) as launches:
             attend(1, 28, 4, n, s, 128)
-            vt.cosine_to_pivots(hidden(s), torch.empty(1, 8, dtype=torch.int64))
-            vt.key_norm(torch.empty(1, 8, s, 128), "l1")
+            cosine_to_pivots(CosineRequest(hidden(s), torch.empty(1, 8, dtype=torch.int64)))
+            key_norm(KeyNormRequest(torch.empty(1, 8, s, 128), "l1"))
         sources.append([specialize(SM90, x)[0].hash() for x in launches])
     assert sources[0] == sources[1] == sources[2]

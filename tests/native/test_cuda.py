@@ -7,7 +7,8 @@ import torch
 from support.cases import BATCHES, LARGE, companions, cross, hidden_pair, same, scores, to
 
 import v2drop_kernels as vk
-from v2drop_kernels import _cuda, _native, native
+from v2drop_kernels import native as library
+from v2drop_kernels.backends import native
 
 pytestmark = pytest.mark.backends("cuda")
 MODES = ["cooperative", "fused", "separate"]
@@ -23,7 +24,7 @@ def drop(on, mode, b, dim=24):
     prev, cur = hidden_pair((*b.lead, dim), torch.bfloat16)
     want = vk.reference.drop_tokens(prev, cur, b.k("n/3"), **b.arguments(), **companions(b))
     given = {**b.arguments(on.device), **companions(b, device=on.device)}
-    with _cuda.launch_mode(mode):
+    with native.launch_mode(mode):
         got = vk.drop_tokens(*to([prev, cur], on.device), b.k("n/3"), backend=on.backend, **given)
     return fields(got), fields(want)
 
@@ -53,27 +54,27 @@ def test_a_cooperative_drop_of_unaligned_rows_is_refused(on):
 def test_modes_agree_on_given_scores(on, mode, kind):
     x, hidden = scores(kind, (2, 300), torch.bfloat16), hidden_pair((2, 300, 8), torch.float32)[1]
     want = vk.reference.drop_tokens(None, hidden, 77, scores=x, droppable=(3, 290))
-    with _cuda.launch_mode(mode):
+    with native.launch_mode(mode):
         got = vk.drop_tokens(None, hidden.to(on.device), 77, scores=x.to(on.device), droppable=(3, 290), backend=on.backend)
     same(to([got.keep, got.hidden], "cpu"), [want.keep, want.hidden])
 
 
 def test_a_launch_mode_holds_inside_its_block_only():
-    with _cuda.launch_mode("fused"):
-        with pytest.raises(KeyError), _cuda.launch_mode("four"):
+    with native.launch_mode("fused"):
+        with pytest.raises(KeyError), native.launch_mode("four"):
             pass
-        assert _cuda._forced_mode.get() == native.LAUNCH_MODES["fused"]
-    assert _cuda._forced_mode.get() == native.LAUNCH_MODES["auto"]
+        assert native._forced_mode.get() == library.LAUNCH_MODES["fused"]
+    assert native._forced_mode.get() == library.LAUNCH_MODES["auto"]
 
 
 def test_errors_of_the_library_name_the_argument(on):
     """What the public functions never pass on, so that it is the library that refuses."""
     h = torch.zeros(1, 3, 4, device=on.device)
-    source = None, *map(_native.view, (h, h)), None, 9, 0
+    source = None, *map(native.view, (h, h)), None, 9, 0
     with pytest.raises(ValueError, match="metric: unknown code 9"):
-        _cuda._enqueue(native.lib().variation_score, h.device, source, _native.view(h[..., 0]))
+        native.call("variation_score", "cuda", h.device, source, native.view(h[..., 0]))
     with pytest.raises(TypeError, match="a tuple"):
-        native.lib().compact(_native.view(h), [], None)
+        library.lib().compact(native.view(h), [], None)
 
 
 def test_traced_calls_reach_the_backend(on):

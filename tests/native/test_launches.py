@@ -10,13 +10,15 @@ import torch
 from support.cases import BATCHES, LARGE, METRICS, companions, every_op, hidden_pair, integers, normal, random_bytes, same, scores
 
 import v2drop_kernels as vk
-from v2drop_kernels import _cuda, native
+from v2drop_kernels import native as library
+from v2drop_kernels.backends import native
+from v2drop_kernels.ops.attention_score import native as attention_native
 
 
 @pytest.fixture(scope="module")
 def started():
     """The kernels started so far in this process."""
-    count = ctypes.CDLL(str(Path(native.lib().__file__).parent / "libv2drop.so")).v2drop_emulate_launches
+    count = ctypes.CDLL(str(Path(library.lib().__file__).parent / "libv2drop.so")).v2drop_emulate_launches
     count.restype = ctypes.c_int64
     return count
 
@@ -33,7 +35,7 @@ def test_launches_of_a_drop(on, started, mode, want):
     prev, cur = hidden_pair((2, 70, 16), torch.bfloat16)
     kv = [random_bytes((2, 2, 70, 8), torch.bfloat16, i) for i in range(16)]
     ids = integers((2, 70), torch.int64, "ids")
-    with _cuda.launch_mode(mode):
+    with native.launch_mode(mode):
         drop = lambda: vk.drop_tokens(prev, cur, 9, droppable=(5, 68), kv=kv, position_ids=ids, backend=on.backend)
         assert launches(started, drop) == want
 
@@ -91,8 +93,8 @@ def test_launches_of_the_other_scores(on, started):
 def test_little_scratch_memory_changes_no_bit_of_attention(on, heads, monkeypatch, started):
     """One query in a step in place of all of them."""
     want = attention(on, heads)
-    one = _cuda._attention_bytes(2, 6, 1, 300)
-    monkeypatch.setattr(_cuda, "_attention_bytes", lambda *shape: one)
+    one = attention_native.workspace_bytes(2, 6, 1, 300)
+    monkeypatch.setattr(attention_native, "workspace_bytes", lambda *shape: one)
     assert launches(started, lambda: same(attention(on, heads), want)) == 6
 
 
@@ -131,7 +133,7 @@ def test_the_order_of_threads_changes_no_drop(on, b, mode, order, monkeypatch):
     monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
     prev, cur = hidden_pair((*b.lead, 24), torch.bfloat16)
     want = vk.reference.drop_tokens(prev, cur, b.k("n/3"), **b.arguments(), **companions(b))
-    with _cuda.launch_mode(mode):
+    with native.launch_mode(mode):
         got = vk.drop_tokens(prev, cur, b.k("n/3"), backend=on.backend, **b.arguments(), **companions(b))
     same([got.keep, got.hidden, got.kv, got.labels], [want.keep, want.hidden, want.kv, want.labels])
 
@@ -143,7 +145,7 @@ def test_the_order_of_threads_changes_no_tile(on, mode, order, monkeypatch):
     monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
     prev, cur = hidden_pair((2, 300, 256), torch.bfloat16)
     want = vk.reference.drop_tokens(prev, cur, 190, droppable=(3, 290))
-    with _cuda.launch_mode(mode):
+    with native.launch_mode(mode):
         got = vk.drop_tokens(prev, cur, 190, droppable=(3, 290), backend=on.backend)
     same([got.keep, got.hidden], [want.keep, want.hidden])
 

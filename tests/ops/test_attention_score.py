@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 
@@ -14,9 +13,9 @@ from support.cases import FLOATS, INTERPRETED, cross, far_apart, fewer, integers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import v2drop_kernels as vk
+from v2drop_kernels.ops.attention_score import queries as chunking
 from v2drop_kernels.reference import attention_score as attention
 
-SPECIFICATION = importlib.import_module("v2drop_kernels.ops.attention_score.reference")  # the package's attribute is the function
 ULP = 2.0**-23
 HEADS = ["mean", "sum", "max", 2]
 # Attention's B, H, Hkv, Q, S, Dh.
@@ -220,7 +219,7 @@ def test_attention_score_does_not_depend_on_the_chunks(on, chunk, queries, heads
     q, k = inputs((2, 8, 2, 7, 60, 16), torch.bfloat16)
     options = {**masks(2, 7, 60), "queries": queries, "heads": heads}
     want = score(on, q, k, **options)
-    monkeypatch.setattr(SPECIFICATION, "LOGITS_AT_ONCE", chunk * 2 * 8 * 60)
+    monkeypatch.setattr(chunking, "LOGITS_AT_ONCE", chunk * 2 * 8 * 60)
     got = score(on, q, k, **options)
     alone = score(on, q[1:], k[1:], **{name: x[1:] if isinstance(x, torch.Tensor) else x for name, x in options.items()})
     if on.backend == "reference" or INTERPRETED:  # whose products are BLAS's, in an order that depends on the sizes
@@ -308,7 +307,7 @@ def test_attention_gradient_equals_that_of_the_reference(on, mode, heads, querie
     up = normal((2, 33), torch.float64, "up")
     want = torch.autograd.grad(vk.attention_score(*wide, backend="reference", **options), wide, up)
     for at_once in (1 << 24, 2 * 8 * 33 * 2):
-        monkeypatch.setattr(SPECIFICATION, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(chunking, "LOGITS_AT_ONCE", at_once)
         narrow = [x.detach().float().to(on.device).requires_grad_() for x in wide]
         moved = {name: x.to(on.device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         got = torch.autograd.grad(vk.attention_score(*narrow, backend=on.backend, **moved), narrow, up.float().to(on.device))
@@ -432,7 +431,7 @@ def test_keys_are_not_expanded_nor_squares_formed(on):
     q, k = (x.to(on.device) for x in inputs((1, 8, 2, 16, 256, 32), torch.float32))
     known = {x.untyped_storage().data_ptr() for x in (q, k)}
     with Largest() as largest, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SPECIFICATION, "LOGITS_AT_ONCE", 8 * 256)
+        patch.setattr(chunking, "LOGITS_AT_ONCE", 8 * 256)
         vk.attention_score(q, k, heads=3, backend=on.backend)
     assert largest.numel <= max(8 * 256, k.numel()) < 256 * 256
 
@@ -440,10 +439,10 @@ def test_keys_are_not_expanded_nor_squares_formed(on):
 @pytest.mark.backends("cuda")
 def test_scratch_on_the_device_is_bounded(on):
     """Logits of many queries take 64 MB, those of one query all that they need; partial sums and the totals of heads add little."""
-    from v2drop_kernels import _cuda
+    from v2drop_kernels.ops.attention_score.native import workspace_bytes
 
     for heads, rows in ((32, 6272), (32, 65536), (28, 1 << 20)):
-        held = _cuda._attention_bytes(1, heads, rows, rows)
+        held = workspace_bytes(1, heads, rows, rows)
         assert held <= 1.25 * max(64 << 20, 4 * heads * rows)
         assert held < 4 * heads * rows * rows / 8
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import v2drop_kernels as vk
-from v2drop_kernels import native
-from v2drop_kernels.backends import choice
+from v2drop_kernels import native as library
+from v2drop_kernels.backends import choice, native
 
 H = torch.zeros(1, 3, 4)
 CALLS = {
@@ -26,23 +26,11 @@ CALLS = {
 EVERY = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
-class Recorder:
-    """Stands for a backend module; notes which of its functions are called."""
-
-    def __init__(self, module, calls):
-        self._module, self._calls = module, calls
-
-    def __getattr__(self, name):
-        self._calls.append(name)
-        return getattr(self._module, name)
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """The functions of the C++ backend that the calls of a test reach."""
-    found = []
-    module = Recorder(choice.load("cpu"), found)
-    monkeypatch.setattr(choice, "load", lambda name: module)
+    """The functions of the compiled library that the calls of a test reach."""
+    found, call = [], native.call
+    monkeypatch.setattr(native, "call", lambda name, *args, **kw: (found.append(name), call(name, *args, **kw))[1])
     return found
 
 
@@ -103,9 +91,9 @@ WHY_NOT_CUDA = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "library", "gpu", "rocm", "want"), WHY_NOT_CUDA, ids=range(len(WHY_NOT_CUDA)))
-def test_cuda_tells_its_reasons_apart(kind, library, gpu, rocm, want, monkeypatch):
-    monkeypatch.setattr(native, "load_library", lambda: (library, "not built: of a test"))
+@pytest.mark.parametrize(("kind", "build", "gpu", "rocm", "want"), WHY_NOT_CUDA, ids=range(len(WHY_NOT_CUDA)))
+def test_cuda_tells_its_reasons_apart(kind, build, gpu, rocm, want, monkeypatch):
+    monkeypatch.setattr(library, "load_library", lambda: (build, "not built: of a test"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.version, "hip", rocm)
     assert choice.why_not.__wrapped__("cuda", kind, torch.bfloat16) == want
@@ -215,7 +203,7 @@ def test_backend_cuda_refuses_cpu_tensors(call):
 def test_another_build_of_the_module_is_loaded_from_its_path(tmp_path):
     """V2DROP_NATIVE_MODULE: what it names is loaded, or nothing is; never the installed module in its place."""
     script = "from v2drop_kernels import native; print(native.available()[1] or native.lib().__file__)"
-    for path, want in ((native.lib().__file__, native.lib().__file__), (str(tmp_path / "_C.so"), "it cannot be loaded")):
+    for path, want in ((library.lib().__file__, library.lib().__file__), (str(tmp_path / "_C.so"), "it cannot be loaded")):
         environment = {**os.environ, "V2DROP_NATIVE_MODULE": path}
         out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
         assert want in out

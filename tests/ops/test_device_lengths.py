@@ -12,15 +12,26 @@ import torch
 from support.cases import BATCHES, ORDERS, companions, hidden_pair, same, same_values, scores, to
 
 import v2drop_kernels as vk
-from v2drop_kernels.backends import choice
+from v2drop_kernels.backends.choice import runner_of
+from v2drop_kernels.backends.requests import DropRequest, Source, TopKRequest
 from v2drop_kernels.core import plan as plans
 from v2drop_kernels.core import pytree
 from v2drop_kernels.core.types import GatherSpec
+from v2drop_kernels.ops.drop_tokens.torch_op import OP as DROP
+from v2drop_kernels.ops.topk.torch_op import OP as TOPK
 
 pytestmark = pytest.mark.backends("triton", "cuda")
 OFFSETS = [[0, 20, 21, 90], [0, 0, 90, 90], [0, 90], [0, 30, 60, 90], [0, 0, 0, 0, 0]]
 WRONG = [[0, 50, 20, 90], [-5, 40, 90], [0, 200, 90], [0, 40, 2**31 - 1], [90, 0], [0, 10, 20], [-(2**31), 2**31 - 1]]
 KS = [7, 0, 5, 100]
+
+
+def topk(on, source, plan, cu, order="position"):
+    return runner_of(TOPK, on.backend).run(TopKRequest(source, plan, offsets(cu, on), order))
+
+
+def drop(on, source, plan, cu, parts):
+    return runner_of(DROP, on.backend).run(DropRequest(source, plan, offsets(cu, on), parts))
 
 
 def offsets(cu, on):
@@ -34,9 +45,7 @@ def test_topk_of_device_offsets(on, cu, order, kind):
     x, ks = scores(kind, (cu[-1],), torch.float32), KS[: len(cu) - 1]
     width = min(max(ks), cu[-1])
     plan = plans.CuPlan(cu[-1], tuple(ks), width, False)
-    values, indices = choice.load(on.backend).topk(
-        x.to(on.device), None, None, plan, None, order, "l2", None, cu_seqlens=offsets(cu, on)
-    )
+    values, indices = topk(on, Source(x.to(on.device), None, None), plan, cu, order)
     want = vk.reference.segmented_topk(x, ks, cu_seqlens=cu, order=order)
     pad = width - want.indices.shape[1]  # the capacity is what max(k) and T allow, not what the lengths do
     same(indices.cpu(), torch.nn.functional.pad(want.indices, (0, pad), value=-1))
@@ -51,9 +60,7 @@ def test_drop_of_device_offsets(on, cu):
     capacity = min(sum(ks), rows)
     plan = plans.CuPlan(rows, tuple(ks), capacity, True)
     parts = [GatherSpec(cur.to(on.device), -1, 0), GatherSpec(kv.to(on.device), -1, 1)]
-    keep, outs, new = choice.load(on.backend).drop(
-        None, prev.to(on.device), cur.to(on.device), plan, None, parts, "l2", None, cu_seqlens=offsets(cu, on)
-    )
+    keep, outs, new = drop(on, Source(None, prev.to(on.device), cur.to(on.device)), plan, cu, parts)
     want = vk.reference.drop_tokens(prev, cur, ks, cu_seqlens=cu, kv=[kv])
     used = want.keep.shape[0]
     same([new.cpu(), keep[0, :used].cpu()], [want.cu_seqlens, want.keep])
@@ -70,16 +77,13 @@ def test_wrong_device_offsets_stay_in_bounds(on, cu):
     rows, ks = 90, KS[: len(cu) - 1]
     around = torch.full((3 * rows,), torch.nan, device=on.device)
     x = around[rows : 2 * rows].copy_(torch.arange(rows))
-    backend = choice.load(on.backend)
     plan = plans.CuPlan(rows, tuple(ks), min(max(ks), rows), False)
-    values, indices = backend.topk(x, None, None, plan, None, "position", "l2", None, cu_seqlens=offsets(cu, on))
+    values, indices = topk(on, Source(x, None, None), plan, cu)
     chosen = indices >= 0
     assert (indices[chosen] < rows).all()
     assert torch.equal(values[chosen], x[indices[chosen]])
     plan = plans.CuPlan(rows, tuple(ks), min(sum(ks), rows), True)
-    keep, (out,), new = backend.drop(
-        x, None, None, plan, None, [GatherSpec(x[:, None], -1, 0)], "l2", None, cu_seqlens=offsets(cu, on)
-    )
+    keep, (out,), new = drop(on, Source(x, None, None), plan, cu, [GatherSpec(x[:, None], -1, 0)])
     assert ((keep >= -1) & (keep < rows)).all()
     assert not out.isnan().any()
     assert ((new >= 0) & (new <= plan.out_rows)).all()
@@ -132,5 +136,5 @@ def test_every_part_has_the_offsets_of_the_batch(on, key):
     parts, _ = pytree.flatten(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
     x = scores("random", b.lead, torch.float32).to(on.device)
     plan = plans.CuPlan(b.rows, (5, 1, 9), 15, True)
-    keep, outs, _ = choice.load(on.backend).drop(x, None, None, plan, None, parts, "l2", None, cu_seqlens=offsets(b.cu_seqlens, on))
+    keep, outs, _ = drop(on, Source(x, None, None), plan, b.cu_seqlens, parts)
     same(outs, vk.reference.gather(keep, parts))

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import v2drop_kernels as vk
-from v2drop_kernels import _library
 from v2drop_kernels.core import plan as plans
+from v2drop_kernels.ops import registration
 
 ops = torch.ops.v2drop
 OP_NAMES = [
@@ -47,7 +47,7 @@ def planned(b, op, k="n/3"):
     layout = plans.as_layout(b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None))
     ks = tuple(b.ks(k))
     plan = plans.topk_plan(layout, ks) if op == "topk" else plans.drop_plan(layout, ks).plan
-    return _library._pack_plan(plan), layout.mask
+    return registration.pack_plan(plan), layout.mask
 
 
 def check(op, *args, grad=True):

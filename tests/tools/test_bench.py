@@ -45,7 +45,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``providers``, ``bars`` and ``harness`` as bench/run.py imports them, and gone afterwards."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("harness", "providers", "bars", "readme_table", "gpu_floors", "gpu_report")
+    names = ("harness", "providers", "bars", "tables", "readme_table", "gpu_floors", "gpu_report")
     before = torch.get_num_threads()
     yield type("Modules", (), {name: importlib.import_module(name) for name in names})
     torch.set_num_threads(before)

@@ -15,12 +15,14 @@ import pytest
 import v2drop_kernels
 
 PACKAGE = Path(v2drop_kernels.__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 # From the ground up; a module may import from its own floor and from those below. A name stands for all modules inside it.
 FLOORS = [
     {"core", "positions", "config"},
-    {"native", "_native", "_C", "_xla", "_ops", "interop", "array", "jax"},
-    {"backends", "_cuda"},
-    {"ops", "_library", "reference"},
+    {"native", "_C", "_xla", "_ops", "interop", "array", "jax"},
+    {"backends"},
+    {"ops"},
+    {"reference"},
     {"__init__"},
     {"models", "schedule", "__main__", "plot", "demo", "_demo_model"},
     {"bench", "tests", "examples"},
@@ -28,7 +30,7 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 OPTIONAL = ("triton", "jax", "cupy", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn")
 # What a module is made of, it imports at the top.
-ALLOWED = {"triton": r"ops/(\w+/|_)triton\.py|backends/(configs|launch)\.py", "jax": r"interop/jax\.py"}
+ALLOWED = {"triton": r"ops/\w+/triton\.py|backends/(configs|launch)\.py", "jax": r"interop/jax\.py"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -85,12 +87,79 @@ def test_optional_packages_are_imported_inside_functions(path):
             assert re.fullmatch(ALLOWED.get(name, ""), where), f"{where} imports {name} at the top"
 
 
-def test_backends_are_loaded_by_name_only():
-    """Nothing above imports a backend but the one place that chooses, and that when it chooses."""
-    backends = ("_cuda", "_native")
-    for path in SOURCES:
-        if top(path) not in (*backends, "__main__"):
-            assert not [name for name, foreign, eager in imports(path) if name in backends and eager], path
+def test_kernels_are_loaded_by_name_only():
+    """No module imports ops/<op>/triton.py or ops/<op>/native.py at its top, but the kernels that use each other."""
+    kernels = {name for name in module_graph(PACKAGE, "v2drop_kernels") if re.fullmatch(r".*\.ops\.\w+\.(triton|native)", name)}
+    for name, needed in module_graph(PACKAGE, "v2drop_kernels", eager=True).items():
+        if name not in kernels:
+            assert not needed & kernels, f"{name} imports {sorted(needed & kernels)}"
+
+
+def module_graph(folder, package="", eager=False):
+    """Every module of a folder with the modules of it that it imports; ``eager``: only those that it imports at its top."""
+    paths = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = [*([package] if package else []), *path.relative_to(folder).with_suffix("").parts]
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+
+    def named(node, importer, path):
+        if isinstance(node, ast.Import):
+            return [alias.name for alias in node.names]
+        own = importer.split(".") if path.name == "__init__.py" else importer.split(".")[:-1]
+        base = ".".join([*own[: len(own) - node.level + 1 if node.level else 0], *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" if f"{base}.{alias.name}" in paths else base for alias in node.names]
+
+    def visit(node, importer, path):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if eager and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield from (name for name in named(child, importer, path) if name in paths and name != importer)
+            yield from visit(child, importer, path)
+
+    return {name: set(visit(ast.parse(path.read_text()), name, path)) for name, path in paths.items()}
+
+
+def cycles(graph):
+    """The sets of modules that import each other, directly or through others."""
+    order, low, stack, found = {}, {}, [], []
+
+    def connect(name):
+        order[name] = low[name] = len(order)
+        stack.append(name)
+        for other in graph[name]:
+            if other not in order:
+                connect(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], order[other])
+        if low[name] == order[name]:
+            at = stack.index(name)
+            if len(stack) - at > 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for name in graph:
+        if name not in order:
+            connect(name)
+    return found
+
+
+@pytest.mark.parametrize(("folder", "package"), [(PACKAGE, "v2drop_kernels"), (BENCH, "")], ids=["package", "bench"])
+def test_no_modules_import_each_other(folder, package):
+    """Imports inside functions count as well: those hide a cycle, they do not remove it."""
+    assert cycles(module_graph(folder, package)) == []
+
+
+def test_the_cycle_test_sees_what_it_forbids(tmp_path):
+    for name, text in {
+        "__init__": "", "a": "from . import b", "b": "def f():\n    from .c import x", "c": "import p.a", "d": "from .a import y",
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(text)
+    assert cycles(module_graph(tmp_path, "p")) == [["p.a", "p.b", "p.c"]]
+    assert cycles(module_graph(tmp_path, "p", eager=True)) == []
 
 
 def test_the_floors_test_sees_what_it_forbids(tmp_path, monkeypatch):
@@ -182,6 +251,6 @@ def test_import_is_light():
         assert not new & {"triton", "jax", "cupy", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn"}, new
         assert not torch.cuda.is_initialized()
         assert "v2drop_kernels.ops.compact.triton" not in sys.modules
-        assert "v2drop_kernels._cuda" not in sys.modules
+        assert "v2drop_kernels.ops.compact.native" not in sys.modules
         assert "v2drop_kernels.models" not in sys.modules
     """)

@@ -11,21 +11,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from .. import native
+from . import implementations
+from .protocol import Op, Placement, Runner
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
-_MODULES = {"triton": "..ops._triton", "cuda": ".._cuda", "cpu": ".._native"}
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = tuple(implementations.BACKENDS)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("v2drop_backend", default=None)
 
@@ -155,37 +151,38 @@ def choose_name(kind: str, dtype: torch.dtype, forced: str | None) -> str:
 @functools.lru_cache(maxsize=256)
 def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot serve, or None when it can."""
-    if name == "reference":
-        return None
-    if dtype not in _KERNEL_DTYPES:
-        return f"serves float32, float16 and bfloat16 hidden states, not {dtype}"
-    if name == "cpu":
-        if kind != "cpu":
-            return f"serves cpu tensors, not {kind}"
-        served, reason = native.available()
-        return None if served else reason
-    if name == "cuda":
-        return load("cuda").why_not(kind)
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if kind == "cpu":
-        return None if interpreting() else "serves GPU tensors; cpu tensors only under TRITON_INTERPRET=1"
-    if kind != "cuda":
-        return f"serves CUDA and ROCm tensors, not {kind}"
-    if interpreting():
-        return "TRITON_INTERPRET=1 is set, and the interpreter serves cpu tensors"
-    return None if torch.cuda.is_available() else "torch sees no GPU"
+    return implementations.BACKENDS[name].supports(Placement(kind, dtype))
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether a call on ``x`` must be a node of the dispatcher: it is being traced, or ``x`` is a tensor subclass."""
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
-@functools.lru_cache(maxsize=8)
-def load(name: str) -> ModuleType:
-    """The module that implements a compiled backend."""
-    return importlib.import_module(_MODULES[name], __package__)
+def resolve_name(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend for a call on this tensor; ``dtype`` stands for the tensor's where an op only moves bytes."""
+    kind, dtype = tensor.device.type, dtype or tensor.dtype
+    if is_traced(tensor):
+        return traced_choice(kind, dtype, argument)
+    return choose_name(kind, dtype, forced_name(argument))
+
+
+def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> Runner:
+    """What runs a call of ``op`` on this tensor: the implementation of the chosen backend, or the traced op.
+
+    An eager call reaches the implementation directly, which saves the microseconds of the dispatcher.
+    """
+    name = resolve_name(tensor, argument, dtype)
+    if op.traced is not None and name in op.kernels and is_traced(tensor):
+        return Runner(name, functools.partial(op.traced, name), True)
+    return runner_of(op, name)
+
+
+@functools.lru_cache(maxsize=256)
+def runner_of(op: Op, name: str) -> Runner:
+    """The implementation of an op in a backend."""
+    plain = name not in op.kernels
+    return Runner(name, implementations.BACKENDS["reference" if plain else name].load(op), plain)
 
 
 def _known(name: str, argument: str) -> str:

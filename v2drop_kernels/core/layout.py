@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -277,9 +277,33 @@ class TokenLayout:
 
         A layout made from a mask comes back without its mask: the new one is ``Dropped.layout``'s.
         """
-        from .plan import drop_plan
+        return self.after_keeping(per_segment_k(k, self.groups))
 
-        return drop_plan(self, per_segment_k(k, self.groups)).layout
+    def after_keeping(self, ks: Sequence[int]) -> TokenLayout:
+        """:meth:`after` with one count per segment."""
+        segments = self.segments()
+        kept = [hi - lo for lo, hi in self.bounds]
+        spans: list[list[tuple[int, int]]] = [[] for _ in kept]
+        for s, k in zip(segments, ks, strict=True):
+            lo, hi = self.bounds[s.item]
+            first = lo if self.is_packed else s.item * self.rows + lo
+            start = s.row - first - (hi - lo - kept[s.item])  # the rows before, less those that were dropped
+            survivors = min(k, s.available) + s.n - s.available  # rows of a mask that are not droppable stay
+            spans[s.item].append((start, start + survivors))
+            kept[s.item] -= s.n - survivors
+        if self.is_packed:
+            ends = [sum(kept[: i + 1]) for i in range(len(kept))]
+            out_rows, bounds = sum(kept), tuple((end - n, end) for end, n in zip(ends, kept, strict=True))
+        else:
+            out_rows, left = max(kept, default=0), self.padding_side == "left"
+            bounds = tuple((out_rows - n, out_rows) if left else (0, n) for n in kept)
+            if left:
+                spans = [[(a + lo, b + lo) for a, b in item] for item, (lo, _) in zip(spans, bounds, strict=True)]
+        layout = TokenLayout(tuple(map(tuple, spans)), out_rows, bounds, self.is_packed, self.padding_side)
+        if self.counts is None:
+            return layout
+        counts = tuple(min(k, s.available) for k, s in zip(ks, segments, strict=True))
+        return replace(layout, spans=((),) * self.batch, counts=counts)
 
     def droppable_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """bool ``[B, N]`` (``[T]`` packed): which rows compete."""

@@ -188,20 +188,20 @@ def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
     by_item: list[list[tuple[DroppableSpan, int]]] = [[] for _ in layout.bounds]
     for s, x in zip(layout.segments(), ks, strict=True):
         by_item[s.item].append((s, x))
-    stretches: list[list[int]] = []  # row0, pre, n, post, k, item, whether it is a segment
+    stretches: list[list[int]] = []  # row0, pre, n, post, k, item
     for i, (lo, hi) in enumerate(layout.bounds):
         at = lo if layout.is_packed else i * layout.rows + lo
         end = at + (hi - lo)
         for s, x in by_item[i]:
             forced = s.n - s.available  # rows of a mask that are not droppable
-            stretches.append([at, s.row - at, s.n, 0, min(x, s.available) + forced, i, True])
+            stretches.append([at, s.row - at, s.n, 0, min(x, s.available) + forced, i])
             at = s.row + s.n
         if by_item[i]:
             stretches[-1][3] = end - at
         else:
-            stretches.append([at, end - at, 0, 0, 0, i, False])
+            stretches.append([at, end - at, 0, 0, 0, i])
     kept = [0] * layout.batch
-    for _, pre, _, post, x, i, _ in stretches:
+    for _, pre, _, post, x, i in stretches:
         kept[i] += pre + x + post
     cu = [0]
     for c in kept:
@@ -211,29 +211,18 @@ def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
     out_rows = cu[-1] if packed else max(kept, default=0)
     batch = 1 if packed else layout.batch
     table: list[int] = []
-    spans: list[list[tuple[int, int]]] = [[] for _ in kept]
     previous = -1
     out0 = 0
-    for j, (row0, pre, n, post, x, i, segment) in enumerate(stretches):
+    for j, (row0, pre, n, post, x, i) in enumerate(stretches):
         pad = 0 if packed else out_rows - kept[i]
         first, last = i != previous, j + 1 == len(stretches) or stretches[j + 1][5] != i
         pad_pre, pad_post = (pad if left and first else 0), (pad if not left and last else 0)
         table += Segment(row0, pre, n, post, x, out0, pad_pre, pad_post)
-        start = out0 + pad_pre + pre - (cu[i] if packed else i * out_rows)
-        if segment:
-            spans[i].append((start, start + x))
         out0 += pad_pre + pre + x + post + pad_post
         previous = i
 
-    bounds = (
-        tuple(zip(cu[:-1], cu[1:], strict=True)) if packed else tuple((out_rows - c, out_rows) if left else (0, c) for c in kept)
-    )
-    after = TokenLayout(tuple(tuple(s) for s in spans), out_rows, bounds, packed, layout.padding_side)
-    if layout.counts is not None:
-        counts = tuple(min(x, s.available) for x, s in zip(ks, layout.segments(), strict=True))
-        after = replace(after, spans=((),) * layout.batch, counts=counts)
     plan = Plan(batch, layout.rows, out_rows, len(stretches), None, tuple(table))
-    return DropPlan(_simplify(plan), tuple(cu), after)
+    return DropPlan(_simplify(plan), tuple(cu), layout.after_keeping(ks))
 
 
 def _simplify(plan: Plan) -> Plan:

@@ -232,19 +232,6 @@ def check_keep(keep: Any, at: BatchShape, groups: bool) -> None:
         raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
 
 
-def check_rows(keep: torch.Tensor, at: BatchShape, *, ascending: bool) -> None:
-    """Raise unless the rows of ``keep`` lie inside the input (and ascend); only where looking costs no synchronisation."""
-    if keep.device.type != "cpu":
-        return
-    if keep.numel() and int(keep.max()) >= at.rows:
-        raise ValueError(f"keep must list rows below {at.rows}, got {int(keep.max())}")
-    if ascending:
-        for item in keep:
-            rows = item[item >= 0]
-            if bool((rows[1:] <= rows[:-1]).any()):
-                raise ValueError(f"keep must ascend strictly within each item, got {rows.tolist()}")
-
-
 def input_positions(mode: str, position_ids: torch.Tensor | None, layout: TokenLayout | None, device: torch.device) -> Any:
     """The ids to gather: the given ones, the group ids of the layout, or none when they are numbered anew afterwards."""
     arguments.one_of("positions", mode, positions.MODES)

@@ -27,7 +27,7 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ...ops.attention_score import text_raters
-from ...ops.attention_score.reference import chunks
+from ...ops.attention_score.queries import chunks
 from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.sparsevlm import recycled_clusters
 from ...ops.topk.order import ranked

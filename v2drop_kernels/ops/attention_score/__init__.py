@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 
-from ... import _library
+from ...backends.choice import resolve_backend
+from ...backends.requests import AttentionRequest
 from ...core import arguments
+from ..autograd import differentiable
 from . import reference
+from .gradient import attention_score_backward
+from .queries import last_rows
+from .torch_op import OP
 
 MODES = ("softmax", "dot")
 QUERIES = ("mean", "l2")
@@ -106,17 +111,16 @@ def attention_score(
     elif causal and n > s:
         raise ValueError(f"q must have at most as many queries as k has rows ({s}) unless query_rows is given, got {n}")
     else:
-        query_rows = reference.last_rows(q, k, causal)
+        query_rows = last_rows(q, k, causal)
     if scale is None:
         scale = q.shape[3] ** -0.5
     elif not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
-    options = (query_rows, key_mask, droppable, bool(causal), float(scale), mode, heads, queries)
-    run, name = _library.runner(k, backend)
-    if name == "reference" or 0 in (batch, n, s):
-        return reference.attention_score(q, k, *options)
-    q, k = arguments.unit_stride(q), arguments.unit_stride(k)
-    return _library.differentiable(run.attention_score, reference.attention_score_backward, 5, q, k, *options)
+    request = AttentionRequest(q, k, query_rows, key_mask, droppable, bool(causal), float(scale), mode, heads, queries)
+    runner = resolve_backend(OP, k, backend)
+    if 0 in (batch, n, s):  # the kernels expect at least one of each
+        return reference.run(request)
+    return differentiable(runner, request, attention_score_backward)
 
 
 def cls_attention_score(

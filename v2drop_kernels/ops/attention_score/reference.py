@@ -1,13 +1,11 @@
-"""attention_score in plain PyTorch, and the gradient that every backend shares."""
+"""attention_score in plain PyTorch, for every device and dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-# Logits of at most this many (query, head, key) triples are held at a time, or those of one query.
-LOGITS_AT_ONCE = 1 << 24
+from ...backends.requests import AttentionRequest
+from .queries import chunks, last_rows
 
 
 def attention_score(
@@ -27,10 +25,10 @@ def attention_score(
         query_rows = last_rows(q, k, causal)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    total = _wide(k).new_zeros(k.shape[0], k.shape[2])
+    total = wide(k).new_zeros(k.shape[0], k.shape[2])
     for part in chunks(q, k):
         hidden, weights = attention(q[:, :, part], k, query_rows[:, part], key_mask, causal, scale, mode)
-        given = over_heads(weights.masked_fill(_uncounted(hidden, droppable), 0), heads)
+        given = over_heads(weights.masked_fill(uncounted(hidden, droppable), 0), heads)
         total = total + (given.square() if queries == "l2" else given).sum(1)
     if queries == "mean":
         return total / (query_rows >= 0).sum(1, keepdim=True).clamp(min=1)
@@ -39,52 +37,9 @@ def attention_score(
     return torch.where(zero, 0.0, torch.where(zero, 1.0, total).double().sqrt()).to(total.dtype)
 
 
-def attention_score_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    query_rows: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    droppable: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    mode: str,
-    heads: str | int,
-    queries: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient in ``q`` and ``k``: the logits are made again, some queries at a time. The choice of heads is a constant."""
-    batch, h, _, d = q.shape
-    group = (batch, k.shape[1], -1, d)
-    keys = _padded(k, key_mask)
-    grad = grad.to(keys.dtype)
-    d_q, d_k = keys.new_zeros(q.shape), keys.new_zeros(keys.shape)
-    if queries == "mean":
-        grad = grad / (query_rows >= 0).sum(1, keepdim=True).clamp(min=1)
-    else:
-        score = attention_score(q, k, query_rows, key_mask, droppable, causal, scale, mode, heads, queries)
-        grad = torch.where(score == 0, 0.0, grad / score)
-    for part in chunks(q, k):
-        some, rows = q[:, :, part], query_rows[:, part]
-        hidden, probabilities = attention(some, k, rows, key_mask, causal, scale, mode)
-        weights = probabilities.masked_fill(_uncounted(hidden, droppable), 0)
-        share = grad[:, None, None].expand(weights.shape)
-        if queries == "l2":
-            share = share * over_heads(weights, heads)[:, None]
-        if heads == "max":  # equal maxima share it
-            most = weights == weights.amax(1, keepdim=True)
-            share = share * most / most.sum(1, keepdim=True)
-        elif heads == "mean":
-            share = share / h
-        elif heads != "sum":
-            chosen = torch.zeros_like(weights[..., 0]).scatter(1, best_heads(weights, int(heads)), 1 / int(heads))
-            share = share * chosen[..., None]
-        share = share.masked_fill(_uncounted(hidden, droppable), 0)
-        if mode == "softmax":
-            share = probabilities * (share - (share * probabilities).sum(-1, keepdim=True))
-        share = (share * scale).reshape(*group[:3], k.shape[2])
-        d_q[:, :, part] = (share @ keys).view(some.shape)
-        d_k += share.transpose(-1, -2) @ _padded(some, rows >= 0).reshape(group)
-    return d_q.to(q.dtype), d_k.to(k.dtype)
+def run(request: AttentionRequest) -> torch.Tensor:
+    """The scores of a request."""
+    return attention_score(*request)
 
 
 def attention(
@@ -106,8 +61,8 @@ def attention(
         visible = visible & key_mask[:, None]
     hidden = ~visible[:, None]
     # Query head i reads key head i // (h / h_kv): the heads of a group are rows of one product.
-    rows = _padded(q, query_rows >= 0).reshape(batch, h_kv, h // h_kv * n, d)
-    logits = (rows @ _padded(k, key_mask).transpose(-1, -2)).view(batch, h, n, s) * scale
+    rows = padded(q, query_rows >= 0).reshape(batch, h_kv, h // h_kv * n, d)
+    logits = (rows @ padded(k, key_mask).transpose(-1, -2)).view(batch, h, n, s) * scale
     if mode == "softmax":
         logits = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     return hidden, logits.masked_fill(hidden, 0)
@@ -130,27 +85,16 @@ def best_heads(weights: torch.Tensor, heads: int) -> torch.Tensor:
     return weights.detach().sum(-1).argsort(dim=1, descending=True, stable=True)[:, :heads]
 
 
-def chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
-    """The queries, some at a time, so that their logits stay within LOGITS_AT_ONCE."""
-    batch, h, n, _ = q.shape
-    step = max(LOGITS_AT_ONCE // max(batch * h * k.shape[2], 1), 1)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
-def last_rows(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> torch.Tensor:
-    """int64 ``[B, Q]``: the queries are those of the last rows of ``k``; any row will do where all keys are visible."""
-    n = q.shape[2]
-    return (torch.arange(n, device=q.device) + (k.shape[2] - n if causal else 0)).expand(q.shape[0], n)
-
-
-def _uncounted(hidden: torch.Tensor, droppable: torch.Tensor | None) -> torch.Tensor:
+def uncounted(hidden: torch.Tensor, droppable: torch.Tensor | None) -> torch.Tensor:
+    """Where a key gets no score."""
     return hidden if droppable is None else hidden | ~droppable[:, None, None]
 
 
-def _padded(x: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
+def padded(x: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
     """``[B, H, S, D]`` with zeros where nothing is there: what lies in padding, NaN perhaps, must not reach a product."""
-    return _wide(x) if there is None else _wide(x).masked_fill(~there[:, None, :, None], 0)
+    return wide(x) if there is None else wide(x).masked_fill(~there[:, None, :, None], 0)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in float32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()

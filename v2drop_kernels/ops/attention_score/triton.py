@@ -16,7 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...backends import launch
 from ...backends.configs import INTERPRETED, next_power_of_2
 from ...backends.launch import row_strides
-from .reference import chunks
+from ...backends.requests import AttentionRequest
+from ...core.arguments import unit_stride
+from .queries import chunks
 
 _REDUCTIONS = {"mean": 0, "sum": 1, "max": 2}
 
@@ -242,19 +244,10 @@ def _attention_score_fwd_kernel(
     tl.store(scores + b * s + key, tl.where(counted, score, 0.0), mask=inside)
 
 
-def attention_score(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    query_rows: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    droppable: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    mode: str,
-    heads: str | int,
-    queries: str,
-) -> torch.Tensor:
+def attention_score(request: AttentionRequest) -> torch.Tensor:
     """Float32 scores ``[B, S]`` of keys ``[B, Hkv, S, Dh]`` by queries ``[B, H, Q, Dh]``."""
+    q, k, query_rows, key_mask, droppable, causal, scale, mode, heads, queries = request
+    q, k = unit_stride(q), unit_stride(k)
     batch, h, all_queries, d = q.shape
     h_kv, s = k.shape[1:3]
     softmax, top = mode == "softmax", heads if isinstance(heads, int) else 0

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ... import _library
+from ...backends.choice import is_traced, resolve_backend
+from ...backends.requests import CompactRequest
 from ...core import arguments, pytree
 from ...core.arguments import per_segment_k
 from ...core.layout import TokenLayout, check_device, is_packed, layout_of
-from ...core.types import Compacted, GatherSpec, TopK
-from . import reference
-
-Launched = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]  # keep, tensors, offsets of a packed result
+from ...core.types import Compacted, TopK
+from .gradient import recorded
+from .torch_op import INPLACE, OP
 
 
 def compact(
@@ -105,20 +103,20 @@ def compact(
     elif k is not None:
         raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
     pytree.check_keep(keep, at, groups=False)
-    traced = _library.dispatched(hidden)
+    traced = is_traced(hidden)
     ids = pytree.input_positions(positions, position_ids, layout, at.device)
     pytree.check_out(out, Compacted, traced)
     parts, unflatten = pytree.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
-    run, name = _library.runner(hidden, backend, torch.float32)
+    runner = resolve_backend(OP, hidden, backend, torch.float32)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
-    if name == "reference":
-        pytree.check_rows(keep, at, ascending=False)
-        outs = reference.gather(rows, parts)
+    request = CompactRequest(rows, parts)
+    if not runner.differentiable and torch.is_grad_enabled() and any(part.tensor.requires_grad for part in parts):
+        _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, parts, at.rows)
     else:
-        _, outs, _ = differentiable(lambda: (rows, run.compact(rows, parts), None), run, parts, at.rows)
+        outs = runner.run(request)
     return pytree.build_result(
         Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
         cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
@@ -183,7 +181,6 @@ def compact_(
     if rows is not None and rows != n:
         raise ValueError(f"kv must have rows = {rows}, got {n}")
     at = pytree.BatchShape(first.shape[0], n, first.device, "kv")
-    keep = keep.indices if isinstance(keep, TopK) else keep
     pytree.check_keep(keep, at, groups=False)
     for leaf in leaves:
         if torch.is_grad_enabled() and leaf.requires_grad:
@@ -193,53 +190,8 @@ def compact_(
     parts, _ = pytree.flatten(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
-    run, name = _library.runner(first, backend, torch.float32)
-    if name == "reference":
-        pytree.check_rows(keep, at, ascending=True)
-        reference.compact_(keep, kv, kv_layout=kv_layout)
-    else:
-        run.compact_(keep.contiguous(), parts)
-
-
-class _Compaction(torch.autograd.Function):
-    """Any launch that ends in a gather; its backward is one gather with the inverse map."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, launch: Callable[[], Launched], run: Any, dims: list[tuple[int, int]], rows: int, *tensors: torch.Tensor
-    ) -> tuple[Any, ...]:
-        keep, outs, cu = launch()
-        ctx.save_for_backward(keep)
-        ctx.run, ctx.dims, ctx.rows = run, dims, rows
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(keep, *(o for i, o in enumerate(outs) if not ctx.needs_input_grad[4 + i]))
-        return (keep, cu, *outs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _keep: Any, _cu: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        (keep,) = ctx.saved_tensors
-        found: list[torch.Tensor | None] = [None] * len(grads)
-        wanted = [(i, g) for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[4 + i]]
-        if wanted:
-            parts = [GatherSpec(g, *ctx.dims[i]) for i, g in wanted]
-            for (i, _), d in zip(wanted, ctx.run.compact_backward(keep, parts, ctx.rows), strict=True):
-                found[i] = d
-        return (None, None, None, None, *found)
-
-
-def differentiable(launch: Callable[[], Launched], run: Any, parts: list[GatherSpec], rows: int) -> Launched:
-    """Run ``launch``, recorded for autograd where a gradient is wanted.
-
-    Traced ops carry their own autograd formula, so they are called as they are.
-    """
-    if isinstance(run, _library.Dispatched) or not torch.is_grad_enabled():
-        return launch()
-    tensors = [p.tensor for p in parts]
-    if not any(t.requires_grad for t in tensors):
-        return launch()
-    keep, cu, *outs = _Compaction.apply(launch, run, [(p.batch_dim, p.row_dim) for p in parts], rows, *tensors)
-    return keep, outs, cu
+    runner = resolve_backend(INPLACE, first, backend, torch.float32)
+    runner.run(CompactRequest(keep.contiguous(), parts))
 
 
 def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.Tensor:

@@ -6,9 +6,38 @@ from typing import Any
 
 import torch
 
+from ...backends.requests import CompactRequest
 from ...core import pytree
 from ...core.layout import is_packed, layout_of
 from ...core.types import Compacted, GatherSpec, TopK
+
+
+def run(request: CompactRequest) -> list[torch.Tensor]:
+    """The gathered tensors of a request."""
+    _check_rows(request, ascending=False)
+    return gather(request.keep, request.gathers)
+
+
+def run_inplace(request: CompactRequest) -> None:
+    """Move the kept rows of the tensors of a request to the front."""
+    _check_rows(request, ascending=True)
+    for tensor, batch_dim, row_dim, *_ in request.gathers:
+        move_to_front(request.keep, tensor.movedim((batch_dim, row_dim), (0, 1)))
+
+
+def _check_rows(request: CompactRequest, *, ascending: bool) -> None:
+    """Raise unless the rows of ``keep`` lie inside the input (and ascend); only where reading them costs no synchronisation."""
+    keep, gathers = request
+    if keep.device.type != "cpu":
+        return
+    rows = gathers[0].tensor.shape[gathers[0].row_dim]
+    if keep.numel() and int(keep.max()) >= rows:
+        raise ValueError(f"keep must list rows below {rows}, got {int(keep.max())}")
+    if ascending:
+        for item in keep:
+            kept = item[item >= 0]
+            if bool((kept[1:] <= kept[:-1]).any()):
+                raise ValueError(f"keep must ascend strictly within each item, got {kept.tolist()}")
 
 
 def gather(keep: torch.Tensor, parts: list[GatherSpec]) -> list[torch.Tensor]:
@@ -93,8 +122,12 @@ def compact_(keep: torch.Tensor | TopK, kv: Any, *, kv_layout: str = "BHSD") -> 
     """Move the kept rows of every tensor to the front, in place; the rows behind them stay as they are."""
     keep = keep.indices if isinstance(keep, TopK) else keep
     for x in pytree.flatten_leaves("kv", kv)[1]:
-        x = x.transpose(1, 2) if kv_layout == "BHSD" else x
-        x = x.view(torch.uint8) if x.element_size() == 1 else x
-        for b, row in enumerate(keep):
-            row = row[row >= 0]
-            x[b, : len(row)] = x[b, row]
+        move_to_front(keep, x.transpose(1, 2) if kv_layout == "BHSD" else x)
+
+
+def move_to_front(keep: torch.Tensor, x: torch.Tensor) -> None:
+    """The kept rows of ``x [B, N, ...]`` move to the front."""
+    x = x.view(torch.uint8) if x.element_size() == 1 else x
+    for b, row in enumerate(keep):
+        row = row[row >= 0]
+        x[b, : len(row)] = x[b, row]

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ...backends import configs, launch
 from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
+from ...backends.requests import CompactBackwardRequest, CompactRequest
 from ...core.plan import Plan
 from ...core.types import GatherSpec
 from ..topk.triton import kept_up_to, load_keys, stretch, threshold
@@ -426,21 +427,23 @@ def _launch_gather(
     )  # fmt: skip
 
 
-def compact(keep: torch.Tensor, parts: Sequence[GatherSpec]) -> list[torch.Tensor]:
+def compact(request: CompactRequest) -> list[torch.Tensor]:
     """Rows ``keep`` ``[Bt, out_rows]`` of every part, in its ``out`` or a new tensor; empty rows hold the part's fill.
 
     One launch for up to ``configs.TENSORS_PER_LAUNCH`` tensors.
     """
+    keep, parts = request
     if not parts:
         return []
     return gather(keep, parts, parts[0].tensor.shape[parts[0].row_dim])
 
 
-def compact_backward(keep: torch.Tensor, grads: Sequence[GatherSpec], rows: int) -> list[torch.Tensor]:
+def compact_backward(request: CompactBackwardRequest) -> list[torch.Tensor]:
     """Gradients of the parts (``rows`` rows) from those of the compacted ones: zero where a row was dropped.
 
     Two launches: the inverse of ``keep``, and the gather through it. A row kept twice gets one of its gradients.
     """
+    keep, grads, rows = request
     batch, out_rows = keep.shape
     dest = torch.empty((batch, rows), dtype=torch.int64, device=keep.device)
     tiles = -(-rows // configs.INVERT_ROWS)
@@ -451,8 +454,9 @@ def compact_backward(keep: torch.Tensor, grads: Sequence[GatherSpec], rows: int)
     return gather(dest, grads, out_rows)
 
 
-def compact_(keep: torch.Tensor, parts: Sequence[GatherSpec]) -> None:
+def compact_(request: CompactRequest) -> None:
     """Move the valid rows of ``keep``, ascending, to the front of every part; one launch, no second buffer."""
+    keep, parts = request
     batch, slots = keep.shape
     for portion in _portions(_classes(parts, [part.tensor for part in parts])) if slots else ():
         addresses: list[tuple[int, int]] = []

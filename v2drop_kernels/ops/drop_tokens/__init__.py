@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 
-from ... import _library
+from ...backends.choice import is_traced, resolve_backend
+from ...backends.requests import Budget, DropRequest, Source
 from ...core import arguments, pytree
 from ...core.layout import check_device, is_packed, layout_of
 from ...core.plan import offsets_on, resolve
 from ...core.types import Dropped
-from ..compact import Launched, differentiable
-from . import reference
+from ..compact.gradient import recorded
+from .torch_op import OP
 
 
 def drop_tokens(
@@ -91,43 +92,36 @@ def drop_tokens(
     tensor([[0, 2, 3, 4]])
     """
     packed = is_packed(droppable, cu_seqlens)
-    pair = None
     if scores is None:
-        pair = arguments.pair(h_prev, h_cur, packed)
+        arguments.pair(h_prev, h_cur, packed)
     else:
         arguments.hidden("h_cur", h_cur, packed)
         arguments.given_scores(scores, h_cur)
     arguments.score_options(metric, score_dtype)
     check_device(droppable, h_cur.device, "h_cur")
-    run, name = _library.runner(h_cur if scores is None else scores, backend)
-    if name == "reference":
-        return reference.drop_tokens(
-            h_prev, h_cur, k, droppable=droppable, scores=scores, cu_seqlens=cu_seqlens, metric=metric,
-            score_dtype=score_dtype, positions=positions, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
-            attention_mask=attention_mask, rope=rope, labels=labels, out=out,
-        )  # fmt: skip
-
+    runner = resolve_backend(OP, h_cur if scores is None else scores, backend)
     at = pytree.batch_shape("h_cur", h_cur, packed)
-    traced = _library.dispatched(h_cur)
-    found = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
+    traced = is_traced(h_cur)
+    resolved = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
     pytree.check_out(out, Dropped, traced)
-    parts, unflatten = pytree.flatten(
+    gathers, unflatten = pytree.flatten(
         at, hidden=h_cur, position_ids=pytree.input_positions(positions, position_ids, layout, at.device), kv=kv,
-        kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=found.mask,
-        out=out, out_rows=found.plan.out_rows,
+        kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=resolved.mask,
+        out=out, out_rows=resolved.plan.out_rows,
     )  # fmt: skip
-    a, b = (None, None) if pair is None else map(arguments.unit_stride, pair)
-
-    def launch() -> Launched:
-        return run.drop(scores, a, b, found.plan, found.mask, parts, metric, score_dtype, cu_seqlens=found.cu_seqlens)
-
-    keep, outs, cu = differentiable(launch, run, parts, at.rows)
+    before, after = (h_prev, h_cur) if scores is None else (None, None)
+    source = Source(scores, before, after, resolved.mask, metric, score_dtype)
+    request = DropRequest(source, resolved.plan, resolved.cu_seqlens, gathers, Budget(k, droppable, cu_seqlens))
+    if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
+        keep, outs, cu = recorded(lambda: runner.run(request), runner, gathers, at.rows)
+    else:
+        keep, outs, cu = runner.run(request)
     if packed:
         keep = keep.squeeze(0)
         if cu is None:
-            cu = offsets_on(cast(tuple[int, ...], found.out_cu), keep.device, traced=traced)
+            cu = offsets_on(cast(tuple[int, ...], resolved.out_cu), keep.device, traced=traced)
     return pytree.build_result(
-        Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=found.after,
-        ragged=not packed and found.plan.ragged,
+        Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=resolved.after,
+        ragged=not packed and resolved.plan.ragged,
     )  # fmt: skip

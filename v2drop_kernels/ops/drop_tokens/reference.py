@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from ...backends.requests import Budget, DropRequest
 from ...core import pytree
 from ...core.arguments import per_segment_k
 from ...core.layout import TokenLayout, is_packed, layout_of
@@ -13,7 +14,7 @@ from ...core.plan import drop_plan
 from ...core.types import Dropped, GatherSpec
 from ..compact.reference import gather, pad_rows
 from ..topk.reference import best, segment_rows
-from ..variation_score.reference import variation_score
+from ..variation_score.reference import ranked_by, variation_score
 
 
 def kept_rows(scores: torch.Tensor, layout: TokenLayout, ks: tuple[int, ...]) -> list[torch.Tensor]:
@@ -81,3 +82,15 @@ def drop_tokens(
         cu_seqlens=pytree.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
         after=after, ragged=not packed and bool((keep < 0).any()),
     )  # fmt: skip
+
+
+def run(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+    """The kept rows, the gathered tensors and the offsets of a packed result, from the caller's own arguments."""
+    k, droppable, cu_seqlens = cast(Budget, request.budget)
+    scores = ranked_by(request.source)
+    batch = scores.shape[0] if scores.dim() == 2 else None
+    layout = layout_of(droppable, batch, scores.shape[-1], cu_seqlens)
+    keep, outs = select_and_gather(scores, k, layout, request.gathers)
+    if batch is not None:
+        return keep, outs, None
+    return keep, outs, pytree.kept_offsets(keep[0], layout.cu_seqlens, scores.shape[-1], traced=False)

@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 
-from ... import _library
+from ...backends.choice import resolve_backend
+from ...backends.requests import CosineRequest, KeyNormRequest
 from ...core import arguments
+from ..autograd import differentiable
 from ..variation_score import variation_score
 from . import reference
+from .gradient import cosine_to_pivots_backward, key_norm_backward
+from .torch_op import COSINE, KEY_NORM
 
 
 def key_norm_score(k: torch.Tensor, *, norm: str = "l1", layout: str = "BHSD", backend: str | None = None) -> torch.Tensor:
@@ -53,10 +57,10 @@ def key_norm_score(k: torch.Tensor, *, norm: str = "l1", layout: str = "BHSD", b
     """
     k = arguments.keys("k", k, layout)
     arguments.one_of("norm", norm, ("l1", "l2"))
-    run, name = _library.runner(k, backend)
-    if name == "reference" or 0 in k.shape:
+    runner = resolve_backend(KEY_NORM, k, backend)
+    if 0 in k.shape:  # the kernels expect at least one of each
         return reference.key_norm(k, norm)
-    return _library.differentiable(run.key_norm, reference.key_norm_backward, 1, arguments.unit_stride(k), norm)
+    return differentiable(runner, KeyNormRequest(k, norm), key_norm_backward)
 
 
 def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -100,10 +104,10 @@ def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | No
     if pivots.dim() != 2:
         raise ValueError(f"pivots must be [B, P], got shape {list(pivots.shape)}")
     arguments.table("pivots", pivots, (x.shape[0], pivots.shape[1]), torch.int64, x)
-    run, name = _library.runner(x, backend)
-    if name == "reference" or 0 in x.shape or 0 in pivots.shape:
+    runner = resolve_backend(COSINE, x, backend)
+    if 0 in x.shape or 0 in pivots.shape:  # the kernels expect at least one of each
         return reference.cosine_to_pivots(x, pivots)
-    return _library.differentiable(run.cosine_to_pivots, reference.cosine_to_pivots_backward, 2, arguments.unit_stride(x), pivots)
+    return differentiable(runner, CosineRequest(x, pivots), cosine_to_pivots_backward)
 
 
 def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str | None = None) -> torch.Tensor:

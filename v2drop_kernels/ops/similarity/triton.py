@@ -9,6 +9,8 @@ import triton.language as tl
 from ...backends import launch
 from ...backends.configs import INTERPRETED, next_power_of_2
 from ...backends.launch import row_strides
+from ...backends.requests import CosineRequest, KeyNormRequest
+from ...core.arguments import unit_stride
 from ..attention_score.triton import alignment
 
 
@@ -81,8 +83,9 @@ def _cosine_to_pivots_fwd_kernel(
     tl.store(at, cosine, mask=inside[:, None] & (which < p)[None, :])
 
 
-def key_norm(k: torch.Tensor, norm: str) -> torch.Tensor:
+def key_norm(request: KeyNormRequest) -> torch.Tensor:
     """Float32 norms ``[B, S]`` of keys ``[B, Hkv, S, Dh]``, over heads and channels."""
+    k, norm = unit_stride(request.k), request.norm
     batch, h, s, d = k.shape
     norms = torch.empty(batch, s, dtype=torch.float32, device=k.device)
     # A step is 4 KB of 2-byte keys, two 16-byte loads per thread: 8192 tokens make as many programs as an H200 has places.
@@ -96,8 +99,9 @@ def key_norm(k: torch.Tensor, norm: str) -> torch.Tensor:
     return norms
 
 
-def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+def cosine_to_pivots(request: CosineRequest) -> torch.Tensor:
     """Float32 cosines ``[B, P, N]`` of rows of ``[B, N, D]`` with the rows ``pivots [B, P]``, 0 for what is no row."""
+    x, pivots = unit_stride(request.x), request.pivots
     (batch, n, d), p = x.shape, pivots.shape[1]
     cosines = torch.empty(batch, p, n, dtype=torch.float32, device=x.device)
     # 16 is the least that a tensor core multiplies; 32 rows give an H200 a program per SM at 4096 tokens.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ... import _library
+from ...backends.choice import resolve_name
 from ...core import arguments
 from .reference import soft_topk as _forward
 from .reference import soft_topk_backward as _backward
@@ -123,7 +123,7 @@ def soft_topk(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     arguments.one_of("ties", ties, TIES)
-    _library.runner(scores, backend, torch.float32)
+    resolve_name(scores, backend, torch.float32)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if scores.shape[1] == 0:
         return scores.to(wide)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from ... import _library
+from ...backends.choice import is_traced, resolve_backend
+from ...backends.requests import Budget, Source, TopKRequest
 from ...core import arguments
 from ...core.layout import check_device, is_packed
 from ...core.plan import resolve
 from ...core.types import TopK
 from ..variation_score import variation_score
-from . import reference
+from .torch_op import OP
 
 ORDERS = ("position", "score")
 
@@ -84,16 +85,13 @@ def segmented_topk(
     arguments.one_of("order", order, ORDERS)
     if droppable is not None:
         check_device(droppable, scores.device, "scores")
-    run, name = _library.runner(scores, backend)
-    if name == "reference":
-        return reference.segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order)
-    found = resolve("topk", scores, k, droppable, cu_seqlens, traced=_library.dispatched(scores))
+    runner = resolve_backend(OP, scores, backend)
+    resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=is_traced(scores))
     grad = torch.is_grad_enabled() and scores.requires_grad
-    chosen = run.topk(
-        scores.detach() if grad else scores, None, None, found.plan, found.mask, order, "l2", None,
-        cu_seqlens=found.cu_seqlens,
-    )  # fmt: skip
-    return TopK(_gathered(scores, found.plan, *chosen) if grad else chosen[0], chosen[1])
+    source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
+    budget = Budget(k, droppable, cu_seqlens)
+    values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget))
+    return TopK(_gathered(scores, resolved.plan, values, indices) if grad else values, indices)
 
 
 def variation_topk(
@@ -143,19 +141,15 @@ def variation_topk(
     arguments.one_of("order", order, ORDERS)
     if droppable is not None:
         check_device(droppable, h_cur.device, "h_cur")
-    run, name = _library.runner(h_cur, backend)
-    if name == "reference":
-        return reference.variation_topk(
-            h_prev, h_cur, k, metric=metric, cu_seqlens=cu_seqlens, droppable=droppable, order=order,
-            score_dtype=score_dtype,
-        )  # fmt: skip
+    runner = resolve_backend(OP, h_cur, backend)
     if torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
         # The values carry a gradient: score and select apart, so that autograd sees both.
-        scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=name)
-        return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=name)
-    found = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=_library.dispatched(h_cur))
-    h_prev, h_cur = arguments.unit_stride(h_prev), arguments.unit_stride(h_cur)
-    return TopK(*run.topk(None, h_prev, h_cur, found.plan, found.mask, order, metric, score_dtype, cu_seqlens=found.cu_seqlens))
+        scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=runner.name)
+        return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=runner.name)
+    resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=is_traced(h_cur))
+    source = Source(None, h_prev, h_cur, resolved.mask, metric, score_dtype)
+    budget = Budget(k, droppable, cu_seqlens)
+    return TopK(*runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget)))
 
 
 def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ...backends.requests import Budget, TopKRequest
 from ...core.arguments import per_segment_k
 from ...core.layout import TokenLayout, is_packed, layout_of
 from ...core.types import TopK
-from ..variation_score.reference import variation_score
+from ..variation_score.reference import ranked_by, variation_score
 
 
 def best(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -59,3 +60,9 @@ def variation_topk(
     """``segmented_topk(variation_score(h_prev, h_cur), k)``."""
     scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype)
     return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order)
+
+
+def run(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values and indices of a request, from the caller's own arguments."""
+    k, droppable, cu_seqlens = cast(Budget, request.budget)
+    return segmented_topk(ranked_by(request.source), k, cu_seqlens=cu_seqlens, droppable=droppable, order=request.order)

@@ -27,6 +27,7 @@ from ...backends.launch import (
     device_ints,
     row_strides,
 )
+from ...backends.requests import TopKRequest
 from ...core.plan import CuPlan, Plan
 from ..variation_score.triton import plan_scores
 
@@ -320,24 +321,15 @@ def launch_select(
     )  # fmt: skip
 
 
-def topk(
-    scores: torch.Tensor | None,
-    prev: torch.Tensor | None,
-    cur: torch.Tensor | None,
-    plan: Plan | CuPlan,
-    mask: torch.Tensor | None,
-    order: str,
-    metric: str,
-    score_dtype: torch.dtype | None,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(values, indices)`` of the kept rows, each ``[G, K]``; scores are computed from ``prev`` and ``cur`` if None.
+def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(values, indices)`` of the kept rows, each ``[G, K]``; without scores they are computed first.
 
     One launch, one more to score, one more for ``order="score"`` (all-pairs ranks of the survivors).
     """
-    scored = scores is None
+    source, plan, cu_seqlens, order, _ = request
+    scores, mask, scored = source.scores, source.mask, source.scores is None
     if scores is None:
-        scores = plan_scores(prev, cur, plan, mask, metric, score_dtype, triggers=True)  # type: ignore[arg-type]
+        scores = plan_scores(source, plan, triggers=True)
         scores = scores.view(-1, plan.rows) if plan.rows else scores
     device = scores.device
     pdl = launch.has_pdl(device)

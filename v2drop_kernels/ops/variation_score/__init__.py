@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ... import _library
+from ...backends.choice import resolve_backend
+from ...backends.requests import ScoreRequest, Source
 from ...core import arguments
-from . import reference
+from .gradient import VariationScore
+from .torch_op import OP
 
 
 def variation_score(
@@ -67,27 +68,8 @@ def variation_score(
     """
     arguments.pair(h_prev, h_cur, None if cu_seqlens is None else True)
     arguments.score_options(metric, score_dtype)
-    run, name = _library.runner(h_cur, backend)
-    if name == "reference":
-        return reference.variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype)
-    h_prev, h_cur = arguments.unit_stride(h_prev), arguments.unit_stride(h_cur)
-    if not _library.dispatched(h_cur) and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
-        return _VariationScore.apply(h_prev, h_cur, metric, score_dtype, run)
-    return run.variation_score(h_prev, h_cur, metric, score_dtype)
-
-
-class _VariationScore(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, h_prev: torch.Tensor, h_cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None, run: Any
-    ) -> torch.Tensor:
-        ctx.save_for_backward(h_prev, h_cur)
-        ctx.metric, ctx.run = metric, run
-        return run.variation_score(h_prev, h_cur, metric, score_dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        h_prev, h_cur = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        return (*ctx.run.variation_score_backward(grad, h_prev, h_cur, ctx.metric, *wanted), None, None, None)
+    request = ScoreRequest(Source(None, h_prev, h_cur, None, metric, score_dtype))
+    runner = resolve_backend(OP, h_cur, backend)
+    if not runner.differentiable and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
+        return VariationScore.apply(h_prev, h_cur, runner, request)
+    return runner.run(request)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+
+from ...backends.requests import ScoreRequest, Source
 
 
 def variation_score(
@@ -19,6 +23,19 @@ def variation_score(
             d = d.to(score_dtype).to(wide)
         score = torch.linalg.vector_norm(d, ord={"l2": 2, "l1": 1}[metric], dim=-1)
     return score if score_dtype is None else score.to(score_dtype).to(wide)
+
+
+def run(request: ScoreRequest) -> torch.Tensor:
+    """The scores of a request."""
+    return ranked_by(request.source)
+
+
+def ranked_by(source: Source) -> torch.Tensor:
+    """The scores of a source: those given, or the change."""
+    if source.scores is not None:
+        return source.scores
+    h_prev, h_cur = cast(torch.Tensor, source.h_prev), cast(torch.Tensor, source.h_cur)
+    return variation_score(h_prev, h_cur, metric=source.metric, score_dtype=source.score_dtype)
 
 
 def _cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

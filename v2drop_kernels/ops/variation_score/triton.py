@@ -9,6 +9,7 @@ rounded root of sum d^2. ``cosine`` is 1 - cos from aa = sum a^2, bb = sum b^2, 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import triton
@@ -17,6 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...backends import configs, launch
 from ...backends.launch import COL_N_PREFIX, COL_SRC_START, TABLE_FIELDS, row_strides, slot_starts
+from ...backends.requests import ScoreBackwardRequest, ScoreRequest, Source
+from ...core.arguments import unit_stride
 from ...core.plan import CuPlan, Plan
 
 METRICS = {"l2": 0, "l1": 1, "cosine": 2}
@@ -206,27 +209,20 @@ def _variation_score_bwd_kernel(
             tl.store(grad_prev + out_row + cols, to_prev.to(grad_prev.dtype.element_ty), mask=mask)
 
 
-def variation_score(prev: torch.Tensor, cur: torch.Tensor, metric: str, score_dtype: torch.dtype | None) -> torch.Tensor:
-    """Float32 scores ``prev.shape[:-1]`` of hidden states ``[B, N, D]`` or ``[T, D]``."""
-    rows = prev.shape[-2]
-    plan = Plan(math.prod(prev.shape[:-2]), rows, 0, 0, (0, rows, 0, 0))
-    return plan_scores(prev, cur, plan, None, metric, score_dtype, triggers=False).view(prev.shape[:-1])
+def variation_score(request: ScoreRequest) -> torch.Tensor:
+    """Float32 scores ``[B, N]`` or ``[T]``."""
+    lead = cast(torch.Tensor, request.source.h_cur).shape[:-1]
+    plan = Plan(math.prod(lead[:-1]), lead[-1], 0, 0, (0, lead[-1], 0, 0))
+    return plan_scores(request.source._replace(mask=None), plan, triggers=False).view(lead)
 
 
-def plan_scores(
-    prev: torch.Tensor,
-    cur: torch.Tensor,
-    plan: Plan | CuPlan,
-    mask: torch.Tensor | None,
-    metric: str,
-    score_dtype: torch.dtype | None,
-    *,
-    triggers: bool,
-) -> torch.Tensor:
+def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch.Tensor:
     """Float32 scores ``[Bt * rows]`` of the rows that compete in ``plan``; the others stay unwritten.
 
     ``triggers`` says that the caller's next launch waits for this one (programmatic dependent launch).
     """
+    _, h_prev, h_cur, mask, metric, score_dtype = source
+    prev, cur = unit_stride(cast(torch.Tensor, h_prev)), unit_stride(cast(torch.Tensor, h_cur))
     batch = 1 if isinstance(plan, CuPlan) else plan.batch
     scores = torch.empty(batch * plan.rows, dtype=torch.float32, device=cur.device)
     d = cur.shape[-1]
@@ -254,10 +250,10 @@ def plan_scores(
     return scores
 
 
-def variation_score_backward(
-    grad: torch.Tensor, prev: torch.Tensor, cur: torch.Tensor, metric: str, need_prev: bool, need_cur: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def variation_score_backward(request: ScoreBackwardRequest) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients in ``prev`` and ``cur`` (contiguous; None where not needed) from that of the scores."""
+    grad, (_, h_prev, h_cur, _, metric, _), need_prev, need_cur = request
+    prev, cur = unit_stride(cast(torch.Tensor, h_prev)), unit_stride(cast(torch.Tensor, h_cur))
     grad_prev = torch.empty(prev.shape, dtype=prev.dtype, device=prev.device) if need_prev else None
     grad_cur = torch.empty(cur.shape, dtype=cur.dtype, device=cur.device) if need_cur else None
     rows, d = cur.shape[-2:]

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from ... import _library
-from ..._ops import ops
-from ...core.arguments import hidden, unit_stride
-from . import torch_op as torch_op
+from ...backends.choice import resolve_backend
+from ...backends.requests import MergeRequest
+from ...core.arguments import hidden
 from .arguments import floats, integers
-from .gradient import WeightedMerge, kernels
-from .groups import groups as groups
-from .reference import weighted_merge as _plain
+from .gradient import WeightedMerge
+from .torch_op import OP
 
 
 def weighted_merge(
@@ -80,13 +78,10 @@ def weighted_merge(
     if weights is not None:
         floats("weights", weights, x, rows.shape[1])
         weights = weights.double() if x.dtype == torch.float64 else weights.float()
-    _, name = _library.runner(x, backend)
-    if name != "triton":
-        return _plain(x, offsets, rows, weights, mean=mean)
-    x = unit_stride(x)
-    offsets, rows, weights = offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous()
-    if _library.dispatched(x):
-        return ops.weighted_merge(x, offsets, rows, weights, mean)
-    if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)):
-        return WeightedMerge.apply(x, offsets, rows, weights, mean)
-    return kernels().weighted_merge(x, offsets, rows, weights, mean)
+    request = MergeRequest(x, offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous(), mean)
+    runner = resolve_backend(OP, x, backend)
+    if runner.differentiable or not torch.is_grad_enabled():
+        return runner.run(request)
+    if x.requires_grad or (weights is not None and weights.requires_grad):
+        return WeightedMerge.apply(runner, *request)
+    return runner.run(request)

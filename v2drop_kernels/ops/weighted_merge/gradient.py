@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ...backends.protocol import Runner
+from ...backends.requests import MergeRequest
 from ...core import arguments
 from .groups import groups
 
@@ -34,7 +36,7 @@ def gradients(
         whole = sums(weights)
         inverse = torch.where(whole == 0, 0.0, 1 / torch.where(whole == 0, 1.0, whole))
         grad = inverse[:, :, None] * grad.float()
-    grad = arguments.unit_stride(grad)
+    x, grad = arguments.unit_stride(x), arguments.unit_stride(grad)
     back, order = groups(torch.where(used, rows, n), n)
     d_x = run.weighted_merge(grad, back, target.gather(1, order), weights.gather(1, order), False, x.dtype)
     if not both:
@@ -46,18 +48,19 @@ def gradients(
 
 
 class WeightedMerge(torch.autograd.Function):
+    """The merge by Triton kernels; the backward pass runs them on the transposed list of edges."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, mean: bool
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, offsets, rows, weights)
-        ctx.mean = mean
-        return kernels().weighted_merge(x, offsets, rows, weights, mean)
+    def forward(ctx: Any, runner: Runner, *fields: Any) -> torch.Tensor:
+        request = MergeRequest(*fields)
+        ctx.save_for_backward(*request[:4])
+        ctx.mean = request.mean
+        return runner.run(request)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        both = ctx.needs_input_grad[4]
         x, offsets, rows, weights = ctx.saved_tensors
-        both = ctx.needs_input_grad[3]
         d_x, d_weights = gradients(grad, x, offsets, rows, weights, ctx.mean, both)
-        return d_x, None, None, d_weights if both else None, None
+        return None, d_x, None, None, d_weights if both else None, None

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import embedding_bag
 
+from ...backends.requests import MergeRequest
+
+
+def run(request: MergeRequest) -> torch.Tensor:
+    """The merged rows of a request."""
+    x, offsets, rows, weights, mean = request
+    return weighted_merge(x, offsets, rows, weights, mean=mean)
+
 
 def weighted_merge(
     x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None = None, *, mean: bool = False

@@ -6,28 +6,33 @@ from typing import Any
 
 import torch
 
-from ... import _library
-from ..._ops import add_op_namespace_prefix, ops
-from .gradient import gradients, kernels
+from ..._ops import ops
+from ...backends.choice import runner_of
+from ...backends.protocol import Op
+from ...backends.requests import MergeRequest
+from .. import registration
+from . import reference
+from .gradient import gradients
 
 
-def _launch(x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, mean: bool) -> torch.Tensor:
-    return kernels().weighted_merge(x, offsets, rows, weights, mean)
+def call(backend: str, request: MergeRequest) -> torch.Tensor:
+    """Run a request as a node of a traced graph."""
+    return ops.weighted_merge(*request)
 
 
-def _fake(x: Any, offsets: Any, rows: Any, weights: Any, mean: bool) -> torch.Tensor:
+OP = Op(__package__, "run", reference.run, call, kernels=("triton",))
+
+
+def _merge(x: Any, offsets: Any, rows: Any, weights: Any, mean: bool) -> torch.Tensor:
+    return runner_of(OP, "triton").run(MergeRequest(x, offsets, rows, weights, mean))
+
+
+def _merge_fake(x: Any, offsets: Any, rows: Any, weights: Any, mean: bool) -> torch.Tensor:
     return x.new_empty((x.shape[0], offsets.shape[1] - 1, x.shape[2]))
 
 
-def _backward_fake(
-    grad: Any, x: Any, offsets: Any, rows: Any, weights: Any, mean: bool, both: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), rows.new_empty(rows.shape if both else 0, dtype=torch.float32)
-
-
-_SIGNATURE = "Tensor x, Tensor offsets, Tensor rows, Tensor? weights, bool mean"
-_library._define(f"weighted_merge({_SIGNATURE}) -> Tensor", _fake)(_launch)
-_library._define(f"weighted_merge_backward(Tensor grad, {_SIGNATURE}, bool both) -> (Tensor, Tensor)", _backward_fake)(gradients)
+def _backward_fake(grad: Any, x: Any, offsets: Any, rows: Any, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), rows.new_empty(rows.shape if options[-1] else 0, dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -35,10 +40,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mean = inputs[4]
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     both = ctx.needs_input_grad[3]
     d_x, d_weights = ops.weighted_merge_backward(grad, *ctx.saved_tensors, ctx.mean, both)
     return d_x, None, None, d_weights if both else None, None
 
 
-torch.library.register_autograd(add_op_namespace_prefix("weighted_merge"), _backward, setup_context=_setup, lib=_library._lib)
+_SIGNATURE = "Tensor x, Tensor offsets, Tensor rows, Tensor? weights, bool mean"
+registration.define(f"weighted_merge({_SIGNATURE}) -> Tensor", _merge_fake, _merge)
+registration.define(f"weighted_merge_backward(Tensor grad, {_SIGNATURE}, bool both) -> (Tensor, Tensor)", _backward_fake, gradients)
+registration.define_gradient("weighted_merge", _gradient, _setup)

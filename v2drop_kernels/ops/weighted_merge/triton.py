@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from ...backends import configs, launch
+from ...backends.requests import MergeRequest
+from ...core.arguments import unit_stride
 from ..variation_score.triton import _alignment, _round
 
 
@@ -83,6 +85,12 @@ def _sizes(d: int) -> tuple[int, int]:
         return 64, configs.next_power_of_2(d)
     block_d = min(configs.next_power_of_2(d), 512)
     return min(2048 // block_d, 16), block_d
+
+
+def run(request: MergeRequest) -> torch.Tensor:
+    """The merged rows of a request; its index lists and weights are contiguous."""
+    x, offsets, rows, weights, mean = request
+    return weighted_merge(unit_stride(x), offsets, rows, weights, mean)
 
 
 def weighted_merge(

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the compiled library on torch tensors, on the CPU and on CUDA devices.
+
+A function of ``ops/<op>/native.py`` allocates its results, describes the tensors as tuples (see ``csrc/python/module.cpp``) and
+makes one call without the interpreter lock. Arguments were checked by the public functions; the library checks once more that no
+address is out of bounds. On CUDA a call allocates one piece of scratch memory and enqueues on the current stream of the tensors'
+device. An emulated library (see ``tools/cuda_emulator``) takes CPU tensors instead and has no stream, so that tests run the CUDA
+kernels without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native as library
+from ..core.plan import COLUMNS, WIDTH, CuPlan, Plan
+from ..core.types import GatherSpec
+from .requests import Source
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+_WORKSPACE_ALIGNMENT = 256
+
+_forced_mode: contextvars.ContextVar[int] = contextvars.ContextVar("v2drop_launch_mode", default=0)
+
+
+@contextlib.contextmanager
+def launch_mode(name: str) -> Iterator[None]:
+    """Launch CUDA drops in this mode inside a ``with`` block, for tests and benchmarks. The results are the same.
+
+    ``"auto"``: by size and device; ``"cooperative"``: one launch; ``"fused"``: score, then a gather whose blocks repeat the
+    selection; ``"separate"``: score, select, gather.
+    """
+    token = _forced_mode.set(library.LAUNCH_MODES[name])
+    try:
+        yield
+    finally:
+        _forced_mode.reset(token)
+
+
+def unavailable(place: str, kind: str) -> str | None:
+    """Why the library cannot serve tensors of a device kind in a place (``"cpu"`` or ``"cuda"``), or None when it can."""
+    built, reason = library.available()
+    if place == "cpu":
+        return f"serves cpu tensors, not {kind}" if kind != "cpu" else None if built else reason
+    if not built:
+        return reason
+    archs = library.cuda_archs()
+    if archs == "emulated":
+        return None if kind == "cpu" else f"emulated in this build of the library, which serves cpu tensors, not {kind}"
+    if kind != "cuda":
+        return f"serves CUDA tensors, not {kind}"
+    if torch.version.hip:
+        return "serves NVIDIA GPUs, and this torch is built for ROCm"
+    if archs and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return library.lib().cuda_available() or None
+
+
+class _DtypeCodes(dict[torch.dtype, int]):
+    """v2drop_dtype of a torch dtype; a dtype that the library does not interpret is raw bytes of its size."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        codes = library.DTYPES
+        name = str(dtype).removeprefix("torch.")
+        known = name in codes and not name.startswith("bits")
+        code = self[dtype] = int(codes[name if known else f"bits{8 * dtype.itemsize}"])
+        return code
+
+
+_DTYPES = _DtypeCodes()
+
+
+@functools.cache
+def score_code(metric: str, score_dtype: torch.dtype | None) -> tuple[int, int]:
+    """The codes of a metric and of the dtype that scores are rounded to."""
+    return library.METRICS[metric], _DTYPES[score_dtype or torch.float32]
+
+
+def view(tensor: Tensor) -> View:
+    """A tensor as the library reads it."""
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def maybe_view(tensor: Tensor | None) -> View | None:
+    """:func:`view`, or None."""
+    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+def unit_stride(h: Tensor) -> Tensor:
+    """``h`` with a last dimension of stride 1: as it is, or one contiguous copy."""
+    return h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
+
+
+def readable(source: Source) -> Source:
+    """A source that the library can read; the caller holds it until the call is made, for its tensors may be copies."""
+    h_prev, h_cur = source.h_prev, source.h_cur
+    if h_prev is None or h_cur is None or (h_prev.stride(-1) == 1 and h_cur.stride(-1) == 1):
+        return source
+    return source._replace(h_prev=unit_stride(h_prev), h_cur=unit_stride(h_cur))
+
+
+def source_view(source: Source) -> tuple[Any, ...]:
+    """A source as the library reads it."""
+    scores, h_prev, h_cur, mask, metric, score_dtype = source
+    return (maybe_view(scores), maybe_view(h_prev), maybe_view(h_cur), maybe_view(mask), *score_code(metric, score_dtype))
+
+
+def _fill_bits(dtype: torch.dtype, fill: int) -> int:
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return int(fill)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return int(torch.tensor(fill, dtype=dtype).view(bits).item())
+
+
+def outputs(gathers: Sequence[GatherSpec], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+    """The results with ``rows`` rows, fresh unless given, and the gathers that fill them as the library reads them."""
+    results, views = [], []
+    for tensor, batch_dim, row_dim, fill, result in gathers:
+        if result is None:
+            shape = list(tensor.shape)
+            shape[row_dim] = rows
+            result = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            if result.is_cpu and result.nbytes >= library.HUGE_BYTES:
+                library.lib().prefer_huge_pages(result.data_ptr(), result.nbytes)
+        results.append(result)
+        views.append((view(tensor), view(result), batch_dim, row_dim, _fill_bits(tensor.dtype, fill) if fill else 0))
+    return results, views
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_bytes(rows: int, groups: int, width: int) -> int:
+    return int(library.lib().workspace_bytes(rows, groups, width))
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    return getattr(library.lib(), name)
+
+
+@functools.cache
+def _place(name: str) -> int:
+    return int(library.PLACES[name])
+
+
+def call(
+    name: str, place: str, device: torch.device, *arguments: Any, segments: int = 0, workspace: int = 0,
+    rows: int = 0, groups: int = 0, width: int = 0,
+) -> None:  # fmt: skip
+    """Call a function of the library with its arguments and a context.
+
+    On CUDA the scratch memory has ``workspace`` bytes, or what so many rows, groups and ranked results need; ``segments`` is the
+    address of a copy of the segments on the device.
+    """
+    if place == "cpu":
+        _function(name)(*arguments, (_place(place), torch.get_num_threads(), 0, 0, 0, 0, 0))
+        return
+    if rows or groups:
+        workspace = _workspace_bytes(rows, groups, width)
+    start = 0
+    if workspace:
+        # Memory of the CPU is aligned to 64 bytes only. The allocator gives this piece to nobody before the kernels are done.
+        memory = torch.empty(workspace + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
+        start = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    context = (_place(place), 0, stream, start, workspace, _forced_mode.get(), segments)
+    # The library launches on the current device, whatever the tensors say.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _function(name)(*arguments, context)
+    else:
+        _function(name)(*arguments, context)
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
+    """Segments of which only ``k`` counts; none has more than all rows."""
+    table = torch.zeros(len(ks), WIDTH, dtype=torch.int64)
+    table[:, COLUMNS.k] = torch.tensor(ks).clamp(max=rows)
+    return table
+
+
+def segments(plan: Plan | CuPlan, place: str, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
+    """The segments of a plan as the library reads them, and what :func:`call` must know of the plan."""
+    if place == "cpu":
+        return (plan.host_table().data_ptr(), plan.groups), {}  # type: ignore[union-attr]
+    if isinstance(plan, CuPlan):
+        return (_counts(plan.ks, plan.rows).data_ptr(), plan.groups), {"rows": plan.rows, "groups": plan.groups}
+    known = {"rows": plan.batch * plan.rows, "groups": plan.groups}
+    # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
+    if plan.uniform is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        known["segments"] = plan.device_table(device).data_ptr()
+    return (plan.host_table().data_ptr(), plan.groups), known
+
+
+def device_offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Tensor | None:
+    """The offsets as the library wants them, where only the device knows them."""
+    return None if cu_seqlens is None or isinstance(plan, Plan) else cu_seqlens.to(torch.int32).contiguous()

@@ -1,0 +1,31 @@
+"""The gradient of variation_score in eager mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ...backends.choice import runner_of
+from ...backends.protocol import Runner
+from ...backends.requests import ScoreBackwardRequest, ScoreRequest, Source
+from .torch_op import BACKWARD
+
+
+class VariationScore(torch.autograd.Function):
+    """Scores of ``h_prev`` and ``h_cur``; the backward pass is one kernel of the same backend."""
+
+    @staticmethod
+    def forward(ctx: Any, h_prev: torch.Tensor, h_cur: torch.Tensor, runner: Runner, request: ScoreRequest) -> torch.Tensor:
+        ctx.save_for_backward(h_prev, h_cur)
+        ctx.metric, ctx.backend = request.source.metric, runner.name
+        return runner.run(request)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        h_prev, h_cur = ctx.saved_tensors
+        need_prev, need_cur = ctx.needs_input_grad[:2]
+        request = ScoreBackwardRequest(grad, Source(None, h_prev, h_cur, None, ctx.metric), need_prev, need_cur)
+        return (*runner_of(BACKWARD, ctx.backend).run(request), None, None)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""variation_score and its backward pass in the compiled library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from ...backends.requests import ScoreBackwardRequest, ScoreRequest
+
+
+def variation_score(request: ScoreRequest, place: str) -> Tensor:
+    """Float32 scores ``[B, N]`` or ``[T]``."""
+    source = native.readable(request.source)
+    h_cur = source.h_cur
+    assert h_cur is not None
+    scores = torch.empty(h_cur.shape[:-1], dtype=torch.float32, device=h_cur.device)
+    native.call("variation_score", place, h_cur.device, native.source_view(source), native.view(scores))
+    return scores
+
+
+def variation_score_backward(request: ScoreBackwardRequest, place: str) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in ``h_prev`` and ``h_cur``, None where not needed."""
+    grad, source = request.grad, native.readable(request.source)
+    h_cur = source.h_cur
+    assert h_cur is not None
+    d_prev, d_cur = (
+        torch.empty(h_cur.shape, dtype=h_cur.dtype, device=h_cur.device) if needed else None
+        for needed in (request.need_prev, request.need_cur)
+    )
+    gradients = native.maybe_view(d_prev), native.maybe_view(d_cur)
+    view = native.source_view(source._replace(score_dtype=None))
+    native.call("variation_score_backward", place, h_cur.device, native.view(grad), view, *gradients)
+    return d_prev, d_cur
