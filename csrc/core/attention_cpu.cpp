@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "keys.h"
 #include "ops.h"
+#include "ordinal.h"
 #include "thread_pool.h"
 
 namespace v2drop {
@@ -99,7 +99,7 @@ class Step {
     return weights_.get() + (((e * blocks_ + block) * a_.q.heads + head) * queries_ + i) * kBlock;
   }
   // Whether each of n keys from `first` on is one.
-  void read_mask(const Rows& mask, int64_t e, int64_t first, int64_t n, unsigned char* to) const {
+  void read_mask(const RowView& mask, int64_t e, int64_t first, int64_t n, unsigned char* to) const {
     for (int64_t i = 0; i < n; ++i) to[i] = !mask.data || *mask.at(entry0_ + e, first + i) != 0;
   }
   // How many of the n keys from `first` on are not after the query.
@@ -156,7 +156,7 @@ class Step {
         total *= scale;
         uint32_t bits;
         __builtin_memcpy(&bits, &total, sizeof bits);
-        totals[static_cast<size_t>(h)] = key_of_bits(bits);
+        totals[static_cast<size_t>(h)] = ordinal_of_bits(bits);
       }
       for (int64_t j = 0; j < blocks_; ++j) factors[j] *= scale;
     }

@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSm) reduce_kernel(const __g
     if (lane_id() == 0) {
       pairs.maximum[pair] = base_of(most);
       pairs.factor[pair] = factor;
-      pairs.total[pair] = key_of_bits(__float_as_uint(droppable));
+      pairs.total[pair] = ordinal_of_bits(__float_as_uint(droppable));
     }
   }
   __syncthreads();
@@ -347,22 +347,22 @@ void attention(const AttentionRequest& a, const v2drop_context& context) {
   r.tiles = static_cast<int32_t>(tiles);
   r.scores = a.scores.data, r.scores_batch = a.scores.batch_stride, r.scores_row = a.scores.row_stride;
 
-  Edge edge = Edge::kNone;  // the first launch of a call does not wait
+  LaunchDependency dependency = LaunchDependency::kNone;  // the first launch of a call does not wait
   for (int64_t query = 0; query == 0 || query < a.q.rows; query += step) {
     w.query0 = static_cast<int32_t>(query);
     w.queries = static_cast<int32_t>(std::min(step, a.q.rows - query));
     if (w.queries > 0) {
       for_row_type(a.k.dtype, a.k.dim, is_aligned(a.q) && is_aligned(a.k), [&](auto type, auto lanes, auto aligned) {
         launch(weigh_kernel<decltype(type), decltype(lanes)::value, decltype(aligned)::value>, a.k.batch * a.k.heads * splits, kThreads,
-               edge, context.stream, w);
+               dependency, context.stream, w);
       });
-      edge = Edge::kDependent;
+      dependency = LaunchDependency::kDependent;
     }
     r.of = w;
     r.first = query == 0;
     r.last = query + step >= a.q.rows;
-    launch(reduce_kernel, a.k.batch * tiles, kThreads, edge, context.stream, r);
-    edge = Edge::kDependent;
+    launch(reduce_kernel, a.k.batch * tiles, kThreads, dependency, context.stream, r);
+    dependency = LaunchDependency::kDependent;
   }
 }
 

@@ -10,10 +10,10 @@
 namespace v2drop {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, kBlocksOfSm) gather_kernel(const __grid_constant__ Moves moves) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm) gather_kernel(const __grid_constant__ CopyBatch work) {
   BlockCounts<kThreads> counts;
   wait_for_previous();
-  gather_tile<false, false>(moves, nullptr, counts, blockIdx.x);
+  gather_tile<false, false>(work, nullptr, counts, blockIdx.x);
 }
 
 // inverse[entry][keep[entry][j]] = j, -1 elsewhere. A block owns kInvertRows rows of the inverse and reads all of keep.
@@ -38,7 +38,7 @@ struct Step {
 // The kept rows of one piece of one plane move to the front, some at a time in ascending order: keep ascends, so keep[j] >= j, and no
 // step overwrites a row that a later one still reads.
 template <class Vec>
-__device__ void move_to_front(const MoveClass& c, char* data, const int64_t* keep, int64_t count, int64_t first, int vecs,
+__device__ void move_to_front(const CopyClass& c, char* data, const int64_t* keep, int64_t count, int64_t first, int vecs,
                               BlockCounts<kThreads>& counts) {
   constexpr int kLoads = 4;
   Step& step = block_shared<Step>();
@@ -48,11 +48,11 @@ __device__ void move_to_front(const MoveClass& c, char* data, const int64_t* kee
   for (int64_t begin = 0; begin < count; begin += rows) {
     const int64_t j = begin + thread_id();
     const int64_t from = thread_id() < rows && j < count ? keep[j] : -1;
-    const bool moves = from >= 0 && from < c.src_rows;
-    const unsigned kept_lanes = __ballot_sync(kAllLanes, moves);
+    const bool moving = from >= 0 && from < c.src_rows;
+    const unsigned kept_lanes = __ballot_sync(kAllLanes, moving);
     int all;
     const int before = counts.sum_before(__popc(kept_lanes), &all) + __popc(kept_lanes & ((1u << lane_id()) - 1));
-    if (moves) {
+    if (moving) {
       step.from[before] = from;
       step.to[before] = front + before;
     }
@@ -75,41 +75,41 @@ __device__ void move_to_front(const MoveClass& c, char* data, const int64_t* kee
   }
 }
 
-__global__ void __launch_bounds__(kThreads) move_to_front_kernel(const __grid_constant__ Moves moves) {
+__global__ void __launch_bounds__(kThreads) move_to_front_kernel(const __grid_constant__ CopyBatch work) {
   BlockCounts<kThreads> counts;
-  const int64_t entry = blockIdx.x / moves.shares;
-  int item = static_cast<int>(blockIdx.x % moves.shares);
+  const int64_t entry = blockIdx.x / work.shares;
+  int item = static_cast<int>(blockIdx.x % work.shares);
   int n = 0;
-  while (item >= moves.classes[n].items) item -= moves.classes[n++].items;
-  const MoveClass& c = moves.classes[n];
+  while (item >= work.classes[n].items) item -= work.classes[n++].items;
+  const CopyClass& c = work.classes[n];
   const int64_t piece = item % c.pieces;
   item /= c.pieces;
   int plane = item % c.planes;
-  char* data = moves.tensors[c.first_tensor + item / c.planes].src + entry * c.src_batch;
+  char* data = work.tensors[c.first_tensor + item / c.planes].src + entry * c.src_batch;
   for (int d = 0; d < c.n_dims; ++d) {
     data += plane % c.dims[d].size * c.dims[d].src;
     plane /= c.dims[d].size;
   }
   const int64_t first = piece * c.piece_vecs;
   const int vecs = static_cast<int>(min(static_cast<int64_t>(c.piece_vecs), c.row_vecs - first));
-  const int64_t* keep = moves.keep + entry * moves.out_rows;
+  const int64_t* keep = work.keep + entry * work.out_rows;
   switch (c.vec_bytes) {
     case 16:
-      return move_to_front<uint4>(c, data, keep, moves.out_rows, first, vecs, counts);
+      return move_to_front<uint4>(c, data, keep, work.out_rows, first, vecs, counts);
     case 8:
-      return move_to_front<uint2>(c, data, keep, moves.out_rows, first, vecs, counts);
+      return move_to_front<uint2>(c, data, keep, work.out_rows, first, vecs, counts);
     case 4:
-      return move_to_front<unsigned>(c, data, keep, moves.out_rows, first, vecs, counts);
+      return move_to_front<unsigned>(c, data, keep, work.out_rows, first, vecs, counts);
     case 2:
-      return move_to_front<unsigned short>(c, data, keep, moves.out_rows, first, vecs, counts);
+      return move_to_front<unsigned short>(c, data, keep, work.out_rows, first, vecs, counts);
     default:
-      return move_to_front<unsigned char>(c, data, keep, moves.out_rows, first, vecs, counts);
+      return move_to_front<unsigned char>(c, data, keep, work.out_rows, first, vecs, counts);
   }
 }
 
 // The class of a copy, without what depends on its neighbours. Each thread makes at most one access to a row of a piece.
-MoveClass class_of(const Copy& copy) {
-  MoveClass c;
+CopyClass class_of(const Copy& copy) {
+  CopyClass c;
   std::memset(&c, 0, sizeof c);  // compared as bytes
   int64_t bits =
       16 | copy.inner | copy.src_row | copy.dst_row | reinterpret_cast<intptr_t>(copy.src) | reinterpret_cast<intptr_t>(copy.dst);
@@ -144,39 +144,39 @@ MoveClass class_of(const Copy& copy) {
 }
 
 // How the launch is cut into blocks: large ones share an index load (and a select) among many bytes, many ones fill the GPU.
-void cut_into_blocks(Moves& moves) {
+void cut_into_blocks(CopyBatch& work) {
   int64_t row_bytes = 0, widest = 0;
-  for (int n = 0; n < moves.n_classes; ++n) {
-    MoveClass& c = moves.classes[n];
+  for (int n = 0; n < work.n_classes; ++n) {
+    CopyClass& c = work.classes[n];
     c.begin = row_bytes;
     row_bytes += c.items * c.weight;
     widest = std::max(widest, c.weight);
   }
-  const int64_t total = moves.batch * moves.out_rows * row_bytes;
+  const int64_t total = work.batch * work.out_rows * row_bytes;
   const int64_t bytes = std::clamp(total / (kBlocksPerSm * current_device().sms), kGatherBytesMin, kGatherBytes);
   // Rows rather than columns: a thread has them in flight together. A share is whole items, or some blocks would have two and others none.
   const int64_t narrow = std::min<int64_t>(row_bytes, 16 * kThreads / widest * widest);
   int rows = 1;
-  while (2 * rows <= kTileRows && 2 * rows * narrow <= bytes && rows < moves.out_rows) rows *= 2;
-  moves.share = std::max(narrow, bytes / rows / narrow * narrow);
-  moves.shares = (row_bytes + moves.share - 1) / moves.share;
-  set_tile_rows(moves, rows);
+  while (2 * rows <= kTileRows && 2 * rows * narrow <= bytes && rows < work.out_rows) rows *= 2;
+  work.share = std::max(narrow, bytes / rows / narrow * narrow);
+  work.shares = (row_bytes + work.share - 1) / work.share;
+  set_tile_rows(work, rows);
 }
 
-std::vector<Moves> group_by_class(const std::vector<Copy>& copies, const Keep& keep) {
+std::vector<CopyBatch> group_by_class(const std::vector<Copy>& copies, const Keep& keep) {
   struct Group {
-    MoveClass c;
+    CopyClass c;
     std::vector<const Copy*> copies;
   };
   std::vector<Group> groups;
   for (const Copy& copy : copies) {
     if (copy.planes == 0) continue;
-    const MoveClass c = class_of(copy);
+    const CopyClass c = class_of(copy);
     auto found = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return !std::memcmp(&g.c, &c, sizeof c); });
     if (found == groups.end()) found = groups.insert(groups.end(), {c, {}});
     found->copies.push_back(&copy);
   }
-  std::vector<Moves> launches;
+  std::vector<CopyBatch> launches;
   int used = kTensorsPerLaunch;
   for (const Group& group : groups) {
     for (size_t done = 0; done < group.copies.size();) {
@@ -187,11 +187,11 @@ std::vector<Moves> group_by_class(const std::vector<Copy>& copies, const Keep& k
         launches.back().out_rows = keep.count;
         used = 0;
       }
-      Moves& moves = launches.back();
-      MoveClass& c = moves.classes[moves.n_classes++] = group.c;
+      CopyBatch& work = launches.back();
+      CopyClass& c = work.classes[work.n_classes++] = group.c;
       c.first_tensor = used;
       for (; done < group.copies.size() && used < kTensorsPerLaunch; ++done) {
-        moves.tensors[used++] = {group.copies[done]->src, group.copies[done]->dst};
+        work.tensors[used++] = {group.copies[done]->src, group.copies[done]->dst};
       }
       const int64_t items = static_cast<int64_t>(used - c.first_tensor) * c.planes * c.pieces;
       if (items > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
@@ -203,31 +203,31 @@ std::vector<Moves> group_by_class(const std::vector<Copy>& copies, const Keep& k
 
 }  // namespace
 
-std::vector<Moves> plan_moves(const std::vector<Copy>& copies, const Keep& keep) {
+std::vector<CopyBatch> plan_batches(const std::vector<Copy>& copies, const Keep& keep) {
   if (keep.batch * keep.count == 0) return {};
-  std::vector<Moves> launches = group_by_class(copies, keep);
-  for (Moves& moves : launches) cut_into_blocks(moves);
+  std::vector<CopyBatch> launches = group_by_class(copies, keep);
+  for (CopyBatch& work : launches) cut_into_blocks(work);
   return launches;
 }
 
-void set_tile_rows(Moves& moves, int rows) {
-  moves.tile_rows = rows;
-  moves.tiles = (moves.out_rows + rows - 1) / rows;
+void set_tile_rows(CopyBatch& work, int rows) {
+  work.tile_rows = rows;
+  work.tiles = (work.out_rows + rows - 1) / rows;
 }
 
-int64_t blocks_of(const Moves& moves) { return moves.batch * moves.tiles * moves.shares; }
+int64_t blocks_of(const CopyBatch& work) { return work.batch * work.tiles * work.shares; }
 
-void launch_gather(const std::vector<Moves>& launches, size_t first, Edge edge, void* stream) {
+void launch_gather(const std::vector<CopyBatch>& launches, size_t first, LaunchDependency dependency, void* stream) {
   for (size_t i = first; i < launches.size(); ++i) {
     // Later launches wait for the first one to end, which itself waited.
-    launch(gather_kernel, blocks_of(launches[i]), kThreads, i == first ? edge : Edge::kNone, stream, launches[i]);
+    launch(gather_kernel, blocks_of(launches[i]), kThreads, i == first ? dependency : LaunchDependency::kNone, stream, launches[i]);
   }
 }
 
 namespace cuda {
 
 void compact(const CompactRequest& request, const v2drop_context& context) {
-  launch_gather(plan_moves(request.copies, request.keep), 0, Edge::kNone, context.stream);
+  launch_gather(plan_batches(request.copies, request.keep), 0, LaunchDependency::kNone, context.stream);
 }
 
 void compact_backward(const CompactRequest& request, const v2drop_context& context) {
@@ -235,19 +235,20 @@ void compact_backward(const CompactRequest& request, const v2drop_context& conte
   const int64_t rows = request.rows;
   Workspace workspace(context);
   const Keep inverse = {workspace.take<int64_t>(keep.batch * rows), keep.batch, rows};
-  const std::vector<Moves> launches = plan_moves(request.copies, inverse);
+  const std::vector<CopyBatch> launches = plan_batches(request.copies, inverse);
   if (launches.empty()) return;
   const int64_t chunks = (rows + kInvertRows - 1) / kInvertRows;
-  launch(invert_kernel, keep.batch * chunks, kThreads, Edge::kNone, context.stream, inverse.data, keep.data, rows, keep.count, chunks);
-  launch_gather(launches, 0, Edge::kDependent, context.stream);
+  launch(invert_kernel, keep.batch * chunks, kThreads, LaunchDependency::kNone, context.stream, inverse.data, keep.data, rows, keep.count,
+         chunks);
+  launch_gather(launches, 0, LaunchDependency::kDependent, context.stream);
 }
 
 void compact_inplace(const CompactRequest& request, const v2drop_context& context) {
   if (request.keep.count == 0) return;
-  for (Moves& moves : group_by_class(request.copies, request.keep)) {
-    for (int n = 0; n < moves.n_classes; ++n) moves.shares += moves.classes[n].items;
-    if (moves.shares > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
-    launch(move_to_front_kernel, moves.batch * moves.shares, kThreads, Edge::kNone, context.stream, moves);
+  for (CopyBatch& work : group_by_class(request.copies, request.keep)) {
+    for (int n = 0; n < work.n_classes; ++n) work.shares += work.classes[n].items;
+    if (work.shares > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
+    launch(move_to_front_kernel, work.batch * work.shares, kThreads, LaunchDependency::kNone, context.stream, work);
   }
 }
 

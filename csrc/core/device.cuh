@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "keys.h"
+#include "ordinal.h"
 #include "v2drop/v2drop.h"
 
 #if defined(V2DROP_EMULATED)

@@ -3,19 +3,19 @@
 // The whole step in one call: score, select, compact.
 #include <algorithm>
 
-#include "keys.h"
 #include "ops.h"
+#include "ordinal.h"
 #include "select_cpu.h"
 #include "thread_pool.h"
 
 namespace v2drop {
 namespace {
 
-void write_keep(const v2drop_segment& s, int64_t rows, const int32_t* keys, int64_t* out) {
+void write_keep(const v2drop_segment& s, int64_t rows, const int32_t* ordinals, int64_t* out) {
   int64_t position = s.n_prefix + s.n + s.n_suffix > 0 ? s.src_start % rows : 0;
   out = std::fill_n(out, s.pad_before, -1);
   for (int64_t i = 0; i < s.n_prefix; ++i) *out++ = position++;
-  out += select_best(keys, s.n, s.k, position, out);
+  out += select_best(ordinals, s.n, s.k, position, out);
   position += s.n;
   for (int64_t i = 0; i < s.n_suffix; ++i) *out++ = position++;
   std::fill_n(out, s.pad_after, -1);
@@ -27,9 +27,9 @@ namespace cpu {
 
 void drop(const DropRequest& request, const v2drop_context& context) {
   const Segments& segments = request.segments;
-  const Keys keys = make_keys(request.source, segments, context.threads);
-  parallel_for(segments.count, useful_threads(context.threads, keys.first.back() * 32), [&](int64_t g) {
-    write_keep(segments[g], request.source.rows, keys.data.get() + keys.first[g], request.keep.data + segments[g].dst_start);
+  const Ordinals ordinals = make_ordinals(request.source, segments, context.threads);
+  parallel_for(segments.count, useful_threads(context.threads, ordinals.first.back() * 32), [&](int64_t g) {
+    write_keep(segments[g], request.source.rows, ordinals.data.get() + ordinals.first[g], request.keep.data + segments[g].dst_start);
   });
   gather(request.keep, request.copies, context.threads);
 }

@@ -21,15 +21,15 @@ constexpr int kDevices = 64;
 
 template <bool COMPUTED>
 __global__ void __launch_bounds__(kThreads, kBlocksOfSm)
-    select_and_gather_kernel(const __grid_constant__ Moves moves, const __grid_constant__ Selection selection) {
+    select_and_gather_kernel(const __grid_constant__ CopyBatch work, const __grid_constant__ Selection selection) {
   BlockCounts<kThreads> counts;
   wait_for_previous();
-  gather_tile<true, COMPUTED>(moves, &selection, counts, blockIdx.x);
+  gather_tile<true, COMPUTED>(work, &selection, counts, blockIdx.x);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
-    drop_kernel(const __grid_constant__ Scored scored, const __grid_constant__ Moves moves, const __grid_constant__ Selection selection,
+    drop_kernel(const __grid_constant__ Scored scored, const __grid_constant__ CopyBatch work, const __grid_constant__ Selection selection,
                 int groups, int tiles) {
   {
     BlockCounts<kThreads> counts;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
   }
   cooperative_groups::this_grid().sync();
   BlockCounts<kThreads> counts;
-  if (static_cast<int>(blockIdx.x) < tiles) gather_tile<true, true>(moves, &selection, counts, blockIdx.x);
+  if (static_cast<int>(blockIdx.x) < tiles) gather_tile<true, true>(work, &selection, counts, blockIdx.x);
 }
 
 // How many blocks of a kernel the current device holds at once; asked once for each.
@@ -59,15 +59,15 @@ int64_t resident_blocks() {
 
 // The drop in one launch. False if the device cannot hold it.
 template <class T>
-bool launch_cooperative(const Scored& scored, Moves moves, const Selection& selection, void* stream) {
+bool launch_cooperative(const Scored& scored, CopyBatch work, const Selection& selection, void* stream) {
   const int64_t resident = resident_blocks<drop_kernel<T>>();
   // A second tile would cost a block a second select: rather one of more rows.
-  while (blocks_of(moves) > resident && moves.tile_rows < kTileRows) set_tile_rows(moves, 2 * moves.tile_rows);
-  const int64_t tiles = blocks_of(moves);
+  while (blocks_of(work) > resident && work.tile_rows < kTileRows) set_tile_rows(work, 2 * work.tile_rows);
+  const int64_t tiles = blocks_of(work);
   if (tiles > resident) return false;
   const int groups = static_cast<int>(std::max<int64_t>(1, (score_blocks(scored, 1) + resident - 1) / resident));
-  const cudaError_t error = try_launch(drop_kernel<T>, std::max(tiles, score_blocks(scored, groups)), kThreads, Edge::kCooperative, stream,
-                                       scored, moves, selection, groups, static_cast<int>(tiles));
+  const cudaError_t error = try_launch(drop_kernel<T>, std::max(tiles, score_blocks(scored, groups)), kThreads,
+                                       LaunchDependency::kCooperative, stream, scored, work, selection, groups, static_cast<int>(tiles));
   if (error == cudaErrorCooperativeLaunchTooLarge) {  // the process has a share of the device only (MPS)
     cudaGetLastError();
     return false;
@@ -76,10 +76,10 @@ bool launch_cooperative(const Scored& scored, Moves moves, const Selection& sele
   return true;
 }
 
-bool launch_cooperative(int32_t dtype, const Scored& scored, const Moves& moves, const Selection& selection, void* stream) {
-  if (dtype == V2DROP_FLOAT32) return launch_cooperative<Float32>(scored, moves, selection, stream);
-  if (dtype == V2DROP_FLOAT16) return launch_cooperative<Float16>(scored, moves, selection, stream);
-  return launch_cooperative<BFloat16>(scored, moves, selection, stream);
+bool launch_cooperative(int32_t dtype, const Scored& scored, const CopyBatch& work, const Selection& selection, void* stream) {
+  if (dtype == V2DROP_FLOAT32) return launch_cooperative<Float32>(scored, work, selection, stream);
+  if (dtype == V2DROP_FLOAT16) return launch_cooperative<Float16>(scored, work, selection, stream);
+  return launch_cooperative<BFloat16>(scored, work, selection, stream);
 }
 
 // Whether the kernels that run here wait for their predecessors: not where they were translated from the PTX of an older architecture.
@@ -136,16 +136,16 @@ const Device& current_device() {
 namespace cuda {
 
 void drop(const DropRequest& request, const v2drop_context& context) {
-  const KeySource& source = request.source;
+  const ScoreSource& source = request.source;
   const Segments& segments = request.segments;
   const Keep& keep = request.keep;
   const bool host_knows = !segments.cu_seqlens;
   const int32_t mode = context.launch_mode;
 
-  const std::vector<Moves> moves = plan_moves(request.copies, keep);
+  const std::vector<CopyBatch> batches = plan_batches(request.copies, keep);
   const int64_t max_n = host_knows ? segments.largest() : source.rows;
-  const bool can_fuse = host_knows && max_n <= kFusedSelect && !moves.empty() && mode != V2DROP_LAUNCH_SEPARATE;
-  const bool few = can_fuse && segments.count * moves[0].tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
+  const bool can_fuse = host_knows && max_n <= kFusedSelect && !batches.empty() && mode != V2DROP_LAUNCH_SEPARATE;
+  const bool few = can_fuse && segments.count * batches[0].tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
   const bool fused = can_fuse && (few || mode != V2DROP_LAUNCH_AUTO);
   if (keep.batch * keep.count == 0 && host_knows) return;
   if (segments.count == 0) {  // every row of the result is empty
@@ -153,24 +153,24 @@ void drop(const DropRequest& request, const v2drop_context& context) {
     check_cuda(cudaMemsetAsync(request.new_cu, 0, sizeof *request.new_cu, stream), "cudaMemsetAsync");
     if (keep.count == 0) return;
     check_cuda(cudaMemsetAsync(keep.data, 0xff, static_cast<size_t>(keep.count) * sizeof *keep.data, stream), "cudaMemsetAsync");
-    return launch_gather(moves, 0, Edge::kNone, context.stream);
+    return launch_gather(batches, 0, LaunchDependency::kNone, context.stream);
   }
   Workspace workspace(context);
   const Table table = make_table(segments, source, keep.count, true, context, workspace);
   Selection selection = {table, {}};
-  Edge edge = Edge::kNone;
+  LaunchDependency dependency = LaunchDependency::kNone;
   if (source.has_scores) {
-    selection.keys = device_keys(source, nullptr);
+    selection.ordinals = device_ordinals(source, nullptr);
   } else {
     const Hidden& hidden = source.hidden;
-    const Scored scored = describe_keys(source, segments, table, workspace);
-    selection.keys = device_keys(source, scored.keys);
+    const Scored scored = describe_ordinals(source, segments, table, workspace);
+    selection.ordinals = device_ordinals(source, scored.ordinals);
     const bool aligned = is_aligned(hidden.prev) && is_aligned(hidden.cur);
     const bool can = fused && aligned && current_device().cooperative_launch;
     const bool small = hidden.prev.bytes() <= kCooperativeBytes;
     if (mode == V2DROP_LAUNCH_COOPERATIVE || (mode == V2DROP_LAUNCH_AUTO && small && can)) {
-      if (can && launch_cooperative(hidden.prev.dtype, scored, moves[0], selection, context.stream)) {
-        return launch_gather(moves, 1, Edge::kNone, context.stream);
+      if (can && launch_cooperative(hidden.prev.dtype, scored, batches[0], selection, context.stream)) {
+        return launch_gather(batches, 1, LaunchDependency::kNone, context.stream);
       }
       if (mode == V2DROP_LAUNCH_COOPERATIVE) {
         fail_with(V2DROP_ERROR_UNSUPPORTED,
@@ -179,15 +179,15 @@ void drop(const DropRequest& request, const v2drop_context& context) {
                   kFusedSelect);
       }
     }
-    edge = launch_score(scored, hidden.prev.dtype, aligned, context.stream);
+    dependency = launch_score(scored, hidden.prev.dtype, aligned, context.stream);
   }
   if (fused) {
     const auto kernel = source.has_scores ? select_and_gather_kernel<false> : select_and_gather_kernel<true>;
-    launch(kernel, blocks_of(moves[0]), kThreads, edge, context.stream, moves[0], selection);
-    return launch_gather(moves, 1, Edge::kNone, context.stream);
+    launch(kernel, blocks_of(batches[0]), kThreads, dependency, context.stream, batches[0], selection);
+    return launch_gather(batches, 1, LaunchDependency::kNone, context.stream);
   }
-  launch_select(table, selection.keys, KeptRows{keep.data, segments.cu_seqlens, request.new_cu}, max_n, edge, context.stream);
-  launch_gather(moves, 0, Edge::kDependent, context.stream);
+  launch_select(table, selection.ordinals, KeptRows{keep.data, segments.cu_seqlens, request.new_cu}, max_n, dependency, context.stream);
+  launch_gather(batches, 0, LaunchDependency::kDependent, context.stream);
 }
 
 }  // namespace cuda
@@ -207,6 +207,6 @@ v2drop_status v2drop_cuda_available(void) {
 }
 
 int64_t v2drop_workspace_bytes(int64_t rows, int64_t n_segments, int64_t width) {
-  // The keys and a table, and indices to rank; or the inverse of keep. Each piece is rounded up to 256 bytes.
+  // The ordinals and a table, and indices to rank; or the inverse of keep. Each piece is rounded up to 256 bytes.
   return 8 * rows + 64 * n_segments + 8 * n_segments * width + 1024;
 }

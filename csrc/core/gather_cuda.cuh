@@ -19,7 +19,7 @@ constexpr int kTensorsPerLaunch = 128;
 constexpr int kClassesPerLaunch = 8;
 
 // All strides in bytes.
-struct MoveClass {
+struct CopyClass {
   int64_t src_batch, dst_batch, src_row, dst_row;
   int32_t src_rows;   // rows that src has: an index beyond them is an empty row
   int64_t row_vecs;   // accesses of `vec_bytes` that make a row
@@ -40,13 +40,13 @@ struct MoveClass {
   alignas(16) char fill[16];
 };
 
-struct Moves {
+struct CopyBatch {
   int32_t n_classes;
   int32_t tile_rows;
   int64_t batch, out_rows, tiles;  // tiles of a batch entry
   int64_t share, shares;           // bytes of an output row that a block takes, and blocks that share a tile
   int64_t* keep;                   // [batch, out_rows]: read, or if selected written
-  MoveClass classes[kClassesPerLaunch];
+  CopyClass classes[kClassesPerLaunch];
   struct {
     char *src, *dst;
   } tensors[kTensorsPerLaunch];
@@ -55,13 +55,13 @@ struct Moves {
 // What a gather needs to select its rows itself.
 struct Selection {
   Table segments;
-  DeviceKeys keys;
+  DeviceOrdinals ordinals;
 };
 
 // `vecs` accesses, at most one a thread, to each of the rows source[0 ... rows) of src, and of the rows of dst; the first is the row's
 // access number `phase`, which is known modulo 16.
 template <class Vec>
-__device__ void move_piece(const MoveClass& c, const char* src, char* dst, const int32_t* source, int rows, int phase, int vecs) {
+__device__ void move_piece(const CopyClass& c, const char* src, char* dst, const int32_t* source, int rows, int phase, int vecs) {
   constexpr int kLoads = 4;  // in flight at once
   constexpr int kBytes = static_cast<int>(sizeof(Vec));
   const int lanes = 1 << c.log_lanes, lane = thread_id() & (lanes - 1), row0 = thread_id() >> c.log_lanes,
@@ -89,19 +89,19 @@ __device__ void move_piece(const MoveClass& c, const char* src, char* dst, const
 }
 
 // This block's share of every tensor, for the rows of one tile.
-__device__ inline void move_tile(const Moves& moves, int64_t entry, int64_t first_row, int rows, int64_t share, const int32_t* source) {
-  const int64_t begin = share * moves.share, end = begin + moves.share;
+__device__ inline void move_tile(const CopyBatch& work, int64_t entry, int64_t first_row, int rows, int64_t share, const int32_t* source) {
+  const int64_t begin = share * work.share, end = begin + work.share;
 #pragma unroll 1
-  for (int n = 0; n < moves.n_classes; ++n) {
-    const MoveClass& c = moves.classes[n];
+  for (int n = 0; n < work.n_classes; ++n) {
+    const CopyClass& c = work.classes[n];
     // The items that begin within the share.
     int item = static_cast<int>(begin <= c.begin ? 0 : (begin - c.begin + c.weight - 1) / c.weight);
     const int last = static_cast<int>(end <= c.begin ? 0 : min(static_cast<int64_t>(c.items), (end - c.begin + c.weight - 1) / c.weight));
 #pragma unroll 1
     for (; item < last; ++item) {
       const int tensor = c.first_tensor + item / c.pieces / c.planes;
-      const char* src = moves.tensors[tensor].src + entry * c.src_batch;
-      char* dst = moves.tensors[tensor].dst + entry * c.dst_batch + first_row * c.dst_row;
+      const char* src = work.tensors[tensor].src + entry * c.src_batch;
+      char* dst = work.tensors[tensor].dst + entry * c.dst_batch + first_row * c.dst_row;
       int plane = item / c.pieces % c.planes;
       for (int d = 0; d < c.n_dims; ++d) {
         const int at = plane % c.dims[d].size;
@@ -135,7 +135,7 @@ __device__ inline void move_tile(const Moves& moves, int64_t entry, int64_t firs
 }
 
 // The source rows of output rows `first` to `first + rows` (flat over the batch), all of one batch entry; -1 is an empty row.
-// COMPUTED: keys come from the score kernel, never from given scores; it saves registers to know.
+// COMPUTED: ordinals come from the score kernel, never from given scores; it saves registers to know.
 template <bool COMPUTED>
 __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& counts, int64_t first, int rows, int32_t* source) {
   const Table& table = selection.segments;
@@ -153,11 +153,11 @@ __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& c
     }
     if (best0 < end && post0 > first) {
       const int64_t competing = position + s.n_prefix;
-      const int32_t* computed = COMPUTED ? selection.keys.keys + entry * selection.keys.rows + competing : nullptr;
+      const int32_t* computed = COMPUTED ? selection.ordinals.ordinals + entry * selection.ordinals.rows + competing : nullptr;
       const int best_row = static_cast<int>(best0 - first);
       select_best<kThreads, false>(
           counts, static_cast<int>(s.n), static_cast<int>(s.k),
-          [&](int i) { return COMPUTED ? __ldcg(computed + i) : selection.keys.at(entry, competing + i); },
+          [&](int i) { return COMPUTED ? __ldcg(computed + i) : selection.ordinals.at(entry, competing + i); },
           [&](int place, int i) {
             const int row = best_row + place;
             if (row >= 0 && row < rows) source[row] = static_cast<int32_t>(competing) + i;
@@ -170,17 +170,17 @@ __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& c
 
 // One tile of a gather.
 template <bool SELECT, bool COMPUTED>
-__device__ void gather_tile(const Moves& moves, const Selection* selection, BlockCounts<kThreads>& counts, int64_t block) {
+__device__ void gather_tile(const CopyBatch& work, const Selection* selection, BlockCounts<kThreads>& counts, int64_t block) {
   struct Source {
     int32_t rows[kTileRows];
   };
   Source& source = block_shared<Source>();
-  const int64_t share = block % moves.shares, tile = block / moves.shares;
-  const int64_t entry = tile / moves.tiles, first_row = tile % moves.tiles * moves.tile_rows;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(moves.tile_rows), moves.out_rows - first_row));
-  int64_t* keep = moves.keep + entry * moves.out_rows + first_row;
+  const int64_t share = block % work.shares, tile = block / work.shares;
+  const int64_t entry = tile / work.tiles, first_row = tile % work.tiles * work.tile_rows;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(work.tile_rows), work.out_rows - first_row));
+  int64_t* keep = work.keep + entry * work.out_rows + first_row;
   if constexpr (SELECT) {
-    select_rows<COMPUTED>(*selection, counts, entry * moves.out_rows + first_row, rows, source.rows);
+    select_rows<COMPUTED>(*selection, counts, entry * work.out_rows + first_row, rows, source.rows);
     if (share == 0 && thread_id() < rows) keep[thread_id()] = source.rows[thread_id()];
   } else {
     if (thread_id() < rows) {
@@ -189,15 +189,15 @@ __device__ void gather_tile(const Moves& moves, const Selection* selection, Bloc
     }
     __syncthreads();
   }
-  move_tile(moves, entry, first_row, rows, share, source.rows);
+  move_tile(work, entry, first_row, rows, share, source.rows);
 }
 
 // The host's side, in compact_cuda.cu. The launches that move all copies, none if there is nothing to move; the first has what fits.
-std::vector<Moves> plan_moves(const std::vector<Copy>& copies, const Keep& keep);
-int64_t blocks_of(const Moves& moves);
-void set_tile_rows(Moves& moves, int rows);  // at most kTileRows
+std::vector<CopyBatch> plan_batches(const std::vector<Copy>& copies, const Keep& keep);
+int64_t blocks_of(const CopyBatch& work);
+void set_tile_rows(CopyBatch& work, int rows);  // at most kTileRows
 // Gathers by `keep` as it stands, from launch `first` on.
-void launch_gather(const std::vector<Moves>& launches, size_t first, Edge edge, void* stream);
+void launch_gather(const std::vector<CopyBatch>& launches, size_t first, LaunchDependency dependency, void* stream);
 
 }  // namespace v2drop
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The inner loops, which kernels.cpp defines once per instruction set. They see single rows and flat arrays: strides, threads and
-// checks are the business of the *_cpu.cpp files.
+// The inner loops, which kernels.cpp defines once per instruction set. They work on single rows and flat arrays; strides, threads and
+// checks are left to the *_cpu.cpp files.
 #ifndef V2DROP_CORE_KERNELS_H_
 #define V2DROP_CORE_KERNELS_H_
 
@@ -16,7 +16,7 @@ constexpr int kNorms = 2;    // the first values of v2drop_metric: l2, l1
 
 using ScoreRow = float (*)(const void* prev, const void* cur, int64_t dim);
 using BackwardRow = void (*)(float grad, const void* prev, const void* cur, void* grad_prev, void* grad_cur, int64_t dim);
-using KeysOf = void (*)(const void* scores, int64_t stride_bytes, int64_t n, int32_t* keys);
+using OrdinalsOf = void (*)(const void* scores, int64_t stride_bytes, int64_t n, int32_t* ordinals);
 
 // Dot products: the vectors of one side are packed first, as floats in the order of the lanes that will meet them. A packed vector has
 // packed_dim(dim) floats, zeros at its end.
@@ -30,14 +30,14 @@ using AddNorms = void (*)(const void* rows, int64_t stride_bytes, int64_t n, int
 
 struct Kernels {
   const char* isa;
-  ScoreRow score[kMetrics][kFloats][kFloats];                               // [metric][dtype][rounded to]; rounding to float32 is none
-  BackwardRow backward[kMetrics][kFloats];                                  // [metric][dtype]; either gradient may be null
-  KeysOf keys_of[kFloats];                                                  // [dtype]
-  void (*range)(const int32_t* keys, int64_t n, int32_t* lo, int32_t* hi);  // n >= 1
-  int64_t (*at_least)(const int32_t* keys, int64_t n, int32_t threshold);   // how many are >= threshold
-  Pack pack[kFloats];                                                       // [dtype]
-  Dots dots[kFloats];                                                       // [dtype]
-  AddNorms add_norms[kNorms][kFloats];                                      // [norm][dtype]
+  ScoreRow score[kMetrics][kFloats][kFloats];                                   // [metric][dtype][rounded to]; rounding to float32 is none
+  BackwardRow backward[kMetrics][kFloats];                                      // [metric][dtype]; either gradient may be null
+  OrdinalsOf ordinals_of[kFloats];                                              // [dtype]
+  void (*range)(const int32_t* ordinals, int64_t n, int32_t* lo, int32_t* hi);  // n >= 1
+  int64_t (*at_least)(const int32_t* ordinals, int64_t n, int32_t threshold);   // how many are >= threshold
+  Pack pack[kFloats];                                                           // [dtype]
+  Dots dots[kFloats];                                                           // [dtype]
+  AddNorms add_norms[kNorms][kFloats];                                          // [norm][dtype]
   // x[i] = e^(x[i] - max), to 2 ulp, 0 where that is below 2^-126; gives the maximum (NaN apart) and the sum. A maximum of -inf counts as
   // 0.
   void (*exponentials)(float* x, int64_t n, float* max, float* sum);

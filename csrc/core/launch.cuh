@@ -25,11 +25,12 @@ const Device& current_device();
 // Turns an error of the runtime into one of ours, and takes it back from the runtime, where it would surprise the caller's next check.
 void check_cuda(cudaError_t error, const char* what);
 
-enum class Edge { kNone, kDependent, kCooperative };
+enum class LaunchDependency { kNone, kDependent, kCooperative };
 
 // Starts `blocks` blocks; kDependent: as soon as the previous kernel of this call has triggered, if the device can.
 template <class... Parameters, class... Arguments>
-cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
+cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, LaunchDependency dependency, void* stream,
+                       Arguments&&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) fail("gathers: need more than 2^31 blocks in one launch");
   cudaLaunchConfig_t config = {};
@@ -38,11 +39,11 @@ cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int thread
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute = {};
   config.attrs = &attribute;
-  if (edge == Edge::kDependent && current_device().dependent_launch) {
+  if (dependency == LaunchDependency::kDependent && current_device().dependent_launch) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.numAttrs = 1;
-  } else if (edge == Edge::kCooperative) {
+  } else if (dependency == LaunchDependency::kCooperative) {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     config.numAttrs = 1;
@@ -51,8 +52,9 @@ cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int thread
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Edge edge, void* stream, Arguments&&... arguments) {
-  check_cuda(try_launch(kernel, blocks, threads, edge, stream, std::forward<Arguments>(arguments)...), "launch");
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, LaunchDependency dependency, void* stream,
+            Arguments&&... arguments) {
+  check_cuda(try_launch(kernel, blocks, threads, dependency, stream, std::forward<Arguments>(arguments)...), "launch");
 }
 
 // Hands out the caller's scratch memory in pieces aligned to 256 bytes.

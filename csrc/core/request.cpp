@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "keys.h"
+#include "ordinal.h"
 
 namespace v2drop {
 namespace {
@@ -77,7 +77,7 @@ void check_float(const char* name, const v2drop_tensor& tensor) {
   if (tensor.dtype >= kFloats) fail("%s: must be float32, float16 or bfloat16, got dtype code %d", name, tensor.dtype);
 }
 
-Rows check_rows(const char* name, const v2drop_tensor* tensor, bool has_dim) {
+RowView check_rows(const char* name, const v2drop_tensor* tensor, bool has_dim) {
   check_tensor(name, tensor);
   const int lead = tensor->ndim - has_dim;
   if (lead != 1 && lead != 2) {
@@ -87,7 +87,7 @@ Rows check_rows(const char* name, const v2drop_tensor* tensor, bool has_dim) {
   const int64_t bytes = kDtypeBytes[tensor->dtype];
   if (reinterpret_cast<uintptr_t>(tensor->data) % static_cast<uintptr_t>(bytes) != 0) fail("%s: data is not aligned to its dtype", name);
   if (has_dim && tensor->stride[lead] != 1 && tensor->shape[lead] > 1) fail("%s: the last dimension must have stride 1", name);
-  Rows view = {static_cast<char*>(tensor->data), 1, tensor->shape[lead - 1], has_dim ? tensor->shape[lead] : 1, 0, 0, tensor->dtype};
+  RowView view = {static_cast<char*>(tensor->data), 1, tensor->shape[lead - 1], has_dim ? tensor->shape[lead] : 1, 0, 0, tensor->dtype};
   // An extent of one or none is never stepped over, and its stride may be anything.
   if (view.rows > 1) view.row_stride = tensor->stride[lead - 1] * bytes;
   if (lead == 2) {
@@ -97,7 +97,7 @@ Rows check_rows(const char* name, const v2drop_tensor* tensor, bool has_dim) {
   return view;
 }
 
-void check_same_rows(const char* name, const Rows& view, const char* model_name, const Rows& model) {
+void check_same_rows(const char* name, const RowView& view, const char* model_name, const RowView& model) {
   if (view.batch != model.batch || view.rows != model.rows || view.dim != model.dim) {
     fail("%s: is %" PRId64 " x %" PRId64 " x %" PRId64 ", but %s is %" PRId64 " x %" PRId64 " x %" PRId64, name, view.batch, view.rows,
          view.dim, model_name, model.batch, model.rows, model.dim);
@@ -140,8 +140,9 @@ HeadRows check_heads(const char* name, const v2drop_tensor* tensor) {
 }
 
 // One number for each of batch x rows: where scores go, or what is known of every row.
-Rows check_row_values(const char* name, const v2drop_tensor* tensor, int32_t dtype, const char* dtype_name, int64_t batch, int64_t rows) {
-  const Rows view = check_rows(name, tensor, false);
+RowView check_row_values(const char* name, const v2drop_tensor* tensor, int32_t dtype, const char* dtype_name, int64_t batch,
+                         int64_t rows) {
+  const RowView view = check_rows(name, tensor, false);
   check_dtype(name, *tensor, dtype, dtype_name);
   if (view.batch != batch || view.rows != rows) {
     fail("%s: is %" PRId64 " x %" PRId64 ", not %" PRId64 " x %" PRId64, name, view.batch, view.rows, batch, rows);
@@ -158,7 +159,7 @@ Hidden check_hidden(const v2drop_source& source, bool rounded) {
   if (rounded && (source.score_dtype < 0 || source.score_dtype >= kFloats)) {
     fail("score_dtype: must be float32, float16 or bfloat16, got dtype code %d", source.score_dtype);
   }
-  const Rows prev = check_rows("prev", source.prev, true), cur = check_rows("cur", source.cur, true);
+  const RowView prev = check_rows("prev", source.prev, true), cur = check_rows("cur", source.cur, true);
   check_float("prev", *source.prev);
   if (prev.dtype != cur.dtype) fail("cur: has dtype code %d, but prev has %d", cur.dtype, prev.dtype);
   check_same_rows("cur", cur, "prev", prev);
@@ -174,18 +175,18 @@ Hidden check_only_hidden(const v2drop_source* given, bool rounded) {
 }
 
 // One float32 for each row of `hidden`.
-Rows check_scores_of(const char* name, const Hidden& hidden, const v2drop_tensor* scores) {
-  const Rows view = check_rows(name, scores, false);
+RowView check_scores_of(const char* name, const Hidden& hidden, const v2drop_tensor* scores) {
+  const RowView view = check_rows(name, scores, false);
   check_dtype(name, *scores, V2DROP_FLOAT32, "float32");
-  Rows like = hidden.prev;
+  RowView like = hidden.prev;
   like.dim = 1;
   check_same_rows(name, view, "the score of prev", like);
   return view;
 }
 
-KeySource check_source(const v2drop_source& given, int32_t masked_key) {
-  KeySource source = {};
-  Rows ranked;
+ScoreSource check_source(const v2drop_source& given, int32_t masked_ordinal) {
+  ScoreSource source = {};
+  RowView ranked;
   if (given.scores) {
     if (given.prev || given.cur) fail("%s: give either scores or prev and cur, not both", given.prev ? "prev" : "cur");
     ranked = check_rows("scores", given.scores, false);
@@ -203,7 +204,7 @@ KeySource check_source(const v2drop_source& given, int32_t masked_key) {
     check_same_rows("mask", source.mask, given.scores ? "scores" : "the score of prev", ranked);
     source.has_mask = true;
   }
-  source.masked_key = masked_key;
+  source.masked_ordinal = masked_ordinal;
   source.batch = ranked.batch;
   source.rows = ranked.rows;
   return source;
@@ -231,7 +232,7 @@ void check_segments(const v2drop_segment* segments, int64_t n_segments, int64_t 
 
 // Offsets [n_segments + 1] that only the device can read, in place of the rows of a table that then says no more than k.
 const int32_t* check_cu(const char* name, const v2drop_tensor* cu, int64_t n_segments) {
-  const Rows view = check_rows(name, cu, false);
+  const RowView view = check_rows(name, cu, false);
   check_dtype(name, *cu, V2DROP_INT32, "int32");
   check_contiguous(name, *cu);
   if (cu->ndim != 1 || view.rows != n_segments + 1) fail("%s: must be [%" PRId64 "]", name, n_segments + 1);
@@ -267,7 +268,7 @@ void check_tiling(const v2drop_segment* segments, int64_t n_segments, int64_t ro
   if (next != limit) fail("segments: give %" PRId64 " output rows, but keep has %" PRId64, next, limit);
 }
 
-Segments check_all_segments(const KeySource& source, const v2drop_segment* segments, int64_t n_segments, const v2drop_tensor* cu_seqlens,
+Segments check_all_segments(const ScoreSource& source, const v2drop_segment* segments, int64_t n_segments, const v2drop_tensor* cu_seqlens,
                             int32_t place) {
   if (!cu_seqlens) {
     check_segments(segments, n_segments, source.batch, source.rows);
@@ -279,7 +280,7 @@ Segments check_all_segments(const KeySource& source, const v2drop_segment* segme
 }
 
 Keep check_keep(const v2drop_tensor* keep) {
-  const Rows view = check_rows("keep", keep, false);
+  const RowView view = check_rows("keep", keep, false);
   check_dtype("keep", *keep, V2DROP_INT64, "int64");
   check_contiguous("keep", *keep);
   return {reinterpret_cast<int64_t*>(view.data), view.batch, view.rows};
@@ -392,7 +393,7 @@ v2drop_context check_context(const v2drop_context* context) {
 
 ScoreRequest check_score(const v2drop_source* source, const v2drop_tensor* scores) {
   const Hidden hidden = check_only_hidden(source, true);
-  const Rows out = check_scores_of("scores", hidden, scores);
+  const RowView out = check_scores_of("scores", hidden, scores);
   check_writable("scores", *scores);
   return {hidden, out};
 }
@@ -401,14 +402,14 @@ ScoreBackwardRequest check_score_backward(const v2drop_tensor* grad, const v2dro
                                           const v2drop_tensor* grad_cur) {
   const Hidden hidden = check_only_hidden(source, false);
   const auto check_one = [&](const char* name, const v2drop_tensor* tensor) {
-    if (!tensor) return Rows{};
-    const Rows view = check_rows(name, tensor, true);
+    if (!tensor) return RowView{};
+    const RowView view = check_rows(name, tensor, true);
     check_dtype(name, *tensor, hidden.prev.dtype, "of prev");
     check_writable(name, *tensor);
     check_same_rows(name, view, "prev", hidden.prev);
     return view;
   };
-  const Rows of_scores = check_scores_of("grad", hidden, grad);
+  const RowView of_scores = check_scores_of("grad", hidden, grad);
   return {hidden, of_scores, check_one("grad_prev", grad_prev), check_one("grad_cur", grad_cur)};
 }
 
@@ -421,7 +422,7 @@ TopkRequest check_topk(const v2drop_source* source, const v2drop_segment* segmen
   if (order != V2DROP_ORDER_POSITION && order != V2DROP_ORDER_SCORE) fail("order: unknown code %d", order);
   request.order = order;
   request.dtype = given.scores ? given.scores->dtype : static_cast<int32_t>(V2DROP_FLOAT32);
-  const Rows out_values = check_rows("values", values, false), out_indices = check_rows("indices", indices, false);
+  const RowView out_values = check_rows("values", values, false), out_indices = check_rows("indices", indices, false);
   check_dtype("values", *values, request.dtype, given.scores ? "of scores" : "float32");
   check_dtype("indices", *indices, V2DROP_INT64, "int64");
   check_contiguous("values", *values);
@@ -443,7 +444,7 @@ DropRequest check_drop(const v2drop_source* source, const v2drop_segment* segmen
                        int32_t place) {
   DropRequest request = {};
   request.source = check_source(read_source(source), kForced);
-  const KeySource& ranked = request.source;
+  const ScoreSource& ranked = request.source;
   if (new_cu && !cu_seqlens) fail("new_cu: is given without cu_seqlens");
   request.segments = check_all_segments(ranked, segments, n_segments, cu_seqlens, place);
   if (cu_seqlens) {
@@ -500,7 +501,7 @@ AttentionRequest check_attention(const v2drop_tensor* q, const v2drop_tensor* k,
 NormRequest check_key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores) {
   const HeadRows keys = check_heads("k", k);
   if (norm < 0 || norm >= kNorms) fail("norm: must be l2 or l1, got code %d", norm);
-  const Rows out = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", keys.batch, keys.rows);
+  const RowView out = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", keys.batch, keys.rows);
   check_writable("scores", *scores);
   return {keys, norm, out};
 }
@@ -512,7 +513,7 @@ PivotsRequest check_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, 
   if (p.pivots.batch != p.x.batch) fail("pivots: has a batch of %" PRId64 ", but x has %" PRId64, p.pivots.batch, p.x.batch);
   check_dtype("cosines", *cosines, V2DROP_FLOAT32, "float32");
   check_writable("cosines", *cosines);
-  const Rows& out = p.cosines;
+  const RowView& out = p.cosines;
   if (out.batch != p.x.batch || out.rows != p.pivots.rows || out.dim != p.x.rows) {
     fail("cosines: is %" PRId64 " x %" PRId64 " x %" PRId64 ", not %" PRId64 " x %" PRId64 " x %" PRId64, out.batch, out.rows, out.dim,
          p.x.batch, p.pivots.rows, p.x.rows);

@@ -17,7 +17,7 @@ namespace v2drop {
 constexpr int64_t kDtypeBytes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 16, 4};  // by v2drop_dtype
 
 // [batch, rows] or [rows] (batch 1), of single elements or, with dim, of rows of `dim` elements.
-struct Rows {
+struct RowView {
   char* data;
   int64_t batch, rows, dim;
   int64_t batch_stride, row_stride;  // bytes
@@ -42,28 +42,28 @@ struct HeadRows {
 
 // Hidden states before and after a layer, and how the change of a row is scored.
 struct Hidden {
-  Rows prev, cur;
+  RowView prev, cur;
   int32_t metric, score_dtype;
 };
 
 struct ScoreRequest {
   Hidden hidden;
-  Rows scores;
+  RowView scores;
 };
 
 // The gradient of the scores, and where the gradients of the hidden states go; `data` is null for one that is not wanted.
 struct ScoreBackwardRequest {
   Hidden hidden;
-  Rows grad, grad_prev, grad_cur;
+  RowView grad, grad_prev, grad_cur;
 };
 
 // What competing rows are ranked by: given scores or, without them, hidden states; and an optional mask. A row where the mask is false gets
-// `masked_key` and is not read.
-struct KeySource {
+// `masked_ordinal` and is not read.
+struct ScoreSource {
   bool has_scores, has_mask;
-  Rows scores, mask;
+  RowView scores, mask;
   Hidden hidden;
-  int32_t masked_key;
+  int32_t masked_ordinal;
   int64_t batch, rows;
 };
 
@@ -77,7 +77,7 @@ struct Segments {
 };
 
 struct TopkRequest {
-  KeySource source;
+  ScoreSource source;
   Segments segments;
   int32_t order;
   // Results [segments, width]; `dtype` is that of the values.
@@ -117,7 +117,7 @@ struct Copy {
 };
 
 struct DropRequest {
-  KeySource source;
+  ScoreSource source;
   Segments segments;
   Keep keep;
   int32_t* new_cu;  // null where segments.cu_seqlens is
@@ -132,7 +132,7 @@ struct CompactRequest {
 
 struct AttentionRequest {
   HeadRows q, k;
-  Rows query_rows, key_mask, droppable, scores;  // `data` is null for a mask that is not given
+  RowView query_rows, key_mask, droppable, scores;  // `data` is null for a mask that is not given
   bool causal, dot;
   float scale;
   int32_t heads, queries;
@@ -141,12 +141,12 @@ struct AttentionRequest {
 struct NormRequest {
   HeadRows k;
   int32_t norm;
-  Rows scores;
+  RowView scores;
 };
 
 // x [batch, rows, dim], pivots [batch, n] and cosines [batch, n, rows], whose "rows" are the pivots.
 struct PivotsRequest {
-  Rows x, pivots, cosines;
+  RowView x, pivots, cosines;
 };
 
 // Each throws Error if an argument is invalid.

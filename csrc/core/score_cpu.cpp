@@ -14,7 +14,7 @@ constexpr int64_t kBytesPerChunk = 256 << 10;
 
 // Calls body(entry, position) for every row, in chunks of rows of about kBytesPerChunk.
 template <class Body>
-void for_each_row(const Rows& rows, int32_t threads, const Body& body) {
+void for_each_row(const RowView& rows, int32_t threads, const Body& body) {
   const int64_t total = rows.batch * rows.rows, row_bytes = std::max<int64_t>(64, 2 * rows.dim * kDtypeBytes[rows.dtype]);
   const int64_t chunk = std::max<int64_t>(1, kBytesPerChunk / row_bytes);
   parallel_for((total + chunk - 1) / chunk, useful_threads(threads, 2 * rows.bytes()), [&](int64_t c) {
@@ -41,7 +41,7 @@ void score(const ScoreRequest& request, const v2drop_context& context) {
 }
 
 void score_backward(const ScoreBackwardRequest& request, const v2drop_context& context) {
-  const Rows &prev = request.hidden.prev, &cur = request.hidden.cur, &to_prev = request.grad_prev, &to_cur = request.grad_cur;
+  const RowView &prev = request.hidden.prev, &cur = request.hidden.cur, &to_prev = request.grad_prev, &to_cur = request.grad_cur;
   if (prev.dim == 0) return;
   const BackwardRow backward = kernels().backward[request.hidden.metric][prev.dtype];
   for_each_row(prev, context.threads, [&](int64_t b, int64_t i) {

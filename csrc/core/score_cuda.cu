@@ -119,15 +119,15 @@ void for_dtype(int32_t dtype, bool aligned, const Body& body) {
 
 }  // namespace
 
-DeviceRows device_rows(const Rows& view) { return {view.data, view.batch_stride, view.row_stride}; }
+DeviceRows device_rows(const RowView& view) { return {view.data, view.batch_stride, view.row_stride}; }
 
-bool is_aligned(const Rows& view) {
+bool is_aligned(const RowView& view) {
   const int64_t bits = reinterpret_cast<intptr_t>(view.data) | view.batch_stride | view.row_stride | view.dim * kDtypeBytes[view.dtype];
   return bits % 16 == 0;
 }
 
 Scored describe_scores(const Hidden& hidden) {
-  const Rows& rows = hidden.prev;
+  const RowView& rows = hidden.prev;
   if (rows.dim > INT32_MAX / 2) fail("prev: rows of more than 2^30 elements");
   if (rows.batch * rows.rows > kMaxRows) fail("prev: more than 2^30 rows");
   Scored scored = {};
@@ -150,13 +150,13 @@ int64_t score_blocks(const Scored& scored, int groups) {
   return (scored.slots + rows - 1) / rows;
 }
 
-Edge launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream) {
+LaunchDependency launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream) {
   const int groups = scored.segments.rows ? kTableRowGroups : 1;
   for_dtype(dtype, aligned, [&](auto type, auto is_aligned) {
-    launch(score_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, groups), kThreads, Edge::kNone, stream, scored,
-           groups);
+    launch(score_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, groups), kThreads, LaunchDependency::kNone,
+           stream, scored, groups);
   });
-  return scored.slots > 0 ? Edge::kDependent : Edge::kNone;
+  return scored.slots > 0 ? LaunchDependency::kDependent : LaunchDependency::kNone;
 }
 
 namespace cuda {
@@ -171,8 +171,8 @@ void score(const ScoreRequest& request, const v2drop_context& context) {
 }
 
 void score_backward(const ScoreBackwardRequest& request, const v2drop_context& context) {
-  const Rows &prev = request.hidden.prev, &cur = request.hidden.cur, &grad = request.grad;
-  const Rows &to_prev = request.grad_prev, &to_cur = request.grad_cur;
+  const RowView &prev = request.hidden.prev, &cur = request.hidden.cur, &grad = request.grad;
+  const RowView &to_prev = request.grad_prev, &to_cur = request.grad_cur;
   if (!to_prev.data && !to_cur.data) return;
   const Scored scored = describe_scores(request.hidden);
   const Gradients gradients = {grad.data,          grad.batch_stride,   grad.row_stride,  to_prev.data, to_cur.data, to_prev.batch_stride,
@@ -180,7 +180,7 @@ void score_backward(const ScoreBackwardRequest& request, const v2drop_context& c
   const bool aligned =
       is_aligned(prev) && is_aligned(cur) && (!to_prev.data || is_aligned(to_prev)) && (!to_cur.data || is_aligned(to_cur));
   for_dtype(prev.dtype, aligned, [&](auto type, auto is_aligned) {
-    launch(score_backward_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, 1), kThreads, Edge::kNone,
+    launch(score_backward_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, 1), kThreads, LaunchDependency::kNone,
            context.stream, scored, gradients);
   });
 }

@@ -31,9 +31,9 @@ struct Scored {
   Table segments;
   const char* mask;
   int64_t mask_batch, mask_row;
-  int32_t masked_key;
-  // One of them: keys [batch * rows], or scores.
-  int32_t* keys;
+  int32_t masked_ordinal;
+  // One of them: ordinals [batch * rows], or scores.
+  int32_t* ordinals;
   char* scores;
   int64_t scores_batch, scores_row;
 };
@@ -219,8 +219,8 @@ __device__ void score_rows(const Scored& s, BlockCounts<kThreads>& counts, RowSu
     const Sums all = sums.total(share, s.warps, s.metric == V2DROP_COSINE);
     if (lane != 0 || !inside) continue;
     const float score = round_to_dtype(score_of(all, s.metric), s.score_dtype);
-    if (s.keys) {
-      s.keys[static_cast<int64_t>(entry) * s.rows + position] = masked ? s.masked_key : key_of_bits(__float_as_uint(score));
+    if (s.ordinals) {
+      s.ordinals[static_cast<int64_t>(entry) * s.rows + position] = masked ? s.masked_ordinal : ordinal_of_bits(__float_as_uint(score));
     } else {
       *reinterpret_cast<float*>(s.scores + entry * s.scores_batch + position * s.scores_row) = score;
     }
@@ -229,14 +229,14 @@ __device__ void score_rows(const Scored& s, BlockCounts<kThreads>& counts, RowSu
 
 // The host's side, in score_cuda.cu.
 
-DeviceRows device_rows(const Rows& view);
+DeviceRows device_rows(const RowView& view);
 // Scores of the rows of `hidden`, of which those of `segments` compete; the caller says where they go.
 Scored describe_scores(const Hidden& hidden);
 // Whether all rows begin and end at multiples of 16 bytes.
-bool is_aligned(const Rows& view);
+bool is_aligned(const RowView& view);
 int64_t score_blocks(const Scored& scored, int groups);
-// Returns the edge to the next launch: without rows to score nothing is launched, and the next one is the first of its call.
-Edge launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream);
+// Returns the dependency to the next launch: without rows to score nothing is launched, and the next one is the first of its call.
+LaunchDependency launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream);
 
 }  // namespace v2drop
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exact selection without a sort: scores become integer keys, bisection finds the cut, one pass in position order places who is kept.
+// Exact selection without a sort: scores become integer ordinals, bisection finds the cut, one pass in position order places who is kept.
 #include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
-#include "keys.h"
 #include "ops.h"
+#include "ordinal.h"
 #include "select_cpu.h"
 #include "thread_pool.h"
 
@@ -15,42 +15,42 @@ namespace {
 
 constexpr int64_t kBytesPerChunk = 256 << 10;
 
-void make_keys_of(const KeySource& source, int64_t entry, int64_t position, int64_t n, int32_t* keys) {
+void make_ordinals_of(const ScoreSource& source, int64_t entry, int64_t position, int64_t n, int32_t* ordinals) {
   const auto competes = [&](int64_t i) { return !source.has_mask || *source.mask.at(entry, position + i) != 0; };
   if (source.has_scores) {
-    const Rows& scores = source.scores;
-    kernels().keys_of[scores.dtype](scores.at(entry, position), scores.row_stride, n, keys);
+    const RowView& scores = source.scores;
+    kernels().ordinals_of[scores.dtype](scores.at(entry, position), scores.row_stride, n, ordinals);
     if (!source.has_mask) return;
-    for (int64_t i = 0; i < n; ++i) keys[i] = competes(i) ? keys[i] : source.masked_key;
+    for (int64_t i = 0; i < n; ++i) ordinals[i] = competes(i) ? ordinals[i] : source.masked_ordinal;
   } else {
     const Hidden& h = source.hidden;
     const ScoreRow score_row = kernels().score[h.metric][h.prev.dtype][h.score_dtype];
     for (int64_t i = 0; i < n; ++i) {
       if (!competes(i)) {
-        keys[i] = source.masked_key;
+        ordinals[i] = source.masked_ordinal;
         continue;
       }
       const float score = score_row(h.prev.at(entry, position + i), h.cur.at(entry, position + i), h.prev.dim);
       uint32_t bits;
       std::memcpy(&bits, &score, sizeof bits);
-      keys[i] = key_of_bits(bits);
+      ordinals[i] = ordinal_of_bits(bits);
     }
   }
 }
 
-void write_value(char* to, int32_t key, int32_t dtype) {  // only -inf is ever written as a 16-bit float
-  const uint32_t bits = dtype == V2DROP_FLOAT16 ? 0xfc00u : dtype == V2DROP_BFLOAT16 ? 0xff80u : bits_of_key(key);
+void write_value(char* to, int32_t ordinal, int32_t dtype) {  // only -inf is ever written as a 16-bit float
+  const uint32_t bits = dtype == V2DROP_FLOAT16 ? 0xfc00u : dtype == V2DROP_BFLOAT16 ? 0xff80u : bits_of_ordinal(ordinal);
   std::memcpy(to, &bits, static_cast<size_t>(kDtypeBytes[dtype]));
 }
 
 }  // namespace
 
-Keys make_keys(const KeySource& source, const Segments& segments, int32_t threads) {
-  Keys keys;
-  keys.first.resize(static_cast<size_t>(segments.count) + 1);
-  for (int64_t g = 0; g < segments.count; ++g) keys.first[g + 1] = keys.first[g] + segments[g].n;
-  const int64_t total = keys.first.back();
-  keys.data.reset(new int32_t[static_cast<size_t>(total)]);  // not make_unique, which would clear it
+Ordinals make_ordinals(const ScoreSource& source, const Segments& segments, int32_t threads) {
+  Ordinals ordinals;
+  ordinals.first.resize(static_cast<size_t>(segments.count) + 1);
+  for (int64_t g = 0; g < segments.count; ++g) ordinals.first[g + 1] = ordinals.first[g] + segments[g].n;
+  const int64_t total = ordinals.first.back();
+  ordinals.data.reset(new int32_t[static_cast<size_t>(total)]);  // not make_unique, which would clear it
 
   const int64_t rows = source.rows;
   const int64_t row_bytes = source.has_scores ? 16 : 2 * source.hidden.prev.dim * kDtypeBytes[source.hidden.prev.dtype];
@@ -58,31 +58,31 @@ Keys make_keys(const KeySource& source, const Segments& segments, int32_t thread
   parallel_for((total + chunk - 1) / chunk, useful_threads(threads, total * row_bytes), [&](int64_t c) {
     int64_t begin = c * chunk;
     const int64_t end = std::min(total, begin + chunk);
-    auto g = std::upper_bound(keys.first.begin(), keys.first.end(), begin) - keys.first.begin() - 1;
+    auto g = std::upper_bound(ordinals.first.begin(), ordinals.first.end(), begin) - ordinals.first.begin() - 1;
     for (; begin < end; ++g) {
       const v2drop_segment& s = segments[g];
-      const int64_t row = s.src_start + s.n_prefix + (begin - keys.first[g]), n = std::min(end, keys.first[g + 1]) - begin;
-      if (n > 0) make_keys_of(source, row / rows, row % rows, n, keys.data.get() + begin);
+      const int64_t row = s.src_start + s.n_prefix + (begin - ordinals.first[g]), n = std::min(end, ordinals.first[g + 1]) - begin;
+      if (n > 0) make_ordinals_of(source, row / rows, row % rows, n, ordinals.data.get() + begin);
       begin += n;
     }
   });
-  return keys;
+  return ordinals;
 }
 
-int64_t select_best(const int32_t* keys, int64_t n, int64_t k, int64_t offset, int64_t* out) {
+int64_t select_best(const int32_t* ordinals, int64_t n, int64_t k, int64_t offset, int64_t* out) {
   if (n == 0) return 0;
   const Kernels& kernel = kernels();
   int32_t lo = 0, hi = 0;
-  kernel.range(keys, n, &lo, &hi);
-  const Cut cut = find_cut(lo, hi, n, k, [&](int32_t threshold) { return kernel.at_least(keys, n, threshold); });
+  kernel.range(ordinals, n, &lo, &hi);
+  const Cut cut = find_cut(lo, hi, n, k, [&](int32_t threshold) { return kernel.at_least(ordinals, n, threshold); });
   // A kept row and a dropped one take the same path: a branch would be mispredicted at every other row.
   int64_t above = 0, equal = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t slot = place(cut, above, equal);
     if (slot == k) return k;
     out[slot] = offset + i;
-    above += keys[i] > cut.threshold;
-    equal += keys[i] == cut.threshold;
+    above += ordinals[i] > cut.threshold;
+    equal += ordinals[i] == cut.threshold;
   }
   return place(cut, above, equal);
 }
@@ -90,32 +90,32 @@ int64_t select_best(const int32_t* keys, int64_t n, int64_t k, int64_t offset, i
 namespace cpu {
 
 void topk(const TopkRequest& request, const v2drop_context& context) {
-  const KeySource& source = request.source;
+  const ScoreSource& source = request.source;
   const Segments& segments = request.segments;
-  const Keys keys = make_keys(source, segments, context.threads);
-  // Selection passes over its keys some twenty times, in the cache.
-  parallel_for(segments.count, useful_threads(context.threads, keys.first.back() * 32), [&](int64_t g) {
+  const Ordinals ordinals = make_ordinals(source, segments, context.threads);
+  // Selection passes over its ordinals some twenty times, in the cache.
+  parallel_for(segments.count, useful_threads(context.threads, ordinals.first.back() * 32), [&](int64_t g) {
     const v2drop_segment& s = segments[g];
     const int64_t row = s.src_start + s.n_prefix, entry = s.n ? row / source.rows : 0, offset = s.n ? row % source.rows : 0;
-    const int32_t* key = keys.data.get() + keys.first[g];
+    const int32_t* ordinal = ordinals.data.get() + ordinals.first[g];
     const int64_t item = kDtypeBytes[request.dtype];
     int64_t* index = request.indices + g * request.width;
     char* value = request.values + g * request.width * item;
-    const int64_t found = select_best(key, s.n, s.k, offset, index);
+    const int64_t found = select_best(ordinal, s.n, s.k, offset, index);
     if (request.order == V2DROP_ORDER_SCORE) {
       std::sort(index, index + found, [&](int64_t a, int64_t b) {
-        const int32_t x = key[a - offset], y = key[b - offset];
+        const int32_t x = ordinal[a - offset], y = ordinal[b - offset];
         return x != y ? x > y : a < b;
       });
     }
     for (int64_t i = 0; i < request.width; ++i, value += item) {
       if (i >= found) {
         index[i] = -1;
-        write_value(value, key_of_bits(0xff800000u), request.dtype);
+        write_value(value, ordinal_of_bits(0xff800000u), request.dtype);
       } else if (source.has_scores) {
         std::memcpy(value, source.scores.at(entry, index[i]), static_cast<size_t>(item));
       } else {
-        write_value(value, key[index[i] - offset], request.dtype);
+        write_value(value, ordinal[index[i] - offset], request.dtype);
       }
     }
   });

@@ -40,9 +40,9 @@ __device__ void store_bits(char* to, uint32_t bits, int dtype) {
   }
 }
 
-__device__ void store_value(char* to, const DeviceKeys& keys, int64_t entry, int64_t position, int dtype) {
-  if (keys.keys) return store_bits(to, bits_of_key(keys.at(entry, position)), V2DROP_FLOAT32);
-  const char* from = keys.scores + entry * keys.scores_batch + position * keys.scores_row;
+__device__ void store_value(char* to, const DeviceOrdinals& ordinals, int64_t entry, int64_t position, int dtype) {
+  if (ordinals.ordinals) return store_bits(to, bits_of_ordinal(ordinals.at(entry, position)), V2DROP_FLOAT32);
+  const char* from = ordinals.scores + entry * ordinals.scores_batch + position * ordinals.scores_row;
   store_bits(to, dtype == V2DROP_FLOAT32 ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from), dtype);
 }
 
@@ -87,15 +87,17 @@ __device__ v2drop_segment resolve(const Table& table, int64_t g, int64_t rows, c
 
 template <int THREADS, bool BINS>
 __global__ void __launch_bounds__(THREADS)
-    select_kernel(const __grid_constant__ Table table, const __grid_constant__ DeviceKeys keys, const __grid_constant__ Selected to) {
+    select_kernel(const __grid_constant__ Table table, const __grid_constant__ DeviceOrdinals ordinals,
+                  const __grid_constant__ Selected to) {
   trigger_next();
   BlockCounts<THREADS> counts;
   const int64_t g = blockIdx.x;
   wait_for_previous();
-  const v2drop_segment s = to.kept.cu ? resolve(table, g, keys.rows, to.kept, counts) : table.at(g);
+  const v2drop_segment s = to.kept.cu ? resolve(table, g, ordinals.rows, to.kept, counts) : table.at(g);
   const bool any = s.n_prefix + s.n + s.n_suffix > 0;
-  const int64_t entry = any ? s.src_start / keys.rows : 0, position = any ? s.src_start % keys.rows : 0, competing = position + s.n_prefix;
-  const auto key = [&](int i) { return keys.at(entry, competing + i); };
+  const int64_t entry = any ? s.src_start / ordinals.rows : 0, position = any ? s.src_start % ordinals.rows : 0,
+                competing = position + s.n_prefix;
+  const auto ordinal = [&](int i) { return ordinals.at(entry, competing + i); };
   const int n = static_cast<int>(s.n), k = static_cast<int>(s.k);
   if (to.kept.keep) {
     int64_t* out = to.kept.keep + s.dst_start;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(THREADS)
     out += s.pad_before;
     for (int64_t i = thread_id(); i < s.n_prefix; i += THREADS) out[i] = position + i;
     out += s.n_prefix;
-    select_best<THREADS, BINS>(counts, n, k, key, [&](int place, int i) { out[place] = competing + i; });
+    select_best<THREADS, BINS>(counts, n, k, ordinal, [&](int place, int i) { out[place] = competing + i; });
     out += s.k;
     for (int64_t i = thread_id(); i < s.n_suffix; i += THREADS) out[i] = competing + s.n + i;
     out += s.n_suffix;
@@ -112,9 +114,9 @@ __global__ void __launch_bounds__(THREADS)
   }
   int64_t* index = to.indices + g * to.width;
   char* value = to.values ? to.values + g * to.width * item_bytes(to.dtype) : nullptr;
-  const int found = select_best<THREADS, BINS>(counts, n, k, key, [&](int place, int i) {
+  const int found = select_best<THREADS, BINS>(counts, n, k, ordinal, [&](int place, int i) {
     index[place] = competing + i;
-    if (value) store_value(value + static_cast<int64_t>(place) * item_bytes(to.dtype), keys, entry, competing + i, to.dtype);
+    if (value) store_value(value + static_cast<int64_t>(place) * item_bytes(to.dtype), ordinals, entry, competing + i, to.dtype);
   });
   for (int64_t i = found + thread_id(); i < to.width; i += THREADS) {
     store_nothing(index + i, value ? value + i * item_bytes(to.dtype) : nullptr, to.dtype);
@@ -123,10 +125,10 @@ __global__ void __launch_bounds__(THREADS)
 
 // Sorts survivors by score: the place of each is the number of those before it, counted against all others.
 __global__ void __launch_bounds__(kThreads)
-    rank_kernel(const __grid_constant__ Table table, const __grid_constant__ DeviceKeys keys, const __grid_constant__ Selected to,
+    rank_kernel(const __grid_constant__ Table table, const __grid_constant__ DeviceOrdinals ordinals, const __grid_constant__ Selected to,
                 const int64_t* by_position, const int32_t* cu, int64_t tiles) {
   struct Others {
-    int32_t key[kThreads];
+    int32_t ordinal[kThreads];
     int64_t index[kThreads];
   };
   Others& others = block_shared<Others>();
@@ -135,15 +137,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t entry = cu ? 0 : min(table.at(g).src_start / table.in_rows, table.batch - 1);
   by_position += g * to.width;
   const int64_t index = mine < to.width ? by_position[mine] : -1;
-  const int32_t key = index < 0 ? kExcluded : keys.at(entry, index);
+  const int32_t ordinal = index < 0 ? kExcluded : ordinals.at(entry, index);
   int64_t rank = 0;
   for (int64_t begin = 0; begin < to.width; begin += kThreads) {
     const int64_t other = begin + thread_id();
     others.index[thread_id()] = other < to.width ? by_position[other] : -1;
-    others.key[thread_id()] = others.index[thread_id()] < 0 ? kExcluded : keys.at(entry, others.index[thread_id()]);
+    others.ordinal[thread_id()] = others.index[thread_id()] < 0 ? kExcluded : ordinals.at(entry, others.index[thread_id()]);
     __syncthreads();
     for (int j = 0; j < kThreads; ++j) {
-      rank += others.index[j] >= 0 && (others.key[j] > key || (others.key[j] == key && others.index[j] < index));
+      rank += others.index[j] >= 0 && (others.ordinal[j] > ordinal || (others.ordinal[j] == ordinal && others.index[j] < index));
     }
     __syncthreads();
   }
@@ -152,14 +154,15 @@ __global__ void __launch_bounds__(kThreads)
   char* value = to.values + place * item_bytes(to.dtype);
   if (index < 0) return store_nothing(to.indices + place, value, to.dtype);
   to.indices[place] = index;
-  store_value(value, keys, entry, index, to.dtype);
+  store_value(value, ordinals, entry, index, to.dtype);
 }
 
-void launch_select(const Table& table, const DeviceKeys& keys, const Selected& to, int64_t max_n, Edge edge, void* stream) {
+void launch_select(const Table& table, const DeviceOrdinals& ordinals, const Selected& to, int64_t max_n, LaunchDependency dependency,
+                   void* stream) {
   if (max_n <= kFusedSelect) {
-    launch(select_kernel<kThreads, false>, table.groups, kThreads, edge, stream, table, keys, to);
+    launch(select_kernel<kThreads, false>, table.groups, kThreads, dependency, stream, table, ordinals, to);
   } else {
-    launch(select_kernel<kSelectThreads, true>, table.groups, kSelectThreads, edge, stream, table, keys, to);
+    launch(select_kernel<kSelectThreads, true>, table.groups, kSelectThreads, dependency, stream, table, ordinals, to);
   }
 }
 
@@ -177,7 +180,7 @@ bool all_alike(const Segments& segments, int64_t batch, int64_t rows, int64_t ou
 
 }  // namespace
 
-Table make_table(const Segments& segments, const KeySource& source, int64_t out_rows, bool tiled, const v2drop_context& context,
+Table make_table(const Segments& segments, const ScoreSource& source, int64_t out_rows, bool tiled, const v2drop_context& context,
                  Workspace& workspace) {
   if (source.batch * source.rows > kMaxRows) fail("%s: more than 2^30 rows", source.has_scores ? "scores" : "prev");
   Table table = {};
@@ -198,17 +201,17 @@ Table make_table(const Segments& segments, const KeySource& source, int64_t out_
     TableChunk chunk;
     const int count = static_cast<int>(std::min<int64_t>(kTableChunk, segments.count - g));
     std::copy_n(segments.data + g, count, chunk.rows);
-    launch(upload_kernel, 1, kTableChunk, Edge::kNone, context.stream, rows + g, chunk, count);
+    launch(upload_kernel, 1, kTableChunk, LaunchDependency::kNone, context.stream, rows + g, chunk, count);
   }
   return table;
 }
 
-DeviceKeys device_keys(const KeySource& source, const int32_t* keys) {
-  DeviceKeys device = {};
+DeviceOrdinals device_ordinals(const ScoreSource& source, const int32_t* ordinals) {
+  DeviceOrdinals device = {};
   device.rows = source.rows;
-  device.keys = keys;
-  device.masked_key = source.masked_key;
-  if (keys) return device;
+  device.ordinals = ordinals;
+  device.masked_ordinal = source.masked_ordinal;
+  if (ordinals) return device;
   device.scores = source.scores.data;
   device.scores_batch = source.scores.batch_stride;
   device.scores_row = source.scores.row_stride;
@@ -221,15 +224,15 @@ DeviceKeys device_keys(const KeySource& source, const int32_t* keys) {
   return device;
 }
 
-Scored describe_keys(const KeySource& source, const Segments& segments, const Table& table, Workspace& workspace) {
+Scored describe_ordinals(const ScoreSource& source, const Segments& segments, const Table& table, Workspace& workspace) {
   Scored scored = describe_scores(source.hidden);
-  scored.keys = workspace.take<int32_t>(source.batch * source.rows);
+  scored.ordinals = workspace.take<int32_t>(source.batch * source.rows);
   if (source.has_mask) {
     scored.mask = source.mask.data;
     scored.mask_batch = source.mask.batch_stride;
     scored.mask_row = source.mask.row_stride;
   }
-  scored.masked_key = source.masked_key;
+  scored.masked_ordinal = source.masked_ordinal;
   if (segments.cu_seqlens) return scored;  // all rows
   scored.segments = table;
   int64_t slots = 0;
@@ -239,40 +242,42 @@ Scored describe_keys(const KeySource& source, const Segments& segments, const Ta
   return scored;
 }
 
-void launch_select(const Table& table, const DeviceKeys& keys, const KeptRows& to, int64_t max_n, Edge edge, void* stream) {
-  launch_select(table, keys, Selected{to, nullptr, nullptr, 0, V2DROP_FLOAT32}, max_n, edge, stream);
+void launch_select(const Table& table, const DeviceOrdinals& ordinals, const KeptRows& to, int64_t max_n, LaunchDependency dependency,
+                   void* stream) {
+  launch_select(table, ordinals, Selected{to, nullptr, nullptr, 0, V2DROP_FLOAT32}, max_n, dependency, stream);
 }
 
 namespace cuda {
 
 void topk(const TopkRequest& request, const v2drop_context& context) {
-  const KeySource& source = request.source;
+  const ScoreSource& source = request.source;
   const Segments& segments = request.segments;
   const int64_t width = request.width;
   if (segments.count == 0 || width == 0) return;
 
   Workspace workspace(context);
   const Table table = make_table(segments, source, width, false, context, workspace);
-  Edge edge = Edge::kNone;
-  DeviceKeys keys;
+  LaunchDependency dependency = LaunchDependency::kNone;
+  DeviceOrdinals ordinals;
   if (source.has_scores) {
-    keys = device_keys(source, nullptr);
+    ordinals = device_ordinals(source, nullptr);
   } else {
     const Hidden& hidden = source.hidden;
-    const Scored scored = describe_keys(source, segments, table, workspace);
-    keys = device_keys(source, scored.keys);
-    edge = launch_score(scored, hidden.prev.dtype, is_aligned(hidden.prev) && is_aligned(hidden.cur), context.stream);
+    const Scored scored = describe_ordinals(source, segments, table, workspace);
+    ordinals = device_ordinals(source, scored.ordinals);
+    dependency = launch_score(scored, hidden.prev.dtype, is_aligned(hidden.prev) && is_aligned(hidden.cur), context.stream);
   }
   const KeptRows lengths = {nullptr, segments.cu_seqlens, nullptr};
   const int64_t max_n = segments.cu_seqlens ? source.rows : segments.largest();
   if (request.order == V2DROP_ORDER_POSITION) {
-    launch_select(table, keys, Selected{lengths, request.indices, request.values, width, request.dtype}, max_n, edge, context.stream);
+    launch_select(table, ordinals, Selected{lengths, request.indices, request.values, width, request.dtype}, max_n, dependency,
+                  context.stream);
     return;
   }
   int64_t* by_position = workspace.take<int64_t>(segments.count * width);
-  launch_select(table, keys, Selected{lengths, by_position, nullptr, width, request.dtype}, max_n, edge, context.stream);
+  launch_select(table, ordinals, Selected{lengths, by_position, nullptr, width, request.dtype}, max_n, dependency, context.stream);
   const int64_t tiles = (width + kThreads - 1) / kThreads;
-  launch(rank_kernel, segments.count * tiles, kThreads, Edge::kDependent, context.stream, table, keys,
+  launch(rank_kernel, segments.count * tiles, kThreads, LaunchDependency::kDependent, context.stream, table, ordinals,
          Selected{{}, request.indices, request.values, width, request.dtype}, by_position, lengths.cu, tiles);
 }
 

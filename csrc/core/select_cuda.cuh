@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exact selection by one block: keys in registers where they fit, counted by bins where they do not, and one pass in position order that
-// places who is kept. keys.h has the arithmetic.
+// Exact selection by one block: ordinals in registers where they fit, counted by bins where they do not, and one pass in position order
+// that places who is kept. ordinals.h has the arithmetic.
 #ifndef V2DROP_CORE_SELECT_CUDA_CUH_
 #define V2DROP_CORE_SELECT_CUDA_CUH_
 
@@ -43,45 +43,45 @@ struct Table {
   }
 };
 
-// Where keys come from: the score kernel of the same call (masked rows included), or given scores and an optional mask.
-struct DeviceKeys {
-  const int32_t* keys;  // [batch * rows]
+// Where ordinals come from: the score kernel of the same call (masked rows included), or given scores and an optional mask.
+struct DeviceOrdinals {
+  const int32_t* ordinals;  // [batch * rows]
   const char* scores;
   int64_t scores_batch, scores_row;  // strides in bytes
   int32_t scores_dtype;
-  int32_t masked_key;
+  int32_t masked_ordinal;
   const char* mask;
   int64_t mask_batch, mask_row;
   int64_t rows;
 
   __device__ int32_t at(int64_t entry, int64_t position) const {
     // From L2: in a cooperative launch other SMs wrote them a moment ago.
-    if (keys) return __ldcg(keys + entry * rows + position);
-    if (mask && !mask[entry * mask_batch + position * mask_row]) return masked_key;
-    return key_of_bits(__float_as_uint(load_float(scores + entry * scores_batch + position * scores_row, scores_dtype)));
+    if (ordinals) return __ldcg(ordinals + entry * rows + position);
+    if (mask && !mask[entry * mask_batch + position * mask_row]) return masked_ordinal;
+    return ordinal_of_bits(__float_as_uint(load_float(scores + entry * scores_batch + position * scores_row, scores_dtype)));
   }
 };
 
-// One counter of each bin for each lane: whatever the keys, lanes never meet in a bank nor in an address.
+// One counter of each bin for each lane: whatever the ordinals, lanes never meet in a bank nor in an address.
 struct Histogram {
   int count[kBins][32];
   FoundBin found;
 };
 
-// Calls emit(place, i) for the best k of the keys key(0) ... key(n - 1), places in the order of i; returns how many there are, less than
-// k only if keys are excluded. All threads of the block call it alike. BINS: n may exceed THREADS * kKeysPerThread.
-template <int THREADS, bool BINS, class Key, class Emit>
-__device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key& key, const Emit& emit) {
-  constexpr int kHeld = THREADS * kKeysPerThread;
+// Calls emit(place, i) for the best k of the ordinals ordinal(0) ... ordinal(n - 1), places in the order of i; returns how many there are,
+// less than k only if ordinals are excluded. All threads of the block call it alike. BINS: n may exceed THREADS * kOrdinalsPerThread.
+template <int THREADS, bool BINS, class Ordinal, class Emit>
+__device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Ordinal& ordinal, const Emit& emit) {
+  constexpr int kHeld = THREADS * kOrdinalsPerThread;
   // A warp holds neighbours, 32 at a time: loads coalesce, and ballots put them into order.
-  const int depth = BINS && n > kHeld ? kKeysPerThread : (n + THREADS - 1) / THREADS;
+  const int depth = BINS && n > kHeld ? kOrdinalsPerThread : (n + THREADS - 1) / THREADS;
   const int first = warp_id() * 32 * depth + lane_id();
-  int32_t held[kKeysPerThread];
+  int32_t held[kOrdinalsPerThread];
   const auto load = [&](int begin) {
 #pragma unroll
-    for (int j = 0; j < kKeysPerThread; ++j) {
+    for (int j = 0; j < kOrdinalsPerThread; ++j) {
       const int i = begin + first + 32 * j;
-      held[j] = j < depth && i < n ? key(i) : kExcluded;
+      held[j] = j < depth && i < n ? ordinal(i) : kExcluded;
     }
   };
 
@@ -90,7 +90,7 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
   if (!BINS || n <= kHeld) {
     load(0);
 #pragma unroll
-    for (int j = 0; j < kKeysPerThread; ++j) {
+    for (int j = 0; j < kOrdinalsPerThread; ++j) {
       if (j < depth && first + 32 * j < n) {
         lo = min(lo, held[j]);
         hi = max(hi, held[j]);
@@ -100,12 +100,12 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
     cut = find_cut(lo, hi, n, k, [&](int32_t threshold) -> int64_t {
       int count = 0;
 #pragma unroll
-      for (int j = 0; j < kKeysPerThread; ++j) count += held[j] >= threshold;  // no threshold is as low as kExcluded
+      for (int j = 0; j < kOrdinalsPerThread; ++j) count += held[j] >= threshold;  // no threshold is as low as kExcluded
       return counts.sum(count);
     });
   } else if constexpr (BINS) {
     for (int i = thread_id(); i < n; i += THREADS) {
-      const int32_t x = key(i);
+      const int32_t x = ordinal(i);
       lo = min(lo, x);
       hi = max(hi, x);
     }
@@ -115,7 +115,7 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
       for (int j = thread_id(); j < kBins * 32; j += THREADS) histogram.count[j / 32][j % 32] = 0;
       __syncthreads();
       for (int i = thread_id(); i < n; i += THREADS) {
-        const int32_t x = key(i);
+        const int32_t x = ordinal(i);
         if (x >= bins.lo && x <= range_hi) atomicAdd(&histogram.count[bin_of(bins, x)][lane_id()], 1);
       }
       __syncthreads();
@@ -143,7 +143,7 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
     if (BINS && n > kHeld) load(begin);
     int above = 0, equal = 0;
 #pragma unroll
-    for (int j = 0; j < kKeysPerThread; ++j) {
+    for (int j = 0; j < kOrdinalsPerThread; ++j) {
       if (j >= depth) break;
       above += __popc(__ballot_sync(kAllLanes, held[j] > cut.threshold));
       equal += __popc(__ballot_sync(kAllLanes, held[j] == cut.threshold && begin + first + 32 * j < n));
@@ -155,7 +155,7 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
     equal = equal_before + (before >> 16);
     const unsigned lower = (1u << lane_id()) - 1;
 #pragma unroll
-    for (int j = 0; j < kKeysPerThread; ++j) {
+    for (int j = 0; j < kOrdinalsPerThread; ++j) {
       if (j >= depth) break;
       const int i = begin + first + 32 * j;
       const unsigned is_above = __ballot_sync(kAllLanes, held[j] > cut.threshold);
@@ -174,11 +174,11 @@ __device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Key
 // The host's side, in select_cuda.cu.
 
 // The segments as kernels read them. `tiled`: their output rows count too.
-Table make_table(const Segments& segments, const KeySource& source, int64_t out_rows, bool tiled, const v2drop_context& context,
+Table make_table(const Segments& segments, const ScoreSource& source, int64_t out_rows, bool tiled, const v2drop_context& context,
                  Workspace& workspace);
-DeviceKeys device_keys(const KeySource& source, const int32_t* keys);  // keys NULL: from given scores
-// Keys of the competing rows of hidden states, into scratch memory; described by `scored`, which is not launched.
-Scored describe_keys(const KeySource& source, const Segments& segments, const Table& table, Workspace& workspace);
+DeviceOrdinals device_ordinals(const ScoreSource& source, const int32_t* ordinals);  // ordinals NULL: from given scores
+// Ordinals of the competing rows of hidden states, into scratch memory; described by `scored`, which is not launched.
+Scored describe_ordinals(const ScoreSource& source, const Segments& segments, const Table& table, Workspace& workspace);
 
 // Rows of keep [batch, out_rows], and offsets of a packed result.
 struct KeptRows {
@@ -186,7 +186,8 @@ struct KeptRows {
   const int32_t* cu;
   int32_t* new_cu;
 };
-void launch_select(const Table& table, const DeviceKeys& keys, const KeptRows& to, int64_t max_n, Edge edge, void* stream);
+void launch_select(const Table& table, const DeviceOrdinals& ordinals, const KeptRows& to, int64_t max_n, LaunchDependency dependency,
+                   void* stream);
 
 }  // namespace v2drop
 

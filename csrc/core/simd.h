@@ -13,8 +13,10 @@
 #include <immintrin.h>
 #endif
 
+#define V2DROP_UNROLL _Pragma("GCC unroll 16")
+
 namespace v2drop {
-namespace {  // internal linkage: see keys.h
+namespace {  // internal linkage: see ordinal.h
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -78,7 +80,7 @@ constexpr int kDotVectors = kDotLanes / kWidth;
 
 // Each dtype: read pair i of a block (of any length) as floats; round floats to the dtype, to nearest even, as floats; write a pair of such
 // floats back; widen a block to the bits of floats, in the order of its elements.
-struct Float {
+struct Float32 {
   using Element = float;
   template <int LENGTH = kLanes>
   static Pair read(const float* block, int i) {
@@ -93,7 +95,7 @@ struct Float {
 };
 
 // The upper half of a float. Even and odd elements part by a shift and a mask of the words that hold them, without a shuffle.
-struct Bfloat {
+struct BFloat16 {
   using Element = uint16_t;
   template <int LENGTH = kLanes>
   static Pair read(const uint16_t* block, int i) {
@@ -113,7 +115,7 @@ struct Bfloat {
   }
 };
 
-struct Half {
+struct Float16 {
   using Element = uint16_t;
 #if defined(__AVX512F__)
   using Packed = __m256i;

@@ -39,7 +39,7 @@ void key_norm(const NormRequest& request, const v2drop_context& context) {
 }
 
 void cosine_to_pivots(const PivotsRequest& p, const v2drop_context& context) {
-  const Rows& rows = p.x;
+  const RowView& rows = p.x;
   const int64_t n_pivots = p.pivots.rows, pitch = packed_dim(rows.dim);
 
   // Pivots, packed, and the squares of their norms; all zeros where there is none.

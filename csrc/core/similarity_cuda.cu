@@ -128,7 +128,7 @@ namespace cuda {
 
 void key_norm(const NormRequest& request, const v2drop_context& context) {
   const HeadRows& keys = request.k;
-  const Rows& out = request.scores;
+  const RowView& out = request.scores;
   check_dim("k", keys.dim);
   if (keys.heads > INT32_MAX) fail("k: more than 2^31 heads");
   if (keys.batch == 0 || keys.rows == 0) return;
@@ -144,8 +144,8 @@ void key_norm(const NormRequest& request, const v2drop_context& context) {
                    out.row_stride};
   for_row_type(keys.dtype, keys.dim, is_aligned(keys), [&](auto type, auto lanes, auto aligned) {
     constexpr int kLanes = decltype(lanes)::value, kRows = kThreads / kLanes * kDotRows;
-    launch(key_norm_kernel<decltype(type), kLanes, decltype(aligned)::value>, (n.all + kRows - 1) / kRows, kThreads, Edge::kNone,
-           context.stream, n);
+    launch(key_norm_kernel<decltype(type), kLanes, decltype(aligned)::value>, (n.all + kRows - 1) / kRows, kThreads,
+           LaunchDependency::kNone, context.stream, n);
   });
 }
 
@@ -167,8 +167,8 @@ void cosine_to_pivots(const PivotsRequest& p, const v2drop_context& context) {
                      p.cosines.batch_stride,
                      p.cosines.row_stride};
   for_row_type(p.x.dtype, p.x.dim, is_aligned(p.x), [&](auto type, auto, auto aligned) {
-    launch(cosine_kernel<decltype(type), decltype(aligned)::value>, (warps + kThreads / 32 - 1) / (kThreads / 32), kThreads, Edge::kNone,
-           context.stream, c);
+    launch(cosine_kernel<decltype(type), decltype(aligned)::value>, (warps + kThreads / 32 - 1) / (kThreads / 32), kThreads,
+           LaunchDependency::kNone, context.stream, c);
   });
 }
 

@@ -32,10 +32,10 @@ constexpr int64_t kMaxRows = 1 << 30;
 // Groups of rows that a block scores one after the other where a table of segments has to be searched first.
 constexpr int kTableRowGroups = 4;
 
-// Keys of a segment up to which the blocks of the gather repeat the select, 8 in the registers of each thread; beyond, select is a kernel
-// of its own, with 8 keys in each of 1024 threads, and beyond those it counts by bins from L2.
-constexpr int kKeysPerThread = 8;
-constexpr int kFusedSelect = kThreads * kKeysPerThread;
+// Competing rows of a segment up to which the blocks of the gather repeat the select, 8 ordinals in the registers of each thread; beyond,
+// select is a kernel of its own, with 8 ordinals in each of 1024 threads, and beyond those it counts by bins from L2.
+constexpr int kOrdinalsPerThread = 8;
+constexpr int kFusedSelect = kThreads * kOrdinalsPerThread;
 constexpr int kSelectThreads = 1024;
 
 // Segments that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The arithmetic of exact selection, free of any device: how a score becomes an integer key, where the cut lies, who is kept and where
+// The arithmetic of exact selection, free of any device: how a score becomes an integer ordinal, where the cut lies, who is kept and where
 // each kept row goes. Shared by every backend that is written in C++, and tested exhaustively on small inputs.
-#ifndef V2DROP_CORE_KEYS_H_
-#define V2DROP_CORE_KEYS_H_
+#ifndef V2DROP_CORE_ORDINAL_H_
+#define V2DROP_CORE_ORDINAL_H_
 
 #include <cstdint>
 
@@ -24,24 +24,24 @@ constexpr int32_t kForced = INT32_MAX;    // above every score: always kept
 constexpr int32_t kNaN = INT32_MAX - 1;   // every NaN, above +inf
 
 // Orders floats as signed integers: NaN highest, -0.0 equal to 0.0.
-V2DROP_FN int32_t key_of_bits(uint32_t bits) {
+V2DROP_FN int32_t ordinal_of_bits(uint32_t bits) {
   const int32_t s = static_cast<int32_t>(bits);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const int32_t key = s ^ ((s >> 31) & 0x7fffffff);
-  return magnitude > 0x7f800000u ? kNaN : magnitude == 0 ? 0 : key;
+  const int32_t ordinal = s ^ ((s >> 31) & 0x7fffffff);
+  return magnitude > 0x7f800000u ? kNaN : magnitude == 0 ? 0 : ordinal;
 }
 
 // The inverse, up to the sign of zero and the payload of NaN.
-V2DROP_FN uint32_t bits_of_key(int32_t key) { return static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)); }
+V2DROP_FN uint32_t bits_of_ordinal(int32_t ordinal) { return static_cast<uint32_t>(ordinal ^ ((ordinal >> 31) & 0x7fffffff)); }
 
-// A row is kept if its key is above the threshold, or equal to it with fewer than `ties` equal keys before it.
+// A row is kept if its ordinal is above the threshold, or equal to it with fewer than `ties` equal ordinals before it.
 struct Cut {
   int32_t threshold;
   int64_t ties;
 };
 
-V2DROP_FN bool kept(Cut cut, int32_t key, int64_t equal_before) {
-  return key > cut.threshold || (key == cut.threshold && equal_before < cut.ties);
+V2DROP_FN bool kept(Cut cut, int32_t ordinal, int64_t equal_before) {
+  return ordinal > cut.threshold || (ordinal == cut.threshold && equal_before < cut.ties);
 }
 
 // The place of a kept row among the kept rows, in position order.
@@ -49,9 +49,9 @@ V2DROP_FN int64_t place(Cut cut, int64_t above_before, int64_t equal_before) {
   return above_before + (equal_before < cut.ties ? equal_before : cut.ties);
 }
 
-// The cut that keeps the best k of n keys, all within [lo, hi]. `at_least(t)` counts the keys >= t. Bisection needs no sort, no buffer
-// and at most 32 counts whatever the keys are, ties included, and mostly stops early: as soon as a count is exactly k.
-// Excluded keys stay out even where that leaves fewer than k.
+// The cut that keeps the best k of n ordinals, all within [lo, hi]. `at_least(t)` counts the ordinals >= t. Bisection needs no sort, no
+// buffer and at most 32 counts whatever the ordinals are, ties included, and mostly stops early: as soon as a count is exactly k. Excluded
+// ordinals stay out even where that leaves fewer than k.
 V2DROP_WITH_FUNCTOR
 template <class AtLeast>
 V2DROP_FN Cut find_cut(int32_t lo, int32_t hi, int64_t n, int64_t k, const AtLeast& at_least) {
@@ -71,7 +71,7 @@ V2DROP_FN Cut find_cut(int32_t lo, int32_t hi, int64_t n, int64_t k, const AtLea
   return {lo, lo == INT32_MAX ? k : k - at_least(lo + 1)};
 }
 
-// A range of keys cut into at most kBins bins of equal width, a power of two.
+// A range of ordinals cut into at most kBins bins of equal width, a power of two.
 constexpr int kBins = 256;
 
 struct Bins {
@@ -84,27 +84,27 @@ V2DROP_FN Bins make_bins(int32_t lo, int32_t hi) {
   while ((static_cast<uint32_t>(hi) - static_cast<uint32_t>(lo)) >> bins.shift >= kBins) ++bins.shift;
   return bins;
 }
-V2DROP_FN int bin_of(Bins bins, int32_t key) {
-  return static_cast<int>((static_cast<uint32_t>(key) - static_cast<uint32_t>(bins.lo)) >> bins.shift);
+V2DROP_FN int bin_of(Bins bins, int32_t ordinal) {
+  return static_cast<int>((static_cast<uint32_t>(ordinal) - static_cast<uint32_t>(bins.lo)) >> bins.shift);
 }
 V2DROP_FN int32_t first_of_bin(Bins bins, int bin) {
   return static_cast<int32_t>(static_cast<uint32_t>(bins.lo) + (static_cast<uint32_t>(bin) << bins.shift));
 }
 
-// The bin that holds the `wanted`-th best key of a range: `from` keys lie in it and above, `beyond` of them above.
+// The bin that holds the `wanted`-th best ordinal of a range: `from` ordinals lie in it and above, `beyond` of them above.
 struct FoundBin {
   int bin;
   int64_t from, beyond;
 };
 
-// The same cut as find_cut, for keys too many to be held: where a count costs a pass over memory, a pass should tell more than one bit.
-// `find_bin(bins, hi, wanted)` counts the keys of [bins.lo, hi] by bin, once; at most four passes whatever the keys are.
+// The same cut as find_cut, for ordinals too many to be held: where a count costs a pass over memory, a pass should tell more than one bit.
+// `find_bin(bins, hi, wanted)` counts the ordinals of [bins.lo, hi] by bin, once; at most four passes whatever the ordinals are.
 V2DROP_WITH_FUNCTOR
 template <class FindBin>
 V2DROP_FN Cut find_cut_by_bins(int32_t lo, int32_t hi, int64_t n, int64_t k, const FindBin& find_bin) {
   if (k <= 0) return {INT32_MAX, 0};
   if (k >= n) return {kExcluded, lo == kExcluded ? 0 : n};
-  int64_t wanted = k;  // places left for the keys of [lo, hi]
+  int64_t wanted = k;  // places left for the ordinals of [lo, hi]
   while (lo < hi) {
     const Bins bins = make_bins(lo, hi);
     const FoundBin found = find_bin(bins, hi, wanted);
@@ -119,4 +119,4 @@ V2DROP_FN Cut find_cut_by_bins(int32_t lo, int32_t hi, int64_t n, int64_t k, con
 
 }  // namespace v2drop
 
-#endif  // V2DROP_CORE_KEYS_H_
+#endif  // V2DROP_CORE_ORDINAL_H_
