@@ -73,8 +73,10 @@ mutants: setup
 
 # $(call build,DIR,OPTIONS): the C and C++ tests in a build of their own.
 define build
-	@$(CMAKE) -S . -B $(1) -G Ninja -DV2DROP_BUILD_TESTS=ON --log-level=WARNING $(2)
-	@$(CMAKE) --build $(1) -- --quiet
+	@mkdir -p $(1)
+	@PATH="$(abspath $(BIN)):$$PATH" tools/setup.sh run "configure $(1)" $(1)/configure.log \
+	  cmake -S . -B $(1) -G Ninja -DV2DROP_BUILD_TESTS=ON --log-level=WARNING $(2)
+	@PATH="$(abspath $(BIN)):$$PATH" tools/setup.sh run "build $(1)" $(1)/build.log cmake --build $(1)
 endef
 
 test-native: setup
@@ -142,10 +144,10 @@ wheel: setup
 
 # The documentation: a warning or a broken link is an error. `docs-serve` shows it and follows changes of the files.
 docs: setup
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 docs-serve: setup
-	$(BIN)/mkdocs serve $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks v2drop_demo.png

@@ -165,5 +165,6 @@ case ${1:-} in
   env) make_env ;;
   install) install ;;
   build) build ;;
-  *) fail "usage: tools/setup.sh env|install|build" ;;
+  run) timed "${@:2}" || { cat "$3" >&2 && fail "$2 failed"; } ;; # TITLE LOG COMMAND..., for the other builds of the Makefile
+  *) fail "usage: tools/setup.sh env|install|build|run" ;;
 esac
