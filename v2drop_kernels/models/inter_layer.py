@@ -1,4 +1,4 @@
-"""ILVAS: how far the vision tokens that a block attends to most are attended to alike some blocks later; where to filter."""
+"""ILVAS: how similarly a block and a later block attend to the vision tokens; its maxima suggest where to drop tokens."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def ilvas(
     -----
     ``ILVAS(l, l + n, K) = 1/K sum_i cos(A_i^l, A_i^(l+n))`` over the K vision tokens ``i`` with the highest mean over heads in
     block ``l``, where ``A_i^l`` is the vector, head by head, of the softmax attention that the last token pays to ``i`` in block
-    ``l``: the block with whose projections the policy "hidivdrop" ranks before it. Source: HiDivDrop, section 3.2; which token
-    asks is not printed there: it is the last one here, which also ranks. Runs one prefill per batch, and reads the result on the
+    ``l``: the block with whose projections the policy "hidivdrop" ranks before it. Source: HiDivDrop, section 3.2, which does
+    not state the query token; here it is the last token, which also ranks. Runs one prefill per batch, and reads the result on the
     host.
     """
     for name, value in (("n", n), ("top", top)):

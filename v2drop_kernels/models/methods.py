@@ -1,4 +1,4 @@
-"""The table of all methods, made from what every policy says of itself: ``python -m v2drop_kernels methods``."""
+"""The table of all methods, from the ``method`` of every policy: ``python -m v2drop_kernels methods``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = (
 
 
 def rows() -> list[tuple[str, ...]]:
-    """One row per method, by where it drops and then by name; :data:`COLUMNS` are the heads.
+    """One row per method, by where it drops and then by name; :data:`COLUMNS` are the headings.
 
     "attention weights" says whether the published code reads those of whole layers; "FlashAttention" and "trainable" are of this
     implementation. FLOPs is the share that the first preset leaves of the vision tokens' in LLaVA-1.5-7B, by the papers' formula.

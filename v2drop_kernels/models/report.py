@@ -1,4 +1,4 @@
-"""What a run dropped: tokens, KV bytes and FLOPs of every layer, and the kept patches of every item."""
+"""What a prefill dropped: tokens, KV bytes and FLOPs of every layer, and the kept patches of every item."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Report:
     ----------
     layers : tuple of LayerReport
     full_kv_bytes, full_flops : int
-        Of all layers together, had nothing been dropped.
+        Of all layers together without dropping.
     """
 
     layers: tuple[LayerReport, ...]
@@ -69,14 +69,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Kept:
-    """The droppable tokens of one item that survived.
+    """The droppable tokens of one item that were kept.
 
     Attributes
     ----------
     stages : tuple of tuple of int
-        After every stage of the schedule the survivors, ascending, numbered from 0 among the droppable tokens of the item.
+        After every stage of the schedule the kept tokens, ascending, numbered from 0 among the droppable tokens of the item.
     total : int
-        Droppable tokens at first.
+        Droppable tokens before the first stage.
     grid : tuple of int | None
         ``(rows, columns)``, or ``(frames, rows, columns)``, of the patches when the item has one image or video and the
         model lays its tokens out that way; else None.

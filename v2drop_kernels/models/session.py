@@ -1,6 +1,6 @@
 """DropSession: the hooks on one model, and what the last prefill dropped.
 
-A pre-hook on the first layer of every stage runs ``stage.py``: it asks the stage's policy for scores and drops rows with
+A pre-hook on the first layer of every stage runs ``stage.py``: it gets scores from the stage's policy and drops rows with
 :func:`v2drop_kernels.drop_tokens`. Pre-hooks on later layers cut the mask and pass on the rotary tables of the kept rows
 (``forward.py``). Keys and values of earlier layers stay, so layers hold caches of different lengths, and every cut mask has the
 length of its layer. If even the first layer's cache is shorter than the prompt (drops before it, late injection), the masks of

@@ -1,4 +1,4 @@
-"""Which rows of a stop are the instruction: what scores by text ask, and the rows of the prompt they came from."""
+"""Which rows are the instruction, for scores by text, and the rows of the prompt that they were."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .context import DropContext
 
 
 def text_rows(context: DropContext) -> torch.Tensor:
-    """bool ``[B, N]``: the text behind an item's first droppable row, which is the text that can see one; else its last row."""
+    """bool ``[B, N]``: the text behind an item's first droppable row, which can attend to it; if there is none, the last row."""
     droppable = context.droppable
     text = context.visible & ~droppable & (droppable.cumsum(1) > 0)
     last = torch.arange(text.shape[1], device=text.device) == context.last
@@ -16,9 +16,9 @@ def text_rows(context: DropContext) -> torch.Tensor:
 
 
 def numbers(context: DropContext, chosen: torch.Tensor) -> torch.Tensor:
-    """int64 ``[B, Q]``: the row numbers of ``chosen``, a part of :func:`text_rows`, ascending; -1 where an item has fewer.
+    """int64 ``[B, Q]``: the row numbers of ``chosen``, a subset of :func:`text_rows`, ascending; -1 where an item has fewer.
 
-    ``Q`` is a bound that the host knows: how many are chosen, only the device does.
+    ``Q`` is an upper bound from host integers, because the number of chosen rows is on the device only.
     """
     layout = context.layout
     starts = [spans[0][0] if spans else lo for spans, (lo, _) in zip(layout.spans, layout.bounds, strict=True)]
@@ -27,7 +27,7 @@ def numbers(context: DropContext, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def prompt_rows(context: DropContext, table: torch.Tensor) -> torch.Tensor:
-    """``[B, N0, ...]`` of the prompt's rows as ``[B, N, ...]`` of the stop's; padding repeats the prompt's first row."""
+    """``[B, N0, ...]`` of the prompt's rows as ``[B, N, ...]`` of the present rows; padding repeats the prompt's first row."""
     if context.origin is None:
         return table
     rows = context.origin.clamp(min=0)

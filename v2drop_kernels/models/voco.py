@@ -1,4 +1,4 @@
-"""VoCo-LLaMA's attention mask: text sees vision only through a few VoCo tokens. It is given to the model; nothing is dropped."""
+"""VoCo-LLaMA's attention mask: text attends to vision tokens only through a few VoCo tokens. Nothing is dropped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def voco_mask(
     dtype: torch.dtype = torch.float32,
     queries: int | None = None,
 ) -> torch.Tensor:
-    """The additive attention mask of VoCo-LLaMA, in which text does not see vision tokens.
+    """The additive attention mask of VoCo-LLaMA, in which text does not attend to vision tokens.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def voco_mask(
     Returns
     -------
     Tensor
-        ``dtype`` ``[B, 1, Q, N]``: 0 where a token sees another, ``finfo(dtype).min`` where not.
+        ``dtype`` ``[B, 1, Q, N]``: 0 where a token may attend to another, ``finfo(dtype).min`` elsewhere.
 
     Raises
     ------
@@ -52,11 +52,11 @@ def voco_mask(
 
     Notes
     -----
-    Token i sees token j when ``j <= i``, j is no padding, and not (j is vision and i is text); text is what is neither vision nor
-    VoCo. Vision and VoCo tokens see all before them, of earlier images too. A row of padding sees nothing, and its ``min``
-    everywhere makes its weights equal, not NaN. A transformers model takes the mask as ``attention_mask`` with ``sdpa`` or
-    ``eager`` attention (give ``position_ids`` when padding is on the left); FlashAttention takes no such mask. The released code
-    masks and does not drop, and so does this.
+    Token i attends to token j if ``j <= i``, j is not padding, and not (j is vision and i is text); text is what is neither vision
+    nor VoCo. Vision and VoCo tokens attend to all tokens before them, also of earlier images. A row of padding attends to nothing;
+    it holds ``min`` everywhere, which makes its weights equal, not NaN. A transformers model takes the mask as
+    ``attention_mask`` with ``sdpa`` or ``eager`` attention (give ``position_ids`` when padding is on the left);
+    FlashAttention takes no such mask. The released code masks and does not drop, and so does this.
 
     Source: VoCo-LLaMA (CVPR 2025). Equivalent plain torch: the condition above, row by row.
 

@@ -57,17 +57,17 @@ class CrossModal(Policy):
     def score(self, context: DropContext) -> torch.Tensor:
         prev_hidden = context.previous("the attention of a block before it")
         text = text_rows(context)
-        drawn = context.attention(context.layer - 1, prev_hidden, numbers(context, text))
+        attention = context.attention(context.layer - 1, prev_hidden, numbers(context, text))
         if context.layer > self.calibrated:
-            return drawn
+            return attention
         tiles = Tiles(context)
         cls = tiles.to_rows(tiles.cls(self.tower, "mean"), 0.0)
-        return cross_modal_score(drawn, cls, self._alignment(context, text), self.scale)
+        return cross_modal_score(attention, cls, self._alignment(context, text), self.scale)
 
     def _alignment(self, context: DropContext, text: torch.Tensor) -> float | torch.Tensor:
         if not isinstance(self.alignment, str):
             return self.alignment
         embeds = prompt_rows(context, context.embeds).float()
-        # Sums do for means: a cosine knows no length.
-        vision, asked = ((embeds * rows[..., None]).sum(1) for rows in (context.droppable, text))
-        return torch.nn.functional.cosine_similarity(vision, asked, dim=-1).clamp(min=0)
+        # Sums instead of means: a cosine does not depend on length.
+        vision, instruction = ((embeds * rows[..., None]).sum(1) for rows in (context.droppable, text))
+        return torch.nn.functional.cosine_similarity(vision, instruction, dim=-1).clamp(min=0)

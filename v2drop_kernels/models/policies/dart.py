@@ -1,15 +1,15 @@
-"""DART: keep a few pivots, and the tokens that are least like them: duplication counts, not importance.
+"""DART: keep a few pivots and the tokens that are least similar to them; it ranks by duplication, not by importance.
 
-Before block ``L``, with the post-RoPE keys of block ``L - 1`` (L1 norm over all heads together) and the final-normed input ``x`` of
-block ``L``: the ``pivots`` vision tokens and the ``text_pivots`` tokens of the text behind them with the largest key norms are
-pivots. In ascending row order each pivot takes from the vision tokens that are left the ``m`` with the lowest cosine to it:
-``m = floor((k - pivots) / (pivots + text_pivots))``. Kept: the vision pivots and what was taken, which is ``pivots + m (pivots +
-text_pivots)`` and may be a few less than asked (124 for 128); of a budget below ``pivots``, the first pivots. Equal norms and
-cosines: the lower row first. Source: DART, EMNLP 2025 (as ports of its code compute it): L = 2 for LLaVA-1.5-7B.
+Before block ``L``, with the post-RoPE keys of block ``L - 1`` (L1 norm over all heads together) and the final-normed input
+``x`` of block ``L``: the ``pivots`` vision tokens and the ``text_pivots`` tokens of the text behind them with the largest key
+norms are pivots. In ascending row order each pivot takes from the vision tokens that are left the ``m`` with the lowest cosine
+to it: ``m = floor((k - pivots) / (pivots + text_pivots))``. Kept: the vision pivots and what was taken, which is ``pivots + m
+(pivots + text_pivots)`` and may be a few less than asked (124 for 128); of a budget below ``pivots``, the first pivots. Equal
+norms and cosines: the lower row first. Source: DART, EMNLP 2025 (as ports of its code compute it): L = 2 for LLaVA-1.5-7B.
 
-Deviations: the code goes through a Python set of pivots, whose order is arbitrary; ours ascends. It reads ids on the host some 120
-times and serves one item; this reads none and serves a batch. An item with fewer text tokens than ``text_pivots`` splits its
-budget among the pivots that it has.
+Deviations: the code iterates over a Python set of pivots, whose order is arbitrary; ours ascends. It reads ids on the host
+about 120 times and handles one item; this implementation reads none and handles batches. An item with fewer text tokens than
+``text_pivots`` splits its budget among the pivots that it has.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""DyCoke, stage 1: of three frames in four the patches that differ least from an earlier frame go, before the decoder.
+"""DyCoke, stage 1: before the decoder, three frames in four lose the patches that differ least from an earlier frame.
 
-Frames 1 and 3 of every four are compared with frames 0 and 2, frame 2 with frame 0, patch by patch by the cosine of the
+Frames 1 and 3 of every four are compared with frames 0 and 2, and frame 2 with frame 0, patch by patch by the cosine of the
 embeddings; each keeps ``floor((1 - K) P)`` of its ``P`` patches, the least similar. LLaVA-OneVision has 196 patches per frame and
-one newline behind the video, which stays. Source: DyCoke (CVPR 2025), section 3.2. Positions are counted anew there
+one newline behind the video, which is kept. Source: DyCoke (CVPR 2025), section 3.2, with compacted position ids
 (``positions="compacted"``).
 """
 
@@ -55,7 +55,7 @@ class DyCoke(Policy):
         return frames, -(-frames // 4) * self.per_frame + n % self.per_frame
 
     def count(self, n: int, k: int) -> int:
-        """As many of each pruned frame as ``k`` pays for."""
+        """As many patches of each pruned frame as the budget ``k`` allows."""
         frames, fixed = self._frames(n)
         pruned = frames - -(-frames // 4)
         return fixed + max(k - fixed, 0) // pruned * pruned if pruned else n

@@ -1,8 +1,9 @@
 """FastV: attention of the last prompt token in the block before the stage, mean over heads.
 
 ``s_i = 1/H sum_h softmax(q_last K^T / sqrt(d))[i]`` in block ``L - 1``, over all keys that the last token sees; the drop is before
-block ``L`` (the paper's K, 0-based). Source: FastV (ECCV 2024), section 4. The code takes the last token's row, as here, where
-the text says the mean over all tokens; and it lets one layer run eagerly for its weights, where here one query is made again.
+block ``L`` (the paper's K, 0-based). Source: FastV (ECCV 2024), section 4. As in the released code the last
+token's row is used, where the text says the mean over all tokens. The code runs one layer with eager attention to read its weights;
+here one query is computed again.
 """
 
 from __future__ import annotations

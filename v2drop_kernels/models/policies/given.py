@@ -1,4 +1,4 @@
-"""Scores from outside: ``TokenDropper(schedule, scores=callable)``, for a model of one's own that ranks, or for experiments.
+"""Scores of the caller: ``TokenDropper(schedule, scores=callable)``, for your own ranking model, or for experiments.
 
 The callable takes the :class:`~v2drop_kernels.models.DropContext` and returns float ``[B, N]``, higher means keep.
 """

@@ -1,10 +1,10 @@
-"""HiDivDrop: attention of the last text token, or of one per round, in a pass of its own with one query each.
+"""HiDivDrop: attention of the last text token, or of one token per round, computed again for those queries only.
 
-``s_i = 1/H sum_h softmax(q K^T / sqrt(d))[i]`` with block ``L``'s norm and projections on its own input, before which the drop
-is; then the mean over the queries, or their L2 norm. Source: HiDivDrop, section 3.3 and appendix F.3. The paper's filter layers 10,
-14, 16 and 18 are these blocks, 0-based; its injection at 9 and exit at 25 are before blocks 8 and 24 in the released code. Presets:
-the released scripts' counts, which give the averages 64.0, 48.0 and 80.03 of 576; that of 80 has filter layers of its own there.
-Train it with ``TokenDropper("hidivdrop-64", soft=True)``.
+``s_i = 1/H sum_h softmax(q K^T / sqrt(d))[i]`` with the norm and projections of block ``L`` on its own input, then the mean
+over the queries, or their L2 norm; the drop is before block ``L``. Source: HiDivDrop, section 3.3 and appendix F.3. The paper's
+filter layers 10, 14, 16 and 18 are these 0-based blocks; its injection at 9 and exit at 25 are before blocks 8 and 24 in the
+released code. The presets are the counts of the released scripts, with averages of 64.0, 48.0 and 80.03 of 576 tokens; the one
+for 80 has other filter layers. Train it with ``TokenDropper("hidivdrop-64", soft=True)``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class HiDivDrop(Policy):
     Attributes
     ----------
     tokens : {"rounds", "last", "all"}
-        Which tokens ask: the one before each answer, where labels tell (training; reads on the host how many there are), else the
-        last one; the last one always; all text tokens.
+        Which tokens are queries. "rounds": the token before each answer if labels are given (training; their number is read on the
+        host), otherwise the last token; "last": the last token; "all": all text tokens.
     queries : {"mean", "l2"}
         How the queries of an item become one.
     """

@@ -1,4 +1,4 @@
-"""Seeded chance: the control that a ranking has to beat.
+"""Seeded random scores: the control for every ranking.
 
 Draws depend on the run's seed, the layer and the item's tokens alone, not on its neighbours in the batch or on padding.
 """
@@ -23,5 +23,5 @@ class Random(Policy):
     seeded: ClassVar[bool] = True
 
     def score(self, context: DropContext) -> torch.Tensor:
-        number = context.droppable.cumsum(1).sub(1).clamp(min=0)  # whatever lies before it
+        number = context.droppable.cumsum(1).sub(1).clamp(min=0)  # counted from the item's first droppable row
         return random_score(context.hidden, item_seeds=context.seeds).gather(1, number)

@@ -1,4 +1,4 @@
-"""SparseVLM: text tokens that the image is drawn to rate its tokens; in version 1 what falls out is partly recycled.
+"""SparseVLM: text tokens that relate to the image rate its tokens; version 1 recycles part of the dropped tokens.
 
 *Raters*, once per prompt, on the input embeddings: the text tokens behind the image whose mean over the vision tokens of
 ``softmax(v . t)`` exceeds the average (:func:`v2drop_kernels.text_raters`); where none does, all. Of several images, when all the
@@ -125,11 +125,11 @@ class SparseVLM(Policy):
 
 
 def _raters(context: DropContext) -> torch.Tensor:
-    """int64 ``[B, Q]``: rows of the raters, -1 in places without one; who rates is found at the first stop and remembered."""
+    """int64 ``[B, Q]``: rows of the raters, -1 in places without one; they are selected at the first stage and stored."""
     if "rates" not in context.tower_cache:
         text = numbers(context, text_rows(context))
         chosen = _chosen(context, text)
-        # By rows of the prompt, for an ordinal among text_rows shifts when the first of several images goes.
+        # By rows of the prompt, because positions among text_rows shift when the first of several images is dropped.
         origin = chosen if context.origin is None else context.origin.gather(1, chosen.clamp(min=0))
         rates = torch.zeros(chosen.shape[0], context.embeds.shape[1] + 1, dtype=torch.bool, device=chosen.device)
         rates.scatter_(1, torch.where(chosen < 0, context.embeds.shape[1], origin), True)
@@ -137,12 +137,12 @@ def _raters(context: DropContext) -> torch.Tensor:
         context.tower_cache["rates"] = rates[:, :-1], text.shape[1], apart
         return chosen
     rates, most, apart = context.tower_cache["rates"]
-    # No more rows than at the first stop, whose bound serves: that of `numbers` leaves out text before the first token left.
+    # Not more rows than at the first stage, whose bound is used: that of `numbers` excludes text before the first kept token.
     rows = context.row_indices(prompt_rows(context, rates) & context.visible, most)
     rows[:, :1] = torch.where(rows[:, :1] < 0, context.last, rows[:, :1])  # no rater is left
     if not apart:
         return rows
-    # Raters between images see none of what is left when that is a later image: there others are chosen, as for it alone.
+    # Raters between images cannot attend to a later image; if only that is left, raters are chosen again, for it alone.
     sees = context.droppable.cumsum(1).gather(1, rows.amax(1, keepdim=True)) > 0
     return torch.where(sees, rows, _chosen(context, context.row_indices(text_rows(context), most)))
 

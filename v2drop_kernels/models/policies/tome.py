@@ -3,7 +3,7 @@
 In each block whose output still matters, tokens alternate between two sets, every one of the first proposes itself to the most
 similar of the second by cosine of keys (averaged over heads), and the ``r`` best pairs become means weighted by how many patches
 they stand for; CLS stays apart, and attention adds ``log(size)`` to the logits. Blocks, projector and decoder see the merged
-tokens only. The projected tokens are handed back to all the patches they stand for, so that the prompt's placeholders fit, and
+tokens only. The projected tokens are copied to all the patches they represent, so that the prompt's placeholders fit, and
 before the decoder the first patch of each group is kept. Source: ToMe (ICLR 2023), section 3; LLaVA is not in the paper, so
 ``tokens`` says how many are left, and ``r`` is spread evenly over the blocks.
 """
@@ -73,7 +73,7 @@ class ToMe(Policy):
                 raise ValueError(f"tokens must leave a token two, but {self.tokens} of {patches} in {merging} blocks are too few")
             left -= r
             yield from _watch_block(block, record, index, r, self.proportional)
-        # Before the hook that counts what the projector gave.
+        # Runs before the hook that counts the projector's outputs.
         yield adapter.body.multi_modal_projector.register_forward_hook(functools.partial(_hand_back, record))
         yield from handles
 
@@ -125,7 +125,7 @@ def _watch_block(block: Any, record: Tower, index: int, r: int, proportional: bo
 
 
 def _hand_back(record: Tower, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-    """Projected tokens ``[T, P', D]``, where CLS may be left out in front, for all the patches that they stand for."""
+    """Projected tokens ``[T, P', D]``, where CLS may be left out in front, copied to all the patches that they represent."""
     row = record.notes["row"]
     without = record.notes["tokens"] - output.shape[1]
     at = row[:, without:] - without

@@ -7,8 +7,8 @@ centred and scaled so that a corner lies at distance 1, the cost of serving toke
     P = argmin_P  <P, C> - epsilon H(P) + relax KL(P 1 | 1)   with  P^T 1 = 1,  all P_ij >= 0
     s_i = sum_j P_ij
 
-so feature similarity, relative spatial distance and absolute central distance enter as the paper names them: a token that many
-others can be had from at low cost supplies much. ``iterations`` Sinkhorn steps in float32 from ``v = 1``: ``u = (1 / K v)^(relax
+so feature similarity, relative spatial distance and absolute central distance enter as the paper names them: a token that can
+supply many others at low cost supplies much. ``iterations`` Sinkhorn steps in float32 from ``v = 1``: ``u = (1 / K v)^(relax
 / (relax + epsilon))``, ``v = 1 / K^T u`` with ``K = exp(-C / epsilon)``. The demand side is met exactly; were the supply side too,
 every token would supply the same and rank nothing, so it is held by ``relax`` only.
 
@@ -60,7 +60,7 @@ class TopV(Policy):
         for name in ("spatial", "central", "relax", "iterations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        # exp(-80) is the least that the diagonal of K may be, lest a corner token's demand leave float32.
+        # exp(-80) is the least that the diagonal of K may be, or a corner token's demand would overflow float32.
         if self.epsilon <= 0 or self.epsilon < self.central / 80:
             raise ValueError(f"epsilon must be positive and at least central / 80, got {self.epsilon}")
 

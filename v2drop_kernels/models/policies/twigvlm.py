@@ -1,4 +1,4 @@
-"""TwigVLM: a small trained decoder ("twig") ranks the tokens behind block K; all of them are wiped out behind block T.
+"""TwigVLM: a small trained decoder ("twig") ranks the tokens behind block K; all of them are dropped before block T.
 
 Here the twig's scores come from the caller, ``TokenDropper("twigvlm-192", scores=callable)``: ``callable(context)`` takes the
 :class:`~v2drop_kernels.models.DropContext` before block K, whose ``hidden`` is the input of the twig's blocks, and returns

@@ -1,4 +1,4 @@
-"""VTW (visual tokens withdrawal): from one block on, no vision token is left. It ranks nothing, so it needs no score.
+"""VTW (visual tokens withdrawal): from one block on, all vision tokens are dropped, so no score is needed.
 
 The drop is before block ``L`` (the paper's K, 0-based: blocks 0 to L - 1 see all tokens). Position ids of the text are kept by
 default, as in the released code. Source: VTW (AAAI 2025); K = 15 for LLaVA-1.5-7B. How K is found there (the KL
