@@ -29,7 +29,7 @@ def eager(x: torch.Tensor, target: torch.Tensor, rows: torch.Tensor, weights: to
     return x.new_zeros(k, x.shape[2]).index_add_(0, target, weights[:, None] * x[0, rows])[None]
 
 
-def measure(gate: harness.Gate, dry: bool) -> list[dict[str, Any]]:
+def measure(gate: harness.NoiseGate, dry: bool) -> list[dict[str, Any]]:
     rows = []
     compared = lambda *args: rows.append(bench_soft_topk.compared(gate, *args, None, dry))
     gen = torch.Generator().manual_seed(0)

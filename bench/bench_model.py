@@ -210,7 +210,7 @@ def overhead(args: argparse.Namespace) -> list[Row]:
     return [
         Row(shape.name, "none", "", 1, rows, 0, prefill_ms=min(plain) * 1e3),
         Row(shape.name, "hooks, no drop", "", 1, rows, 0, prefill_ms=min(timed) * 1e3, speedup=1 / ratio,
-            check=f"overhead {ratio - 1:+.2%} (bar: 2 %)"),
+            check=f"overhead {ratio - 1:+.2%} (target: 2 %)"),
     ]  # fmt: skip
 
 

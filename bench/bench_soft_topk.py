@@ -28,9 +28,9 @@ Call = Callable[[], Any]
 
 
 def compared(
-    gate: harness.Gate, case: str, a: tuple[str, Call], b: tuple[str, Call], limit: float | None, dry: bool
+    gate: harness.NoiseGate, case: str, a: tuple[str, Call], b: tuple[str, Call], limit: float | None, dry: bool
 ) -> dict[str, Any]:
-    """How many times the minimum of ``b`` that of ``a`` is, from the best of the quiet attempts, as in bars.py."""
+    """How many times the minimum of ``b`` that of ``a`` is, from the best of the quiet attempts, as in targets.py."""
     found: list[dict[str, Any]] = []
     for _ in range(1 if dry else ATTEMPTS):
         before = gate.settle(0.0 if dry else 5.0)
@@ -60,7 +60,7 @@ def checked(n: int) -> None:
         raise SystemExit("soft_topk keeps other tokens than the definition: no number")
 
 
-def measure(gate: harness.Gate, dry: bool) -> list[dict[str, Any]]:
+def measure(gate: harness.NoiseGate, dry: bool) -> list[dict[str, Any]]:
     rows = []
     for n in (32, 64) if dry else (576, 6272):
         checked(n)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, name: str = "soft_topk", measur
     args = parser.parse_args(arguments)
     harness.recycle_memory()
     torch.set_num_threads(1)
-    gate = harness.Gate(math.inf if args.dry or args.ungated else 0.10, copied=1 << 16 if args.dry else 0)
+    gate = harness.NoiseGate(math.inf if args.dry or args.ungated else 0.10, copied=1 << 16 if args.dry else 0)
     rows = measure(gate, args.dry)
     conditions = harness.conditions("dry" if args.dry else "ungated" if args.ungated else "full")
     print(", ".join(f"{k} {v}" for k, v in conditions.items()), "\n")

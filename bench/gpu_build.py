@@ -16,7 +16,7 @@ from harness import ROOT
 
 FOLDER = ROOT / "build" / "gpu-check"
 VARIABLE = "V2DROP_NATIVE_MODULE"
-REMEMBERED = {"load_library", "library", "available", "why_not", "supports", "choose_name"}  # functions of the package with a cache
+REMEMBERED = {"load_library", "runner_of", "available", "why_not", "supports", "choose_name"}  # functions with a cache
 
 
 class Build:

@@ -34,11 +34,13 @@ import harness
 import provenance
 import torch
 from gpu_build import Build
-from gpu_groups import Group, Trial, own_backends, steps
+from gpu_candidates import own_backends
 from gpu_measure import LEAST_SECONDS, Check
-from gpu_meter import CudaMeter, HostMeter
 from gpu_outcomes import Outcomes
 from gpu_precompile import Precompiler
+from gpu_registry import Group, steps
+from gpu_timer import CudaTimer, HostTimer
+from gpu_trials import Trial
 
 RESULTS = harness.ROOT / "build" / "gpu-results"  # ignored by git; see CONTRIBUTING.md for how results are committed
 ORDER = (
@@ -71,14 +73,14 @@ class Unit(NamedTuple):
 class Session:
     """One call: the files, the clock, and what runs in the background."""
 
-    def __init__(self, options: argparse.Namespace, meter: HostMeter, folder: Path, deadline: float) -> None:
-        self.options, self.meter, self.folder = options, meter, folder
+    def __init__(self, options: argparse.Namespace, timer: HostTimer, folder: Path, deadline: float) -> None:
+        self.options, self.timer, self.folder = options, timer, folder
         self.dry = options.dry
         self.build = self._build()
         if self.build:
             own_backends.pending.add("cuda")
         self.state = gpu_state.State(folder, provenance.commit())
-        self.check = Check(folder, meter, Outcomes(folder / "tests.jsonl"), deadline, "dry" if self.dry else "full")
+        self.check = Check(folder, timer, Outcomes(folder / "tests.jsonl"), deadline, "dry" if self.dry else "full")
         self.precompiler = Precompiler(folder)
         self.env = self._environment()
         self.save()
@@ -146,7 +148,7 @@ class Session:
     # --- units
 
     def _run(self, unit: Unit, skipped: set[str]) -> None:
-        own = own_backends(self.meter) if unit.backends is None else unit.backends
+        own = own_backends(self.timer) if unit.backends is None else unit.backends
         if unit.quiet:
             self.precompiler.pause()
         try:
@@ -179,7 +181,7 @@ class Session:
         return ended or None
 
     def _constants(self) -> None:
-        self.env["constants"] = gpu_constants.measure(self.meter)
+        self.env["constants"] = gpu_constants.measure(self.timer)
 
     def _model(self, batch: int) -> str | None:
         new = ["--new", "1", *([] if self.dry else ["128"])]
@@ -224,7 +226,7 @@ class Session:
         return ORDER.index(step) >= ORDER.index(self.options.begin)
 
     def _due(self, unit: Unit) -> bool:
-        wanted = own_backends(self.meter) if unit.backends is None else unit.backends
+        wanted = own_backends(self.timer) if unit.backends is None else unit.backends
         if "cuda" in wanted and "cuda" in own_backends.pending and not self.build:
             return False  # it could not be built; build.note says why
         return self.state.due(unit.name, wanted)
@@ -262,7 +264,7 @@ class Session:
 
         if self.build:
             return "The native library is still being built."
-        return str(explain(device=self.meter.device, dtype=torch.bfloat16))
+        return str(explain(device=self.timer.device, dtype=torch.bfloat16))
 
     def _environment(self) -> dict[str, Any]:
         try:
@@ -270,13 +272,13 @@ class Session:
         except (OSError, ValueError):
             before = {}
         kept = {name: before[name] for name in ("constants", "policies") if name in before}
-        return environment(self.meter, "bench/gpu_check.sh") | kept | {
+        return environment(self.timer, "bench/gpu_check.sh") | kept | {
             "build": self.build.note if self.build else os.environ.get("V2DROP_NATIVE_MODULE", "the library that is installed"),
             "backends": self._backends(),
         }  # fmt: skip
 
 
-def environment(meter: HostMeter, command: str) -> dict[str, Any]:
+def environment(timer: HostTimer, command: str) -> dict[str, Any]:
     """What env.json says about the machine."""
 
     def version(name: str) -> str | None:
@@ -288,7 +290,7 @@ def environment(meter: HostMeter, command: str) -> dict[str, Any]:
     packages = ("torch", "triton", "numpy", "jax", "jaxlib", "transformers", "cupy-cuda12x", "cupy-cuda13x", "flashinfer-python")
     return {
         "command": command,
-        "gpu": meter.facts,
+        "gpu": timer.facts,
         "machine": harness.machine(),
         "commit": provenance.commit(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
@@ -296,7 +298,7 @@ def environment(meter: HostMeter, command: str) -> dict[str, Any]:
     }
 
 
-def begin(about: str, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, HostMeter, Path, float]:
+def begin(about: str, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, HostTimer, Path, float]:
     """The options of a run, its timer, its results folder and when it must be over."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="time in all, the build included (default: 9)")
@@ -325,14 +327,14 @@ def begin(about: str, arguments: Sequence[str] | None) -> tuple[argparse.Namespa
         parser.error("torch sees no GPU; --dry runs the same without one")
     elif os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 would measure Triton's interpreter")
-    meter = HostMeter() if options.dry else CudaMeter()
-    folder = options.results or RESULTS / meter.name
+    timer = HostTimer() if options.dry else CudaTimer()
+    folder = options.results or RESULTS / timer.name
     if options.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     if options.resume and not (folder / "state.json").exists():
         gpu_state.unpack(options.resume, folder)
-    return options, meter, folder, deadline
+    return options, timer, folder, deadline
 
 
 def _steps(text: str) -> list[str]:
@@ -345,8 +347,8 @@ def _steps(text: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; 1 where a test failed or something raised unexpectedly."""
-    options, meter, folder, deadline = begin(__doc__, arguments)
-    session = Session(options, meter, folder, deadline)
+    options, timer, folder, deadline = begin(__doc__, arguments)
+    session = Session(options, timer, folder, deadline)
     try:
         left = session.go()
     finally:

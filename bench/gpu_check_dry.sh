@@ -33,7 +33,7 @@ if [[ $(cat "$venv/.wanted" 2>/dev/null) != "$wanted" ]]; then
   step "making an environment with Python $version, torch $torch and requirements/gpu-machine.txt"
   rm -rf "$venv"
   "$python" -m venv "$venv"
-  pip() { "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off -r requirements/gpu-machine.txt "$@"; }
+  pip() { "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-target off -r requirements/gpu-machine.txt "$@"; }
   # The build for CPUs is a tenth of the size; where no index has it, the build for GPUs serves as well.
   pip "torch==$torch+cpu" >"$venv/pip.log" 2>&1 ||
     pip --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" >"$venv/pip.log" 2>&1 ||

@@ -10,96 +10,96 @@ import functools
 from typing import Any
 
 import torch
-from gpu_meter import HostMeter
+from gpu_timer import HostTimer
 
 MB = 1 << 20
 
 
-def measure(meter: HostMeter) -> dict[str, dict[str, Any]]:
+def measure(timer: HostTimer) -> dict[str, dict[str, Any]]:
     """Name to value, unit and how it was found; a constant that cannot be had has no entry but a reason."""
     found: dict[str, dict[str, Any]] = {}
     for name, (unit, how, fn) in CONSTANTS.items():
         try:
-            found[name] = {"value": fn(meter), "unit": unit, "how": how}
+            found[name] = {"value": fn(timer), "unit": unit, "how": how}
         except Exception as error:  # an old Triton or device lacks some of it
             found[name] = {"value": float("nan"), "unit": unit, "how": f"not measured: {type(error).__name__}: {str(error)[:120]}"}
     return found
 
 
-def _best(meter: HostMeter, run: Any) -> float:
+def _best(timer: HostTimer, run: Any) -> float:
     run()
-    return min(meter.device_seconds(run) for _ in range(meter.rounds))
+    return min(timer.device_seconds(run) for _ in range(timer.rounds))
 
 
-def _chain(meter: HostMeter, edge: bool) -> float:
+def _chain(timer: HostTimer, edge: bool) -> float:
     """Microseconds per kernel of a chain in which each reads what the one before wrote."""
     from gpu_kernels import small
 
-    x, y = torch.zeros(128, device=meter.device), torch.zeros(128, device=meter.device)
-    on_gpu = meter.device.type == "cuda"
+    x, y = torch.zeros(128, device=timer.device), torch.zeros(128, device=timer.device)
+    on_gpu = timer.device.type == "cuda"
     options: dict[str, Any] = {"launch_pdl": True} if edge and on_gpu else {}
-    count = 5 * meter.calls
+    count = 5 * timer.calls
 
     def link(a: torch.Tensor, b: torch.Tensor) -> None:
         small[(1,)](b, a, EDGE=edge and on_gpu, num_warps=4, **options)
 
-    run = meter.graph([functools.partial(link, x, y), functools.partial(link, y, x)], count)
-    return _best(meter, run) / count * 1e6
+    run = timer.graph([functools.partial(link, x, y), functools.partial(link, y, x)], count)
+    return _best(timer, run) / count * 1e6
 
 
-def _barrier(meter: HostMeter) -> float:
+def _barrier(timer: HostTimer) -> float:
     """Microseconds of one barrier of all multiprocessors, one program on each: the slope over many in one cooperative launch."""
     from gpu_kernels import barriers
 
-    on_gpu = meter.device.type == "cuda"
-    programs = int(meter.facts["multiprocessors"]) if on_gpu else 1  # programs of the interpreter run one after the other
+    on_gpu = timer.device.type == "cuda"
+    programs = int(timer.facts["multiprocessors"]) if on_gpu else 1  # programs of the interpreter run one after the other
     options: dict[str, Any] = {"launch_cooperative_grid": True} if on_gpu else {}
-    counter = torch.zeros(1, dtype=torch.int32, device=meter.device)
+    counter = torch.zeros(1, dtype=torch.int32, device=timer.device)
 
     def launch(rounds: int) -> None:
         counter.zero_()
         barriers[(programs,)](counter, programs, ROUNDS=rounds, num_warps=8, **options)
 
     few, many = 1, 33
-    times = [_best(meter, meter.graph([functools.partial(launch, n)], meter.calls)) / meter.calls for n in (few, many)]
+    times = [_best(timer, timer.graph([functools.partial(launch, n)], timer.calls)) / timer.calls for n in (few, many)]
     return (times[1] - times[0]) / (many - few) * 1e6
 
 
-def _size(meter: HostMeter, megabytes: int) -> int:
-    return megabytes * MB if meter.device.type == "cuda" else megabytes << 7
+def _size(timer: HostTimer, megabytes: int) -> int:
+    return megabytes * MB if timer.device.type == "cuda" else megabytes << 7
 
 
-def _read(meter: HostMeter, megabytes: int, turns: int) -> float:
+def _read(timer: HostTimer, megabytes: int, turns: int) -> float:
     """GB/s of a reduction over ``turns`` buffers, one after the other."""
-    size = _size(meter, megabytes)
-    xs = [torch.randn(size // 4, device=meter.device) for _ in range(turns)]
-    count = max(meter.calls, turns)
-    return size * count / _best(meter, meter.graph([functools.partial(torch.amax, x) for x in xs], count)) / 1e9
+    size = _size(timer, megabytes)
+    xs = [torch.randn(size // 4, device=timer.device) for _ in range(turns)]
+    count = max(timer.calls, turns)
+    return size * count / _best(timer, timer.graph([functools.partial(torch.amax, x) for x in xs], count)) / 1e9
 
 
-def _copy(meter: HostMeter) -> float:
+def _copy(timer: HostTimer) -> float:
     """GB/s, read and written together, of a copy of 1 GB."""
-    source = torch.randn(_size(meter, 1024) // 4, device=meter.device)
+    source = torch.randn(_size(timer, 1024) // 4, device=timer.device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes * meter.calls / _best(meter, meter.graph([functools.partial(target.copy_, source)], meter.calls)) / 1e9
+    return 2 * source.nbytes * timer.calls / _best(timer, timer.graph([functools.partial(target.copy_, source)], timer.calls)) / 1e9
 
 
-def _ramp(meter: HostMeter) -> float:
+def _ramp(timer: HostTimer) -> float:
     """Microseconds that a kernel over 8 MB of cold memory takes beyond its bytes at full speed and the edge before it."""
-    size = _size(meter, 8)
-    sources = [torch.randn(size // 4, device=meter.device) for _ in range(min(-(-meter.cold_bytes // size), 64))]
+    size = _size(timer, 8)
+    sources = [torch.randn(size // 4, device=timer.device) for _ in range(min(-(-timer.cold_bytes // size), 64))]
     target = torch.empty_like(sources[0])
-    count = max(meter.calls, len(sources))
+    count = max(timer.calls, len(sources))
     # Not the driver's copy, which may be no kernel at all.
-    run = meter.graph([functools.partial(torch.neg, s, out=target) for s in sources], count)
-    each = _best(meter, run) / count * 1e6
-    return each - 2 * size / _copy(meter) / 1e3 - _chain(meter, False)
+    run = timer.graph([functools.partial(torch.neg, s, out=target) for s in sources], count)
+    each = _best(timer, run) / count * 1e6
+    return each - 2 * size / _copy(timer) / 1e3 - _chain(timer, False)
 
 
-def _reuse(meter: HostMeter, megabytes: int) -> float:
+def _reuse(timer: HostTimer, megabytes: int) -> float:
     """How much faster a buffer is read again at once than after others."""
-    others = max(2, -(-3 * meter.cold_bytes // (megabytes * MB)))
-    return _read(meter, megabytes, 1) / _read(meter, megabytes, min(others, 32))
+    others = max(2, -(-3 * timer.cold_bytes // (megabytes * MB)))
+    return _read(timer, megabytes, 1) / _read(timer, megabytes, min(others, 32))
 
 
 CONSTANTS: dict[str, tuple[str, str, Any]] = {

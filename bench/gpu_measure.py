@@ -19,17 +19,21 @@ from typing import Any
 import harness
 import numpy
 import torch
-from gpu_groups import MODEL_LEVEL, Bar, Candidate, Group, Times, Trial, own_backends, tiny
-from gpu_meter import HostMeter
+from gpu_candidates import Candidate, own_backends
+from gpu_inputs import tiny
 from gpu_outcomes import Outcomes
+from gpu_registry import Group
+from gpu_targets import MODEL_LEVEL, Target, Times
+from gpu_timer import HostTimer
+from gpu_trials import Trial
 
 HERE = Path(__file__).resolve().parent
 TIMES = (
     "group", "op", "B", "N", "D", "dtype", "k", "mode", "provider", "check", "us", "p20_us", "p80_us", "runs", "calls", "bytes",
     "gb_s", "gpu", *harness.CONDITIONS,
 )  # fmt: skip
-BARS = ("bar", "what", "backend", "group", "mode", "value", "unit", "limit", "status", "gpu", *harness.CONDITIONS)
-FILES = {"results.csv": TIMES, "bars.csv": BARS}
+TARGETS = ("target", "what", "backend", "group", "mode", "value", "unit", "limit", "status", "gpu", *harness.CONDITIONS)
+FILES = {"results.csv": TIMES, "targets.csv": TARGETS}
 GROUP_SECONDS = 1.5  # of runs, for one mode of a group at most
 LEAST_SECONDS = 8.0  # no group is begun with less than this: it would have to be compiled, checked and timed
 SHORT_CALL = 20e-6  # seconds; a graph of calls below this holds `many` of them, so that its start is spread over more calls
@@ -47,12 +51,12 @@ class Check:
     """What is measured, which figures failing tests forbid, and where the rows go."""
 
     def __init__(
-        self, out: Path, meter: HostMeter, outcomes: Outcomes, deadline: float, run: str,
+        self, out: Path, timer: HostTimer, outcomes: Outcomes, deadline: float, run: str,
         files: Mapping[str, Sequence[str]] = FILES,
     ) -> None:  # fmt: skip
-        self.out, self.meter, self.outcomes, self.deadline = out, meter, outcomes, deadline
+        self.out, self.timer, self.outcomes, self.deadline = out, timer, outcomes, deadline
         self.dry = run == "dry"
-        self.conditions = {"gpu": meter.facts["name"], **harness.conditions(run, native=not own_backends.pending)}
+        self.conditions = {"gpu": timer.facts["name"], **harness.conditions(run, native=not own_backends.pending)}
         self.broken = 0  # exceptions that nothing expects
         self._seen: set[Any] = set()
         for name, columns in files.items():
@@ -83,9 +87,9 @@ class Check:
         self._tidy()
         if why:
             print(f"{step.name if isinstance(step, Group) else step.text}: {why}", flush=True)
-            for bar in step.bars if isinstance(step, Group) else [step]:
+            for target in step.targets if isinstance(step, Group) else [step]:
                 for backend in self._judged():
-                    self._bar(bar, backend, step, None, why)
+                    self._target(target, backend, step, None, why)
             if isinstance(step, Group):
                 self._write("results.csv", TIMES, [self._columns(step, step.case, step.modes[0]) | {"check": why}])
         return found
@@ -102,8 +106,8 @@ class Check:
         end = min(seconds, self.left())
         why = self.program(MODEL, ["--json", "--seconds", f"{0.6 * end:.0f}", *arguments], write, end)
         print(f"model level: {why or 'measured'}", flush=True)
-        for bar in MODEL_LEVEL:
-            self._bar(bar, "", bar, None, why or "see the model level of the report")
+        for target in MODEL_LEVEL:
+            self._target(target, "", target, None, why or "see the model level of the report")
         return why
 
     def policies(self, seconds: float) -> str | None:
@@ -132,27 +136,27 @@ class Check:
         return None
 
     def _judged(self) -> Sequence[str]:
-        return own_backends(self.meter)
+        return own_backends(self.timer)
 
     def _tidy(self) -> None:
-        if self.meter.device.type == "cuda":  # tiny tensors need no walk over all objects
+        if self.timer.device.type == "cuda":  # tiny tensors need no walk over all objects
             gc.collect()
             torch.cuda.empty_cache()
 
     def _group(self, group: Group) -> dict[str, Times]:
         start = time.monotonic()
         case = tiny(group.case) if self.dry else group.case
-        free = self.meter.free_bytes()
+        free = self.timer.free_bytes()
         if not self.dry and group.needs > free:
             raise TooLarge(f"missing: needs about {group.needs / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
-        candidates = group.build(case, self.meter)
+        candidates = group.build(case, self.timer)
         # Dry: each kind of problem once per backend through the interpreter and the emulator is enough.
-        kind, again, bars = getattr(group.build, "func", group.build), set[str](), group.bars
+        kind, again, targets = getattr(group.build, "func", group.build), set[str](), group.targets
         if self.dry:
             again = {b for b in ("triton", "cuda") if (kind, b) in self._seen}
             candidates = [c for c in candidates if c.backend not in again]
             if again and any("compile" in c.name for c in candidates):  # it takes seconds to trace
-                candidates, bars = [c for c in candidates if "compile" not in c.name], ()
+                candidates, targets = [c for c in candidates if "compile" not in c.name], ()
             self._seen |= {(kind, c.backend) for c in candidates if not c.missing}
         live, faults = [], {}
         for candidate in candidates:
@@ -164,10 +168,10 @@ class Check:
         found = {}
         for mode in group.modes:
             times = found[mode] = self._times(group, case, mode, live, faults)
-            for bar in bars:
-                if bar.mode == mode:
+            for target in targets:
+                if target.mode == mode:
                     for backend in [b for b in self._judged() if b not in again]:
-                        self._judge(bar, backend, group, times, faults)
+                        self._judge(target, backend, group, times, faults)
         print(f"{group.name}: {len(live)} of {len(candidates)} candidates in {time.monotonic() - start:.1f} s", flush=True)
         for name, why in faults.items():
             if not why.startswith("missing"):
@@ -204,31 +208,31 @@ class Check:
         runs: dict[str, tuple[Callable[[], Any], int]] = {}
         for c in live:
             calls = c.calls[:1] if mode == "warm" else c.calls
-            least = self.meter.calls if group.moved < MANY_BYTES else 3  # no launch gap shows in calls of milliseconds
+            least = self.timer.calls if group.moved < MANY_BYTES else 3  # no launch gap shows in calls of milliseconds
             count = max(least, len(calls) if mode == "cold" else 0)
-            make = self.meter.graph if mode in ("cold", "warm") and c.captured else self.meter.eager
+            make = self.timer.graph if mode in ("cold", "warm") and c.captured else self.timer.eager
             if mode in ("eager", "host") and "-" in c.name and c.backend:  # a forced design: a context manager in every call
                 continue
             try:
                 run = make(calls, count)
                 run()
                 # The start of a graph costs as much as a fifth of a short call, so more of them share it.
-                if least == self.meter.calls and count < self.meter.many and mode in ("cold", "warm"):
+                if least == self.timer.calls and count < self.timer.many and mode in ("cold", "warm"):
                     run()
-                    if self.meter.device_seconds(run) / count < SHORT_CALL:
-                        count = -(-self.meter.many // len(calls)) * len(calls) if mode == "cold" else self.meter.many
+                    if self.timer.device_seconds(run) / count < SHORT_CALL:
+                        count = -(-self.timer.many // len(calls)) * len(calls) if mode == "cold" else self.timer.many
                         run = make(calls, count)
                         run()
             except Exception as error:
-                self.meter.synchronize()
+                self.timer.synchronize()
                 faults[c.name] = self._broke(error)
                 continue
             runs[c.name] = (run, count)
-        clock = {"eager": self.meter.wall_seconds, "host": self.meter.host_seconds}.get(mode, self.meter.device_seconds)
+        clock = {"eager": self.timer.wall_seconds, "host": self.timer.host_seconds}.get(mode, self.timer.device_seconds)
         taken: dict[str, list[float]] = {name: [] for name in runs}
         end = time.monotonic() + (0.0 if self.dry else GROUP_SECONDS)
         turns = list(runs)
-        while runs and (len(taken[turns[0]]) < self.meter.rounds or time.monotonic() < end) and len(taken[turns[0]]) < 200:
+        while runs and (len(taken[turns[0]]) < self.timer.rounds or time.monotonic() < end) and len(taken[turns[0]]) < 200:
             for name in turns:
                 run, count = runs[name]
                 taken[name].append(clock(run) / count)
@@ -247,13 +251,13 @@ class Check:
         self._write("results.csv", TIMES, rows)
         return {name: float(numpy.median(seconds)) for name, seconds in taken.items()}
 
-    def _judge(self, bar: Bar, backend: str, group: Group, times: Times, faults: dict[str, str]) -> None:
+    def _judge(self, target: Target, backend: str, group: Group, times: Times, faults: dict[str, str]) -> None:
         try:
-            self._bar(bar, backend, group, bar.value(times, backend), "")
+            self._target(target, backend, group, target.value(times, backend), "")
         except (KeyError, ValueError):  # one of the sides has no time
             whys = [f"{name}: {fault}" for name, fault in faults.items() if name.split("@")[0] == backend]
             whys += [f"{name}: {fault}" for name, fault in faults.items() if not fault.startswith("missing")]
-            self._bar(bar, backend, group, None, (whys or ["no time of one side"])[0])
+            self._target(target, backend, group, None, (whys or ["no time of one side"])[0])
 
     def _trial(self, trial: Trial) -> None:
         for backend in self._judged():
@@ -267,31 +271,34 @@ class Check:
             value = None
             if not why:
                 try:
-                    value = trial.run(backend, self.meter, tiny if self.dry else lambda case: case)
+                    value = trial.run(backend, self.timer, tiny if self.dry else lambda case: case)
                 except Exception as error:
                     why = self._broke(error)
-            self._bar(trial, backend, trial, value, why or "")
+            self._target(trial, backend, trial, value, why or "")
             self._tidy()
 
     def _unable(self, backend: str) -> str | None:
         from v2drop_kernels.backends import choice
 
-        return choice.why_not(backend, self.meter.device.type, torch.bfloat16)
+        return choice.why_not(backend, self.timer.device.type, torch.bfloat16)
 
-    def _bar(self, bar: Bar | Trial, backend: str, step: Group | Trial, value: float | None, why: str) -> None:
+    def _target(self, target: Target | Trial, backend: str, step: Group | Trial, value: float | None, why: str) -> None:
         status = why
         if value is not None:
-            passed = value >= bar.limit if bar.sense == "at least" else value <= bar.limit
+            passed = value >= target.limit if target.sense == "at least" else value <= target.limit
             status = "dry" if self.dry else "pass" if passed else "fail"
         row = {
-            "bar": bar.number, "what": bar.text, "backend": backend, "group": getattr(step, "name", ""),
-            "mode": getattr(bar, "mode", ""), "value": "" if value is None else f"{value:.4g}",
-            "unit": getattr(bar, "unit", "ratio"), "limit": f"{'>=' if bar.sense == 'at least' else '<='} {bar.limit:g}",
+            "target": target.number, "what": target.text, "backend": backend, "group": getattr(step, "name", ""),
+            "mode": getattr(target, "mode", ""), "value": "" if value is None else f"{value:.4g}",
+            "unit": getattr(target, "unit", "ratio"), "limit": f"{'>=' if target.sense == 'at least' else '<='} {target.limit:g}",
             "status": status,
         }  # fmt: skip
-        self._write("bars.csv", BARS, [row])
+        self._write("targets.csv", TARGETS, [row])
         if value is not None:
-            print(f"    {status:>5}  bar {bar.number}, {backend}: {row['value']} (asked {row['limit']}) {bar.text}", flush=True)
+            print(
+                f"    {status:>5}  target {target.number}, {backend}: {row['value']} (asked {row['limit']}) {target.text}",
+                flush=True,
+            )
 
     def _broke(self, error: Exception) -> str:
         self.broken += 1

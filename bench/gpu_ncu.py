@@ -160,9 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is None:
         if options.dry:
             parser.error("--dry needs a folder")
-        from gpu_meter import CudaMeter
+        from gpu_timer import CudaTimer
 
-        options.out = HERE.parent / "build" / "gpu-results" / CudaMeter().name
+        options.out = HERE.parent / "build" / "gpu-results" / CudaTimer().name
     options.out.mkdir(parents=True, exist_ok=True)
     for size in SIZES:
         for backend in ("triton", "cuda"):

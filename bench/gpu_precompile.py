@@ -71,9 +71,10 @@ def without_launches() -> Iterator[None]:
 
 
 def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """By name, a call for each kind of problem of gpu_groups, in the order of the steps."""
-    import gpu_groups as groups
+    """By name, a call for each kind of problem of the registry, in the order of the steps."""
+    import gpu_inputs as inputs
     import torch
+    from registry import Case
 
     import v2drop_kernels as vk
 
@@ -106,7 +107,7 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         out = vk.compact(keep, h, backend="triton").hidden
         return torch.autograd.grad(out, h, torch.empty_like(out))
 
-    for case in (groups.VIDEO, groups.VIDEOS, groups.LONG):
+    for case in (inputs.VIDEO, inputs.VIDEOS, inputs.LONG):
         yield f"drop {case}", lambda case=case: drop(case)
     for n in (6272, 65536, 576):
         for b in (1, 8, 32):
@@ -115,14 +116,14 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
                 lambda b=b, n=n: vk.segmented_topk(empty(b, n, dtype=torch.float32), n // 4, backend="triton"),
             )
     for layers in (4, 32, 1):
-        yield f"{layers} layers of K and V", lambda layers=layers: with_extras(groups.VIDEO, layers)
+        yield f"{layers} layers of K and V", lambda layers=layers: with_extras(inputs.VIDEO, layers)
     yield "gather of K and V", lambda: gathered(8, 4)
     yield "gather", lambda: gathered(0, 0)
     for n in (16384, 65536):
         yield f"backward N={n}", lambda n=n: backward(n)
     for d in (4096, 2560, 3584, 5120, 8192):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            case = groups.Case(1, -(-256_000_000 // (2 * d * dtype.itemsize)), d, groups.QUARTER, dtype)
+            case = Case(1, -(-256_000_000 // (2 * d * dtype.itemsize)), d, inputs.QUARTER, dtype)
             yield (
                 f"score {case}",
                 lambda c=case: vk.variation_score(
@@ -133,8 +134,8 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         for b, n in ((1, 65536), (1, 576), (1, 6272), (8, 6272)):
             yield f"attention {heads}/{kv_heads} B={b} N={n}", lambda a=(b, n, heads, kv_heads): attention(*a)
     for case in (
-        groups.Case(32, 576, 4096, groups.QUARTER),
-        *(groups.Case(1, 6272, d, groups.QUARTER) for d in (2560, 5120, 8192)),
+        Case(32, 576, 4096, inputs.QUARTER),
+        *(Case(1, 6272, d, inputs.QUARTER) for d in (2560, 5120, 8192)),
     ):
         yield f"drop {case}", lambda case=case: drop(case)
 

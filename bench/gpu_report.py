@@ -11,7 +11,7 @@ from gpu_floors import floors_table
 from gpu_outcomes import Outcomes
 from tables import Row, conditions, duration, read, table
 
-OWN = ("triton", "cuda", "cuda-cooperative", "cuda-two", "cuda-three", "reference")
+OWN = ("triton", "cuda", "cuda-cooperative", "cuda-fused", "cuda-separate", "reference")
 OTHERS = {
     "eager": "eager, views", "v2drop": "V2Drop's code", "compile": "torch.compile", "compile-reduce-overhead": "reduce-overhead",
     "compile-max-autotune": "max-autotune", "topk+gather": "topk + gather", "copy": "copy", "one-block": "one block",
@@ -28,19 +28,19 @@ def results_of(out: Path) -> list[Row]:
     return latest(read(out / "results.csv"), "group", "mode", "provider") if (out / "results.csv").exists() else []
 
 
-def bars_of(out: Path) -> list[Row]:
-    """The valid rows of bars.csv."""
-    return latest(read(out / "bars.csv"), "bar", "what", "backend") if (out / "bars.csv").exists() else []
+def targets_of(out: Path) -> list[Row]:
+    """The valid rows of targets.csv."""
+    return latest(read(out / "targets.csv"), "target", "what", "backend") if (out / "targets.csv").exists() else []
 
 
-def bars_table(rows: list[Row]) -> str:
-    """Every bar and own backend: value, limit, verdict."""
+def targets_table(rows: list[Row]) -> str:
+    """Every target and own backend: value, limit, verdict."""
     lines = []
     for row in rows:
         unit = "" if row["unit"] == "ratio" else row["unit"]
         value = f"{row['value']} {unit}".strip() if row["value"] else "-"
-        lines.append([f"{row['bar']}: {row['what']}", row["backend"] or "-", value, row["limit"], row["status"]])
-    return table(["bar", "backend", "value", "asked", "result"], lines)
+        lines.append([f"{row['target']}: {row['what']}", row["backend"] or "-", value, row["limit"], row["status"]])
+    return table(["target", "backend", "value", "asked", "result"], lines)
 
 
 def times_table(rows: list[Row]) -> str:
@@ -117,8 +117,8 @@ def policies(out: Path, env: dict[str, Any]) -> str:
 
 def readme(folder: Path) -> str:
     """The part of docs/results/gpu.md on one GPU."""
-    results, bars = results_of(folder), bars_of(folder)
-    if any(row["run"] != "full" for row in [*results, *bars]):
+    results, targets = results_of(folder), targets_of(folder)
+    if any(row["run"] != "full" for row in [*results, *targets]):
         raise SystemExit(f"{folder} does not hold a full measurement")
     others = ("copy", "eager", "compile", "compile-reduce-overhead", "v2drop", "topk+gather")
     lines = []
@@ -129,17 +129,17 @@ def readme(folder: Path) -> str:
         lines.append(
             [shape, mode, name, duration(row["us"]), row["gb_s"], *(f"{ratio[n]:.2f}x" if n in ratio else "-" for n in others)]
         )
-    status = [row["status"] for row in bars]
-    failed = [f"{row['bar']} {row['backend']}: {row['what']} {row['value']} (asked {row['limit']})" for row in bars
+    status = [row["status"] for row in targets]
+    failed = [f"{row['target']} {row['backend']}: {row['what']} {row['value']} (asked {row['limit']})" for row in targets
               if row["status"] == "fail"]  # fmt: skip
     head = ["drop_tokens", "inputs", "fastest", "median", "GB/s", *(f"over {OTHERS[name]}" for name in others)]
-    where = results[0] if results else bars[0]
+    where = results[0] if results else targets[0]
     return "\n\n".join(
         [
             table(head, lines),
-            f"GPU time of a captured graph, {where['gpu']}; ratios are those of times taken in turns. Of {len(bars)} bars "
+            f"GPU time of a captured graph, {where['gpu']}; ratios are those of times taken in turns. Of {len(targets)} targets "
             f"{status.count('pass')} pass, {len(failed)} fail{': ' + '; '.join(failed) if failed else ''}, "
-            f"{len(bars) - status.count('pass') - len(failed)} are without a verdict.",
+            f"{len(targets) - status.count('pass') - len(failed)} are without a verdict.",
             f"Measured on {where['gpu']} ({conditions(where)}). "
             f"Everything: [bench/results/{folder.name}](../../bench/results/{folder.name}/report.md).",
         ]
@@ -162,26 +162,26 @@ def forbidden(outcomes: Outcomes, results: list[Row]) -> str:
 
 def rewrite(out: Path) -> None:
     """report.md again, after a file beside it changed; nothing where no check has run."""
-    if (out / "env.json").exists() and (out / "bars.csv").exists():
+    if (out / "env.json").exists() and (out / "targets.csv").exists():
         write(out, json.loads((out / "env.json").read_text()), Outcomes(out / "tests.jsonl"))
 
 
 def write(out: Path, env: dict[str, Any], outcomes: Outcomes) -> None:
     """report.md, as far as things are known."""
-    results, bars = results_of(out), bars_of(out)
-    dry = any(row["run"] == "dry" for row in [*results, *bars])
+    results, targets = results_of(out), targets_of(out)
+    dry = any(row["run"] == "dry" for row in [*results, *targets])
     ncu = read(out / "ncu.csv") if (out / "ncu.csv").exists() else []
     sanitizer = read(out / "sanitizer.csv") if (out / "sanitizer.csv").exists() else []
     model = [row for path in sorted(out.glob("model-*.json")) for row in json.loads(path.read_text())]
-    counted = {s: sum(row["status"] == s for row in bars) for s in ("pass", "fail")}
-    open_bars = len(bars) - sum(counted.values())
+    counted = {s: sum(row["status"] == s for row in targets) for s in ("pass", "fail")}
+    open_targets = len(targets) - sum(counted.values())
     constants = env.get("constants", {})
     lines = [[name, f"{found['value']:.4g} {found['unit']}", found["how"]] for name, found in constants.items()]
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
     parts = [
         f"# GPU check: {env['gpu']['name']}{' (a dry run: tiny shapes, no measurement)' if dry else ''}",
         f"`{env['command']}`, {env['date']}, commit {env['commit']}; {env['machine']}; {versions}. {outcomes.words()} "
-        f"Bars: {counted['pass']} pass, {counted['fail']} fail, {open_bars} without a verdict.",
+        f"Targets: {counted['pass']} pass, {counted['fail']} fail, {open_targets} without a verdict.",
         f"Device: {', '.join(f'{k} {v}' for k, v in env['gpu'].items())}. Build: {env['build']}.",
         forbidden(outcomes, results),
         "GPU times are medians of replays of a CUDA graph of at least 20 calls (100 where a call takes less than 20 us, 3 where it "
@@ -189,8 +189,8 @@ def write(out: Path, env: dict[str, Any], outcomes: Outcomes) -> None:
         "warm: the same inputs. Eager: wall time of as many calls launched one by one. reduce-overhead and max-autotune replay "
         "their own graphs, jax and cupy launch on their own: timed in a stream. Every result was compared with the reference "
         "before it was timed; no figure is taken where a test fails.",
-        "## Bars",
-        bars_table(bars) if bars else "None yet.",
+        "## Targets",
+        targets_table(targets) if targets else "None yet.",
         "## Constants",
         table(["constant", "measured", "how"], lines) if lines else "Not measured.",
         "## Floors",
@@ -203,13 +203,13 @@ def write(out: Path, env: dict[str, Any], outcomes: Outcomes) -> None:
         "## Tuning",
         "[tune.md](tune/tune.md)" if (out / "tune" / "tune.md").exists() else "Not run yet: `bench/gpu_check.sh --tune`.",
         "## Models",
-        model_table(model) if model else "No figures: see the bars of the model level.",
+        model_table(model) if model else "No figures: see the targets of the model level.",
         "## Policies",
         policies(out, env),
         "## drop_tokens",
         drop_table(results) if results else "None yet.",
         "![GB/s over bytes](gpu_roofline.png)" if (out / "gpu_roofline.png").exists() else "",
-        "![bars](gpu_bars.png)" if (out / "gpu_bars.png").exists() else "",
+        "![targets](gpu_targets.png)" if (out / "gpu_targets.png").exists() else "",
         "## Everything",
         times_table(results),
         "## Backends",
@@ -219,7 +219,7 @@ def write(out: Path, env: dict[str, Any], outcomes: Outcomes) -> None:
 
 
 def plot(out: Path) -> None:
-    """GB/s over bytes, and every bar as a share of its limit; nothing where matplotlib is not installed."""
+    """GB/s over bytes, and every target as a share of its limit; nothing where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -227,7 +227,7 @@ def plot(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results, bars = results_of(out), bars_of(out)
+    results, targets = results_of(out), targets_of(out)
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for name in dict.fromkeys(row["provider"] for row in results):
         mine = [
@@ -243,20 +243,20 @@ def plot(out: Path) -> None:
     if axis.lines:
         axis.legend(fontsize=7)
     _save(figure, out / "gpu_roofline.png")
-    judged = [row for row in bars if row["value"]]
+    judged = [row for row in targets if row["value"]]
     figure, axis = pyplot.subplots(figsize=(10, 1 + 0.18 * max(len(judged), 1)))
     shares, colours = [], {"pass": "tab:green", "fail": "tab:red"}
     for row in judged:
         sense, limit = row["limit"].split()
         value, asked = float(row["value"]), float(limit)
         shares.append((asked / value if value else 1.0) if sense == ">=" else (value / asked if asked else 1.0 + value))
-    names = [f"{row['bar']} {row['backend']}: {row['what']}"[:90] for row in judged]
+    names = [f"{row['target']} {row['backend']}: {row['what']}"[:90] for row in judged]
     axis.barh(range(len(judged)), shares, color=[colours.get(row["status"], "0.7") for row in judged])
     axis.set_yticks(range(len(judged)), names, fontsize=5)
     axis.invert_yaxis()
     axis.axvline(1.0, color="0.3", linewidth=0.8)
-    axis.set(xlabel="share of what the bar allows (less is better)", xlim=(0, 3))
-    _save(figure, out / "gpu_bars.png")
+    axis.set(xlabel="share of what the target allows (less is better)", xlim=(0, 3))
+    _save(figure, out / "gpu_targets.png")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -18,18 +18,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_groups as groups
 import gpu_report
 import torch
 from gpu_build import Build
+from gpu_candidates import Candidate, eager_gather, ours, run_drop
 from gpu_check import begin, environment
-from gpu_groups import EXACT, FP32, QUARTER, Candidate, Case, Group, Times, bind
+from gpu_checks import EXACT, kept, same
+from gpu_inputs import FP32, QUARTER, bind, rotations, scaled, tiny
 from gpu_measure import TIMES, Check
-from gpu_meter import Call, HostMeter
 from gpu_outcomes import Outcomes
+from gpu_registry import Group
+from gpu_targets import Times
+from gpu_timer import Call, HostTimer
 from harness import ROOT
-from providers import _same_scores, moved_bytes
+from registry import Case, moved_bytes
 from tables import duration, table
+from verify import same_scores
 
 import v2drop_kernels as vk
 
@@ -113,46 +117,46 @@ def under(entries: Entries, run: Callable[[], Any]) -> Any:
 # --- what is launched, per kind
 
 
-def score(case: Case, meter: HostMeter) -> tuple[list[Call], Any]:
-    xs = groups.rotations(case, meter)
+def score(case: Case, timer: HostTimer) -> tuple[list[Call], Any]:
+    xs = rotations(case, timer)
     run = lambda x: vk.variation_score(x.h_prev, x.h_cur, backend="triton")
-    return bind(run, xs), lambda found: _same_scores(found, xs[0].scores.cpu(), EXACT)
+    return bind(run, xs), lambda found: same_scores(found, xs[0].scores.cpu(), EXACT)
 
 
-def select(case: Case, meter: HostMeter) -> tuple[list[Call], Any]:
-    g = torch.Generator(meter.device).manual_seed(0)
-    scores = torch.randn(case.batch, case.n, generator=g, device=meter.device)
+def select(case: Case, timer: HostTimer) -> tuple[list[Call], Any]:
+    g = torch.Generator(timer.device).manual_seed(0)
+    scores = torch.randn(case.batch, case.n, generator=g, device=timer.device)
     run = lambda: vk.segmented_topk(scores, case.k, backend="triton").indices
-    return [run], groups.same(vk.segmented_topk(scores, case.k, backend="reference").indices, "indices")
+    return [run], same(vk.segmented_topk(scores, case.k, backend="reference").indices, "indices")
 
 
-def gather(case: Case, meter: HostMeter) -> tuple[list[Call], Any]:
-    g = torch.Generator(meter.device).manual_seed(0)
-    keep = torch.rand(case.batch, case.n, generator=g, device=meter.device).topk(case.k).indices.sort().values
-    rows = [groups.scaled(case, meter)[1]]
-    while len(rows) * case.batch * case.k * case.row_bytes < meter.cold_bytes and len(rows) < 64:
+def gather(case: Case, timer: HostTimer) -> tuple[list[Call], Any]:
+    g = torch.Generator(timer.device).manual_seed(0)
+    keep = torch.rand(case.batch, case.n, generator=g, device=timer.device).topk(case.k).indices.sort().values
+    rows = [scaled(case, timer)[1]]
+    while len(rows) * case.batch * case.k * case.row_bytes < timer.cold_bytes and len(rows) < 64:
         rows.append(rows[0].clone())
     run = lambda h: vk.compact(keep, h, backend="triton").hidden
-    return [functools.partial(run, h) for h in rows], groups.same(groups.eager_gather(rows[0], keep), "copied rows")
+    return [functools.partial(run, h) for h in rows], same(eager_gather(rows[0], keep), "copied rows")
 
 
-def drop(case: Case, meter: HostMeter) -> tuple[list[Call], Any]:
-    xs = groups.rotations(case, meter)
-    return bind(functools.partial(groups.run_drop, case.k, "triton"), xs), groups.kept(xs[0], EXACT)
+def drop(case: Case, timer: HostTimer) -> tuple[list[Call], Any]:
+    xs = rotations(case, timer)
+    return bind(functools.partial(run_drop, case.k, "triton"), xs), kept(xs[0], EXACT)
 
 
 LAUNCHED = {"score": score, "select": select, "fused": drop, "gather": gather, "launches": drop}
 OPS = {"score": "score", "select": "select", "fused": "drop", "gather": "compact", "launches": "drop"}
 
 
-def tried(kind: str, chosen: Entries, case: Case, meter: HostMeter) -> list[Candidate]:
+def tried(kind: str, chosen: Entries, case: Case, timer: HostTimer) -> list[Candidate]:
     """The rule and its rivals on one case; entries that were chosen before hold for all of them."""
     from v2drop_kernels.backends import choice
 
-    missing = choice.why_not("triton", meter.device.type, case.dtype)
+    missing = choice.why_not("triton", timer.device.type, case.dtype)
     if missing:
         return [Candidate("triton", missing=missing)]
-    calls, check = LAUNCHED[kind](case, meter)
+    calls, check = LAUNCHED[kind](case, timer)
     key = key_of(kind, case)
     fixed = {name: entries for name, entries in chosen.items() if name != kind}
     if kind == "fused":  # its sizes matter where two launches are made
@@ -164,14 +168,14 @@ def tried(kind: str, chosen: Entries, case: Case, meter: HostMeter) -> list[Cand
     return made
 
 
-def builder(kind: str, chosen: Entries) -> Callable[[Case, HostMeter], list[Candidate]]:
+def builder(kind: str, chosen: Entries) -> Callable[[Case, HostTimer], list[Candidate]]:
     # A function of its own for every kind: a dry run tries each kind once.
     return KINDS[kind](chosen)
 
 
-def _of(kind: str) -> Callable[[Entries], Callable[[Case, HostMeter], list[Candidate]]]:
-    def build(chosen: Entries, case: Case, meter: HostMeter) -> list[Candidate]:
-        return tried(kind, chosen, case, meter)
+def _of(kind: str) -> Callable[[Entries], Callable[[Case, HostTimer], list[Candidate]]]:
+    def build(chosen: Entries, case: Case, timer: HostTimer) -> list[Candidate]:
+        return tried(kind, chosen, case, timer)
 
     return lambda chosen: functools.partial(build, chosen)
 
@@ -215,11 +219,11 @@ def best(times: Sequence[Times]) -> tuple[str, float]:
 # --- designs of CUDA C++, and the backends side by side
 
 
-def versus(chosen: Entries, case: Case, meter: HostMeter) -> list[Candidate]:
+def versus(chosen: Entries, case: Case, timer: HostTimer) -> list[Candidate]:
     """Both backends as they are, every design of CUDA C++, and Triton with what was chosen."""
-    xs = groups.rotations(case, meter)
-    run, check = functools.partial(groups.run_drop, case.k), groups.kept(xs[0], EXACT)
-    made = groups.ours(case, meter, xs, run, check, designs=True)
+    xs = rotations(case, timer)
+    run, check = functools.partial(run_drop, case.k), kept(xs[0], EXACT)
+    made = ours(case, timer, xs, run, check, launch_modes=True)
     mine = next(c for c in made if c.name == "triton")
     return [*made, mine._replace(name="triton-tuned", calls=[functools.partial(under, chosen, c) for c in mine.calls])]
 
@@ -253,7 +257,7 @@ class Tuning:
                 self.late.append(f"{kind} {case}")
                 return
             times.append(found["cold"])
-        key = key_of(kind, groups.tiny(cases[0]) if self.check.dry else cases[0])
+        key = key_of(kind, tiny(cases[0]) if self.check.dry else cases[0])
         words = [kind, ", ".join(f"{k} {v}" for k, v in key.items()), str(len(times[0]))]
         try:
             name, gain = best(times)
@@ -324,7 +328,7 @@ class Tuning:
         lines, wins, losses = [], [], []
         for case, modes in self.sides:
             t = modes.get("cold", {})
-            names = [f"cuda-{design}" for design in ("cooperative", "two", "three")]
+            names = [f"cuda-{design}" for design in ("cooperative", "fused", "separate")]
             if any(name in t for name in names):
                 fastest = min((n for n in names if n in t), key=lambda n: t[n])
                 lines.append([str(case), *(_us(t.get(n, math.nan)) for n in names), fastest.removeprefix("cuda-")])
@@ -333,7 +337,7 @@ class Tuning:
         if not lines:
             return "Not measured."
         mib = lambda sizes, pick: f"{pick(sizes) / 2**20:.1f} MiB" if sizes else "no size tried"
-        head = ["drop_tokens", "cooperative", "two", "three", "fastest"]
+        head = ["drop_tokens", "cooperative", "fused", "separate", "fastest"]
         return (
             f"{table(head, lines)}\n\nSuggested kCooperativeBytes, not applied: cooperative won up to {mib(wins, max)} of one "
             f"hidden state, and lost from {mib(losses, min)} on."
@@ -375,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["--ship"] and len(given) == 2:
         ship(Path(given[1]))
         return 0
-    options, meter, out, deadline = begin(__doc__, given)
+    options, timer, out, deadline = begin(__doc__, given)
     if not options.dry and options.build != "none":
         major, minor = torch.cuda.get_device_capability(0)
         build = Build(f"{major}{minor}", ["-DV2DROP_CUDA=ON"])
@@ -383,12 +387,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"build: {build.note}", flush=True)
     out = out / "tune"
     out.mkdir(exist_ok=True)
-    env = environment(meter, f"bench/gpu_check.sh --tune --minutes {options.minutes:g}")
+    env = environment(timer, f"bench/gpu_check.sh --tune --minutes {options.minutes:g}")
     run = "dry" if options.dry else "full"
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
     measured = {"run": run, **{name: env[name] for name in ("date", "commit", "command")}, "versions": versions}
     # The tests of a check before this one, if there was one, forbid figures here as well.
-    check = Check(out, meter, Outcomes(out.parent / "tests.jsonl"), deadline, run, {"results.csv": TIMES})
+    check = Check(out, timer, Outcomes(out.parent / "tests.jsonl"), deadline, run, {"results.csv": TIMES})
     tuning = Tuning(check, measured)
     start = time.monotonic()
     for kind, cases in sweeps():

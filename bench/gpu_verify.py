@@ -15,7 +15,7 @@ from pathlib import Path
 import gpu_report
 import gpu_state
 from gpu_check import ORDER
-from gpu_groups import Group, steps
+from gpu_registry import Group, steps
 
 SHOWN = 25  # faults that are printed
 MAY_BE_MISSING = ("cupy.argpartition", "flashinfer+gather", "jax.lax.top_k")  # packages that a machine need not have
@@ -24,7 +24,7 @@ MAY_BE_MISSING = ("cupy.argpartition", "flashinfer+gather", "jax.lax.top_k")  # 
 def faults(folder: Path, commit: str) -> list[str]:
     """What is wrong with the results in a folder, in words."""
     found = []
-    results, bars = gpu_report.results_of(folder), gpu_report.bars_of(folder)
+    results, targets = gpu_report.results_of(folder), gpu_report.targets_of(folder)
     state, env = (json.loads((folder / name).read_text()) for name in ("state.json", "env.json"))
     expected = {"report.md", "tests.jsonl", "model-1.json", "policies.csv", "policies.md", "ncu.csv", "sanitizer.csv"}
     found += [f"there is no {name}" for name in sorted(expected - {path.name for path in folder.iterdir()})]
@@ -44,11 +44,11 @@ def faults(folder: Path, commit: str) -> list[str]:
                 kinds.setdefault(getattr(one.build, "func", one.build).__name__, set()).update(p for p, _ in timed)
     for kind, providers in kinds.items():
         found += [f"no group of {kind} was measured with {b}" for b in ("triton", "cuda") if b not in providers]
-    for row in bars:
+    for row in targets:
         value = row["value"] and math.isfinite(float(row["value"]))
         if row["backend"] == "reference" and not value:
-            found.append(f"target {row['bar']}, {row['what']}: no value for the reference ({row['status']})")
-    judged = {row["bar"] for row in bars if row["value"]}
+            found.append(f"target {row['target']}, {row['what']}: no value for the reference ({row['status']})")
+    judged = {row["target"] for row in targets if row["value"]}
     found += [f"target {number}: no row" for number in map(str, range(1, 16)) if number not in judged]
     constants = env.get("constants", {"all": {"value": math.nan, "how": "none is there"}})
     found += [f"constant {name}: {one['how']}" for name, one in constants.items() if math.isnan(one["value"])]

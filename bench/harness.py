@@ -150,7 +150,7 @@ def _busy() -> float:
     return (user + nice + system + interrupts + soft_interrupts + steal) / os.sysconf("SC_CLK_TCK")
 
 
-class Gate:
+class NoiseGate:
     """A fixed loop of about 20 ms, half arithmetic in cache and half copies in DRAM, as a witness of quiet.
 
     Quiet is what lies between two samples in which either half missed the best that it ever reached in this process by at most

@@ -1,123 +1,21 @@
-"""Who computes what: cases, inputs, the providers of every op, and the check that comes before any clock.
+"""Who computes an op: this package, PyTorch in several ways, V2Drop's published code, and a copy of as many bytes.
 
 A provider is built once per case, so that buffers and compilation are not timed, and is then called with the inputs. No
-provider is timed before ``verified`` has compared its result with ``v2drop_kernels.reference``.
+provider is timed before ``verify.verified`` has compared its result with ``v2drop_kernels.reference``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from harness import ALL_CORES, LLC, touch
+from harness import touch
+from registry import Case, Inputs, moved_bytes
 
 import v2drop_kernels as vk
-from v2drop_kernels import reference
 from v2drop_kernels.backends import choice
-
-OPS = ("score", "select", "compact", "drop")
-
-
-class Case(NamedTuple):
-    """One problem: every token competes, ``k`` of ``n`` are kept per item, in bfloat16."""
-
-    batch: int
-    n: int
-    d: int
-    ratio: Fraction = Fraction(1, 3)
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def k(self) -> int:
-        return vk.n_keep(self.n, self.ratio)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.d * self.dtype.itemsize
-
-    @property
-    def input_bytes(self) -> int:
-        return 2 * self.batch * self.n * self.row_bytes
-
-    def __str__(self) -> str:
-        return f"B{self.batch}-N{self.n}-D{self.d}-{str(self.dtype).removeprefix('torch.')}-k{self.k}"
-
-
-# The shapes of a LLaVA image, a Qwen2-VL video and a long video; B=8 of the long video would not fit in 6 GB.
-CASES = (Case(1, 576, 4096), Case(8, 576, 4096), Case(1, 6272, 3584), Case(8, 6272, 3584), Case(1, 65536, 4096))
-DRY_CASES = (Case(1, 33, 64), Case(3, 17, 96))
-
-
-def moved_bytes(op: str, case: Case) -> int:
-    """Bytes that the op cannot avoid to move; the caches are not credited.
-
-    With E bytes per element:
-    score    2 B N D E read (both hidden states)             + 4 B N written (float32 scores)
-    select   4 B N read                                      + 12 B k written (float32 values, int64 indices)
-    compact  B k D E read, as much written                   + 8 B k read (the indices)
-    drop     2 B N D E read, then B k D E read and written   + 8 B k written (the indices); scores stay in cache
-    """
-    b, n, k, row = case.batch, case.n, case.k, case.row_bytes
-    return {
-        "score": 2 * b * n * row + 4 * b * n,
-        "select": 4 * b * n + 12 * b * k,
-        "compact": 2 * b * k * row + 8 * b * k,
-        "drop": 2 * b * n * row + 2 * b * k * row + 8 * b * k,
-    }[op]
-
-
-class Inputs(NamedTuple):
-    """What the ops of a case are given; ``scores`` and ``keep`` are the reference's."""
-
-    h_prev: torch.Tensor
-    h_cur: torch.Tensor
-    scores: torch.Tensor
-    keep: torch.Tensor
-
-
-class Expected(NamedTuple):
-    """The reference's results, which ``verified`` compares with."""
-
-    scores: torch.Tensor
-    values: torch.Tensor
-    keep: torch.Tensor
-    hidden: torch.Tensor
-
-
-@functools.lru_cache(maxsize=1)
-def inputs_of(case: Case, seed: int = 0) -> tuple[Inputs, Expected]:
-    """Normal hidden states and a change whose size varies from token to token, as a decoder layer's does."""
-    g = torch.Generator().manual_seed(seed)
-    block = torch.randn(min(257, case.batch * case.n), case.d, generator=g)
-    tokens = case.batch * case.n
-    size = torch.exp(0.5 * torch.randn(tokens, 1, generator=g)) * 0.1
-    h_prev = torch.empty(tokens, case.d, dtype=case.dtype)
-    h_cur = torch.empty_like(h_prev)
-    for rows in torch.arange(tokens).split(4096):
-        at = slice(int(rows[0]), int(rows[-1]) + 1)
-        h_prev[at] = block[rows % len(block)].to(case.dtype)
-        h_cur[at] = (h_prev[at].float() + size[at] * block[(rows * 3 + 1) % len(block)]).to(case.dtype)
-    h_prev, h_cur = h_prev.view(case.batch, case.n, case.d), h_cur.view(case.batch, case.n, case.d)
-    pieces = zip(h_prev.split(4096, dim=1), h_cur.split(4096, dim=1), strict=True)  # the float32 copies of all would be large
-    scores = torch.cat([reference.variation_score(*piece) for piece in pieces], dim=1)
-    values, keep = reference.segmented_topk(scores, case.k)
-    hidden = reference.compact(keep, h_cur).hidden
-    assert hidden is not None
-    return Inputs(h_prev, h_cur, scores, keep), Expected(scores, values, keep, hidden)
-
-
-def rotated(op: str, case: Case) -> list[Inputs]:
-    """As many copies of the inputs as it takes for one turn of the op over all of them to move four last-level caches."""
-    inputs, _ = inputs_of(case)
-    copies = -(-4 * LLC // moved_bytes(op, case))
-    return [inputs, *(Inputs(*(x.clone() for x in inputs)) for _ in range(copies - 1))]
-
-
-class WrongResult(Exception):
-    """A provider does not compute what the reference computes: it gets no number."""
 
 
 class Provider(NamedTuple):
@@ -132,80 +30,6 @@ class Provider(NamedTuple):
     build: Callable[[Case], Callable[[Inputs], Any]]
     rounding: float | None = 1e-5  # another order of summation of a few thousand float32 terms
     missing: Callable[[Case], str | None] = lambda case: None
-
-
-def verified(op: str, provider: Provider, case: Case) -> Callable[[Inputs], Any]:
-    """The provider's callable, after its result on the case was compared with the reference.
-
-    Raises
-    ------
-    WrongResult
-        With what differs.
-    """
-    inputs, expected = inputs_of(case)
-    try:
-        call = provider.build(case)
-        if provider.rounding is None:
-            return call
-        results = [call(inputs), call(inputs)]  # the second call finds buffers that have been used
-        found = (_difference(op, result, inputs, expected, provider.rounding) for result in results)
-        why = next(filter(None, found), None)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-    if why:
-        raise WrongResult(f"{provider.name} {op} {case}: {' '.join(why.split())[:300]}")
-    return call
-
-
-def _difference(op: str, found: Any, inputs: Inputs, expected: Expected, rounding: float) -> str | None:
-    if op == "score":
-        return _same_scores(found, expected.scores, rounding)
-    if op == "select":
-        values, indices = (x.cpu() for x in found)
-        if not torch.equal(indices, expected.keep):
-            return f"{int((indices != expected.keep).sum())} indices differ"
-        return None if torch.equal(values, expected.values) else "values differ"
-    if op == "compact":
-        return _same_bytes(found.cpu(), expected.hidden)
-    keep, hidden = (x.cpu() for x in found)
-    if keep.shape != expected.keep.shape:
-        return f"keep has shape {list(keep.shape)} in place of {list(expected.keep.shape)}"
-    if torch.equal(keep, expected.keep):
-        return _same_bytes(hidden, expected.hidden)
-    return _legal_set(keep, expected, rounding) or _same_bytes(hidden, _rows(inputs.h_cur, keep))
-
-
-def _same_scores(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> str | None:
-    if found.shape != expected.shape:
-        return f"scores have shape {list(found.shape)} in place of {list(expected.shape)}"
-    off = ((found.cpu().float() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
-    return None if off <= rounding else f"scores are off by {off:.1e}, more than {rounding:.1e}"
-
-
-def _same_bytes(found: torch.Tensor, expected: torch.Tensor) -> str | None:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return f"rows are {found.dtype} {list(found.shape)} in place of {expected.dtype} {list(expected.shape)}"
-    return None if torch.equal(found, expected) else "copied rows differ"
-
-
-def _legal_set(keep: torch.Tensor, expected: Expected, rounding: float) -> str | None:
-    """Another kept set is legal where it ascends and only tokens whose scores round into the cut changed sides."""
-    n = expected.scores.shape[1]
-    if not bool(((keep >= 0) & (keep < n)).all()) or not bool((keep.diff(dim=1) > 0).all()):
-        return "kept rows do not ascend inside the item"
-    chosen = torch.zeros(expected.scores.shape, dtype=torch.bool).scatter_(1, keep, True)
-    wanted = torch.zeros_like(chosen).scatter_(1, expected.keep, True)
-    cut = expected.scores.gather(1, expected.keep).amin(dim=1, keepdim=True)
-    clear = (expected.scores - cut).abs() > 2 * rounding * cut
-    wrong = int(((chosen != wanted) & clear).sum())
-    return f"{wrong} kept tokens differ by more than rounding" if wrong else None
-
-
-def _rows(h: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return torch.stack([x.index_select(0, rows) for x, rows in zip(h, keep, strict=True)])
-
-
-# --- this package
 
 
 def _public(op: str, backend: str, case: Case, x: Inputs) -> Any:
@@ -249,9 +73,6 @@ def _triton(op: str) -> Provider:
         "triton", "this package, Triton backend; wall time with a synchronisation", build,
         missing=lambda case: choice.why_not("triton", device, case.dtype),
     )  # fmt: skip
-
-
-# --- PyTorch. Hidden states are views throughout: no provider but "v2drop" copies them before it subtracts.
 
 
 def _eager(op: str) -> Provider:
@@ -426,17 +247,3 @@ def providers(op: str) -> dict[str, Provider]:
         made.append(_v2drop(op))
     made += [_compiled(op), _copy(op)]
     return {p.name: p for p in made}
-
-
-def settings(op: str, case: Case) -> Iterator[tuple[int, str]]:
-    """Threads and the state of the caches in which an op is measured.
-
-    ``cold``: rotated inputs, so that they come from DRAM. ``warm``: the same inputs again and again, where they fit in half of
-    the last-level cache; a selection always finds scores that were just written.
-    """
-    threads = [1, ALL_CORES] if op == "drop" and ALL_CORES > 1 else [1]
-    for count in threads:
-        if op != "select":
-            yield count, "cold"
-        if op == "select" or moved_bytes(op, case) <= LLC // 2:
-            yield count, "warm"

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import gpu_report
 from tables import Row, conditions, duration, read, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ COMMAND = "make bench"
 WIDTH = 110  # columns of a line outside of tables
 
 
-def bars_table(rows: list[Row], asserted: bool) -> str:
+def targets_table(rows: list[Row], asserted: bool) -> str:
     """The ratios: what was compared, the measured value, and the target."""
     lines = []
     for row in rows:
@@ -41,7 +42,7 @@ def bars_table(rows: list[Row], asserted: bool) -> str:
         value = f"{float(row['value']):.2f}{unit}" if row["value"] else "-"
         limit = f"{row['limit']}{unit}" if row["limit"] else "-"
         times = [f"{row[side]} {duration(row[f'{side}_min_us'])}" if row[f"{side}_min_us"] else "-" for side in ("a", "b")]
-        lines.append([row["bar"], row["case"], row["threads"], *times, value, limit, row["status"]])
+        lines.append([row["target"], row["case"], row["threads"], *times, value, limit, row["status"]])
     return table(["ratio", "case", "threads", "A", "B", "value", "target", "result"], lines)
 
 
@@ -81,8 +82,8 @@ def drop_table(rows: list[Row]) -> str:
 
 def cpu(folder: Path) -> str:
     """The tables of docs/results/cpu.md."""
-    results, bars = read(folder / "results.csv"), read(folder / "bars.csv")
-    if any(row["run"] != "full" for row in [*results, *bars]):
+    results, targets = read(folder / "results.csv"), read(folder / "targets.csv")
+    if any(row["run"] != "full" for row in [*results, *targets]):
         raise SystemExit(f"{folder} does not hold a full, gated measurement")
     return "\n\n".join(
         [
@@ -92,7 +93,7 @@ def cpu(folder: Path) -> str:
                 "inputs come from DRAM, warm ones from the last-level cache. Freed pages are reused for all candidates. The ratios "
                 "that have a target (minima of calls taken in turns, one thread):"
             ),
-            bars_table(bars, asserted=True),
+            targets_table(targets, asserted=True),
             paragraph(
                 f"Measured on {conditions(results[0])}. Every shape, op and provider: "
                 "[bench/results/cpu](../../bench/results/cpu/report.md)."
@@ -106,17 +107,17 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def asserted(rows: Iterable[Row], bar: str) -> Row:
+def asserted(rows: Iterable[Row], target: str) -> Row:
     """The first ratio of this name that has a target and a value."""
     for row in rows:
-        if row["bar"] == bar and row["asserted"] == "yes" and row["value"]:
+        if row["target"] == target and row["asserted"] == "yes" and row["value"]:
             return row
-    raise SystemExit(f"there is no valid figure for {bar!r}")
+    raise SystemExit(f"there is no valid figure for {target!r}")
 
 
 def headline(folder: Path) -> str:
     """The README's first figure, with its conditions."""
-    row = asserted(read(folder / "bars.csv"), "drop_tokens over plain eager, image")
+    row = asserted(read(folder / "targets.csv"), "drop_tokens over plain eager, image")
     cpu, ours = row["machine"].split(";")[0], duration(row["a_min_us"])
     return paragraph(
         f"On one CPU core ({cpu}) the drop step for one LLaVA-1.5 image takes **{ours}**, "
@@ -133,10 +134,10 @@ def summary(results: Path) -> str:
         ("score against a read-only sum of the same bytes", "`variation_score`, time over that of reading its inputs"),
         ("attention_score against reading the keys once", "`attention_score`, time over that of reading the keys"),
     ]
-    rows = [*read(results / "cpu" / "bars.csv"), *read(results / "cpu" / "attention.csv")]
+    rows = [*read(results / "cpu" / "targets.csv"), *read(results / "cpu" / "attention.csv")]
     lines = []
-    for bar, what in ratios:
-        row = asserted(rows, bar)
+    for target, what in ratios:
+        row = asserted(rows, target)
         verdict = {"pass": "met", "fail": "**missed**"}[row["status"]]
         lines.append([what, row["case"], f"{float(row['value']):.2f}", row["limit"], verdict])
     costs = {row["method"]: row for row in read(results / "policies" / "llava" / "policies.csv")}
@@ -226,8 +227,6 @@ def model(results: Path) -> str:
 
 def gpus(folder: Path) -> str:
     """Every GPU that was measured, or that none was."""
-    import gpu_report  # imports this module
-
     found = sorted(path.parent for path in folder.glob("*/env.json"))
     if not found:
         return "There are no GPU results yet: nothing has been run on a GPU."
@@ -245,7 +244,7 @@ def updated(text: str, inner: str, name: str = TABLE) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with results.csv and bars.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with results.csv and targets.csv")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder with README.md and docs/results")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="put the tables into README.md and docs/results")

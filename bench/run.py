@@ -1,7 +1,8 @@
-"""Measure everything and write it down: ``make bench``.
+"""Measure and write it down: ``make bench``, or ``python bench/run.py --device gpu`` for what ``make gpu-check`` does.
 
-First the bars (bars.py), then the pytest-benchmark suite (bench_*.py), both in this process. Four files come of it:
-bars.csv, results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile.
+On the CPU first the targets (targets.py), then the suite (suite.py), both in this process. Four files come of it: targets.csv,
+results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile. On a GPU all further
+arguments are those of gpu_check.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import csv
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,30 +19,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import bars
 import harness
-import pytest
 import readme_table
+import suite
 import tables
-from providers import OPS, providers
+import targets
+from providers import providers
+from registry import OPS
 
-HERE = Path(__file__).resolve().parent
 
-
-def measure_bars(path: Path, run: str) -> bool:
-    """All bars to ``path``; whether every asserted one passed."""
+def measure_targets(path: Path, run: str) -> bool:
+    """All targets to ``path``; whether every asserted one passed."""
     dry = run == "dry"
-    gate = harness.Gate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if dry else 0)
+    gate = harness.NoiseGate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if dry else 0)
     conditions = harness.conditions(run)
     passed = True
     with path.open("w", newline="") as file:
-        out = csv.DictWriter(file, bars.COLUMNS, restval="", lineterminator="\n")
+        out = csv.DictWriter(file, targets.COLUMNS, restval="", lineterminator="\n")
         out.writeheader()
-        for bar in bars.bars(dry):
-            row = bars.measure(bar, gate, dry)
+        for target in suite.progress(targets.targets(dry), "targets"):
+            row = targets.measure(target, gate, dry)
             out.writerow({**row, **conditions})
-            passed &= not bar.asserted or row["status"] == "pass"
-            print(f"{row['status']:>8}  {row['bar']}, {row['case']}, {row['threads']} thread(s): {_words(row)}", flush=True)
+            passed &= not target.asserted or row["status"] == "pass"
+            print(f"{row['status']:>8}  {row['target']}, {row['case']}, {row['threads']} thread(s): {_words(row)}", flush=True)
     return passed
 
 
@@ -52,16 +53,6 @@ def _words(row: dict[str, Any]) -> str:
         f"{row['value']}{' us' if row['unit'] == 'us' else ''}{asked}; {row['a']} {row['a_min_us']:.6g} us, {row['b']} "
         f"{row['b_min_us']:.6g} us; {row['quiet_attempts']} of {row['attempts']} attempts quiet"
     )
-
-
-def measure_suite(path: Path, run: str) -> int:
-    """The pytest-benchmark suite to ``path``; pytest's exit status."""
-    return int(
-        pytest.main(
-            [str(HERE), "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE), "-q", "-p", "no:cacheprovider", "--benchmark-quiet",
-             "--csv", str(path), *(["--quick"] if run == "dry" else ["--run", run])]
-        )
-    )  # fmt: skip
 
 
 def roofline(rows: list[tables.Row]) -> str:
@@ -112,7 +103,7 @@ def plot(rows: list[tables.Row], path: Path) -> None:
 
 def report(folder: Path, memory: str, seconds: float) -> str:
     """report.md, from the two CSV files."""
-    results, measured = tables.read(folder / "results.csv"), tables.read(folder / "bars.csv")
+    results, measured = tables.read(folder / "results.csv"), tables.read(folder / "targets.csv")
     first = measured[0]
     kind = {"dry": ": a dry run on tiny shapes, no measurement", "ungated": ": no noise gate, not to be quoted"}
     noisy = sum(row["quiet"] == "no" for row in results)
@@ -122,16 +113,16 @@ def report(folder: Path, memory: str, seconds: float) -> str:
         [
             f"# CPU measurements{kind.get(first['run'], '')}",
             f"{tables.conditions(first)}. Memory: {memory}. Made by `{readme_table.COMMAND}` in {seconds / 60:.1f} minutes.",
-            "## Bars",
-            f"Two calls in turns in one process, at least {bars.REPETITIONS} times over at least {bars.SECONDS:g} s, with the same "
-            "inputs on every turn; the value is the ratio of the minima (the host overhead: the median call). An attempt counts "
-            "only where a fixed loop of 20 ms ran within 10 % of its best before and after and other processes used less than a "
-            f"tenth of a core; up to {bars.ATTEMPTS} attempts, the first quiet one that passes counts. Baselines named torch, "
-            "numpy or libc are the fastest of several. A memcpy of the same bytes copies N D E + k D E bytes, so that it reads and "
-            "writes as much as the step.",
-            readme_table.bars_table(measured, asserted=True),
+            "## Targets",
+            f"Two calls in turns in one process, at least {targets.REPETITIONS} times over at least {targets.SECONDS:g} s, with "
+            "the same inputs on every turn; the value is the ratio of the minima (for the host overhead: the median call). An "
+            "attempt counts only where a fixed loop of 20 ms ran within 10 % of its best before and after and other processes used "
+            f"less than a tenth of a core; up to {targets.ATTEMPTS} attempts, the first quiet one that passes counts. Baselines "
+            "named torch, numpy or libc are the fastest of several. A memcpy of the same bytes copies N D E + k D E bytes, so that "
+            "it reads and writes as much as the step.",
+            readme_table.targets_table(measured, asserted=True),
             "Reported, not asserted:",
-            readme_table.bars_table(measured, asserted=False),
+            readme_table.targets_table(measured, asserted=False),
             "## drop_tokens",
             readme_table.drop_table(results),
             "## Providers",
@@ -149,12 +140,18 @@ def report(folder: Path, memory: str, seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    device, arguments = first.parse_known_args(arguments)
+    if device.device == "gpu":
+        return subprocess.run(["bash", str(harness.ROOT / "bench" / "gpu_check.sh"), *arguments], check=False).returncode
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="what to measure (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for the results, default bench/results/cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a dry run, not a measurement; needs --out")
     parser.add_argument("--ungated", action="store_true", help="believe noisy attempts too, on a busy machine; needs --out")
-    parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where an asserted bar does not pass")
-    parser.add_argument("--only", choices=["bars", "suite"], help="measure this half; no report")
+    parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where an asserted target does not pass")
+    parser.add_argument("--only", choices=["targets", "suite"], help="measure this half; no report")
     options = parser.parse_args(arguments)
     if (options.quick or options.ungated) and options.out is None:
         parser.error("--quick and --ungated need --out: they must not replace measured results")
@@ -170,9 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         done = Path(scratch)
         if options.only != "suite":
-            passed = measure_bars(done / "bars.csv", run)
-        if options.only != "bars":
-            broken = measure_suite(done / "results.csv", run)
+            passed = measure_targets(done / "targets.csv", run)
+        if options.only != "targets":
+            broken = suite.measure(done / "results.csv", run)
         if options.only is None:
             plot(tables.read(done / "results.csv"), done / "roofline.png")
             (done / "report.md").write_text(report(done, memory, time.monotonic() - start))

@@ -18,7 +18,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 CONDITIONS = {"run", "date", "commit", "isa", "machine", "versions"}
 RESULTS = {"op", "B", "N", "D", "dtype", "k", "threads", "cache", "provider", "check", "min_us", "median_us", "p20_us", "p80_us",
            "rounds", "bytes", "gb_s", "copy_share", "quiet"} | CONDITIONS  # fmt: skip
-BARS = {"bar", "asserted", "op", "case", "threads", "a", "a_min_us", "b", "b_min_us", "value", "limit", "status"} | CONDITIONS
+TARGETS = {"target", "asserted", "op", "case", "threads", "a", "a_min_us", "b", "b_min_us", "value", "limit", "status"} | CONDITIONS
 # tests/tools/test_bench.py runs in the main process of `make test`, which is the only one without TRITON_INTERPRET.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "V2DROP_BACKEND", "PYTEST_ADDOPTS")}
 
@@ -43,9 +43,9 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``providers``, ``bars`` and ``harness`` as bench/run.py imports them, and gone afterwards."""
+    """``providers``, ``targets`` and ``harness`` as bench/run.py imports them, and gone afterwards."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("harness", "providers", "bars", "tables", "readme_table", "gpu_floors", "gpu_report")
+    names = ("harness", "registry", "verify", "providers", "targets", "suite", "tables", "readme_table", "gpu_floors", "gpu_report")
     before = torch.get_num_threads()
     yield type("Modules", (), {name: importlib.import_module(name) for name in names})
     torch.set_num_threads(before)
@@ -54,11 +54,11 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_dry_run_writes_every_file_with_its_columns(dry: Path):
-    assert {f.name for f in dry.iterdir()} == {"bars.csv", "results.csv", "report.md", "roofline.png"}
-    results, bars = rows(dry / "results.csv"), rows(dry / "bars.csv")
+    assert {f.name for f in dry.iterdir()} == {"targets.csv", "results.csv", "report.md", "roofline.png"}
+    results, targets = rows(dry / "results.csv"), rows(dry / "targets.csv")
     assert results[0].keys() >= RESULTS
-    assert bars[0].keys() >= BARS
-    assert {row["run"] for row in [*results, *bars]} == {"dry"}
+    assert targets[0].keys() >= TARGETS
+    assert {row["run"] for row in [*results, *targets]} == {"dry"}
     assert (dry / "roofline.png").stat().st_size < 200_000
     assert "dry run" in (dry / "report.md").read_text().splitlines()[0]
 
@@ -71,9 +71,9 @@ def test_dry_run_checked_and_timed_every_provider(dry: Path):
     for op in ("score", "select", "compact", "drop"):
         found = {row["provider"] for row in results if row["op"] == op}
         assert found >= {"native", "eager", "eager-out", "compile-out", "copy"}
-    bars = rows(dry / "bars.csv")
-    assert sum(row["asserted"] == "yes" for row in bars) == 6
-    assert all(row["status"] == "dry run" and float(row["value"]) > 0 for row in bars)
+    targets = rows(dry / "targets.csv")
+    assert sum(row["asserted"] == "yes" for row in targets) == 6
+    assert all(row["status"] == "dry run" and float(row["value"]) > 0 for row in targets)
 
 
 def test_a_dry_run_never_reaches_the_committed_results_or_the_readme(dry: Path):
@@ -87,7 +87,8 @@ def test_a_dry_run_never_reaches_the_committed_results_or_the_readme(dry: Path):
 
 @pytest.mark.parametrize("fault", ["score", "kept", "row", "raises"])
 def test_a_wrong_provider_gets_no_number(modules: Any, fault: str):
-    providers, bars, harness = modules.providers, modules.bars, modules.harness
+    providers, targets, harness = modules.providers, modules.targets, modules.harness
+    registry, verify = modules.registry, modules.verify
     op = "score" if fault == "score" else "drop"
     right = providers.providers(op)["eager"]
 
@@ -111,41 +112,35 @@ def test_a_wrong_provider_gets_no_number(modules: Any, fault: str):
 
         return wrong
 
-    case = providers.DRY_CASES[0]
+    case = registry.DRY_CASES[0]
     bad = right._replace(name="bad", build=build)
-    providers.verified(op, right, case)
-    with pytest.raises(providers.WrongResult, match="bad"):
-        providers.verified(op, bad, case)
+    verify.verified(op, right, case)
+    with pytest.raises(verify.WrongResult, match="bad"):
+        verify.verified(op, bad, case)
 
     providers.providers(op)["bad"] = bad
-    bar = bars.Bar("over a wrong one", op, case, 1.0, "at least", bars._other("bad"))
-    row = bars.measure(bar, harness.Gate(copied=1 << 12), dry=True)
+    target = targets.Target("over a wrong one", op, case, 1.0, "at least", targets._other("bad"))
+    row = targets.measure(target, harness.NoiseGate(copied=1 << 12), dry=True)
     assert row["status"].startswith("wrong")
     assert row["value"] == row["a_min_us"] == row["b_min_us"] == ""
 
 
-def test_a_wrong_provider_fails_the_suite_and_its_row_is_empty(tmp_path: Path):
-    (tmp_path / "fault.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(BENCH)!r})\nimport providers\n"
-        "right = providers.providers('score')['eager']\n"
-        "build = lambda case: lambda x: right.build(case)(x) + 1\n"
-        "providers.providers('score')['bad'] = right._replace(name='bad', build=build)\n"
-        f"import pytest\nraise SystemExit(pytest.main([{str(BENCH)!r}, '--quick', '-k', 'bench_score and (bad or copy)', "
-        f"'-p', 'no:cacheprovider', '--csv', {str(tmp_path / 'rows.csv')!r}]))\n"
-    )
-    done = run(tmp_path / "fault.py")
-    assert done.returncode == 1, done.stdout + done.stderr
-    bad = [row for row in rows(tmp_path / "rows.csv") if row["provider"] == "bad"]
-    assert bad
-    for row in bad:
-        assert row["check"].startswith("wrong")
-        assert row["min_us"] == row["median_us"] == row["gb_s"] == row["copy_share"] == ""
+def test_a_wrong_provider_fails_the_suite_and_its_row_is_empty(modules: Any, tmp_path: Path):
+    suite, found = modules.suite, modules.providers.providers("score")
+    bad = found["eager"]._replace(name="bad", build=lambda case: lambda x: found["eager"].build(case)(x) + 1)
+    case = modules.registry.DRY_CASES[0]
+    chosen = [suite.Setting("score", provider, case, 1, "cold") for provider in (bad, found["copy"])]
+    assert suite.measure(tmp_path / "rows.csv", "dry", chosen) == 1
+    wrong, copy = rows(tmp_path / "rows.csv")
+    assert wrong["check"].startswith("wrong")
+    assert wrong["min_us"] == wrong["median_us"] == wrong["gb_s"] == wrong["copy_share"] == ""
+    assert float(copy["copy_share"]) == 1.0
 
 
 def test_a_set_that_rounding_allows_is_legal_and_no_other(modules: Any):
     scores = torch.tensor([[4.0, 3.0, 3.0000001, 1.0]])
-    expected = modules.providers.Expected(scores, scores[:, [0, 2]], torch.tensor([[0, 2]]), torch.empty(1, 2, 1))
-    legal = modules.providers._legal_set
+    expected = modules.registry.Expected(scores, scores[:, [0, 2]], torch.tensor([[0, 2]]), torch.empty(1, 2, 1))
+    legal = modules.verify.legal_set
     assert legal(torch.tensor([[0, 1]]), expected, 1e-5) is None
     assert "ascend" in legal(torch.tensor([[1, 0]]), expected, 1e-5)
     assert "ascend" in legal(torch.tensor([[0, 4]]), expected, 1e-5)
@@ -154,26 +149,26 @@ def test_a_set_that_rounding_allows_is_legal_and_no_other(modules: Any):
 
 
 def test_moved_bytes_are_the_documented_formulas(modules: Any):
-    case = modules.providers.Case(2, 6, 8)
-    moved = {op: modules.providers.moved_bytes(op, case) for op in modules.providers.OPS}
+    case = modules.registry.Case(2, 6, 8)
+    moved = {op: modules.registry.moved_bytes(op, case) for op in modules.registry.OPS}
     # B=2, N=6, D=8, E=2, k=2: 2BNDE = 384, 4BN = 48, BkDE = 64, 12Bk = 48, 8Bk = 32
     assert moved == {"score": 384 + 48, "select": 48 + 48, "compact": 128 + 32, "drop": 384 + 128 + 32}
 
 
 def test_a_noisy_attempt_is_discarded(modules: Any):
-    bars, gate = modules.bars, modules.harness.Gate(copied=1 << 12)
+    targets, gate = modules.targets, modules.harness.NoiseGate(copied=1 << 12)
     gate.best = (0.0, 0.0)  # nothing is as fast as that
     gate.settle = lambda seconds: gate.sample()
-    bars.REPETITIONS, bars.SECONDS = 1, 0.0
-    bar = bars.Bar("any", "drop", modules.providers.DRY_CASES[0], 0.0, "at least", bars._other("eager-out"))
-    row = bars.measure(bar, gate)
+    targets.REPETITIONS, targets.SECONDS = 1, 0.0
+    target = targets.Target("any", "drop", modules.registry.DRY_CASES[0], 0.0, "at least", targets._other("eager-out"))
+    row = targets.measure(target, gate)
     assert row["status"].startswith("noisy")
-    assert row["attempts"] == bars.ATTEMPTS
+    assert row["attempts"] == targets.ATTEMPTS
     assert row["value"] == ""
 
 
 def test_steady_work_of_other_processes_is_not_quiet(modules: Any):
-    gate = modules.harness.Gate(tolerance=0.10)
+    gate = modules.harness.NoiseGate(tolerance=0.10)
     gate.best = (1.0, 1.0)
     start = modules.harness.Sample(cache=1.05, dram=1.05, at=0.0, machine=100.0, process=10.0)
     assert gate.quiet(start, start._replace(at=2.0, machine=102.1, process=12.0))
@@ -185,12 +180,12 @@ def test_readme_table_replaces_what_is_between_the_markers(modules: Any):
     updated = modules.readme_table.updated
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
     assert updated(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\nnew\n{end}\nb"
-    with pytest.raises(SystemExit, match="docs/results/cpu.md needs one"):
+    with pytest.raises(SystemExit, match=r"docs/results/cpu\.md needs one"):
         updated("no markers", "new")
 
 
 def gpu_results(folder: Path, run: str = "full") -> None:
-    """What a check on a GPU would leave of one shape and two bars."""
+    """What a check on a GPU would leave of one shape and two targets."""
     folder.mkdir()
     (folder / "env.json").write_text("{}")
     facts = {
@@ -209,13 +204,14 @@ def gpu_results(folder: Path, run: str = "full") -> None:
         {"group": f"{kind} B1-N576", "provider": name, "us": us, "p20_us": us, "p80_us": us, "gb_s": speed} | shape | facts
         for kind, name, us, speed in times
     ]
-    bar = {"group": "drop", "mode": "cold", "unit": "ratio"} | facts
-    bars = [
-        {"bar": "4", "what": "image", "backend": "cuda", "value": 1.5, "limit": "<= 1.9", "status": "pass"} | bar,
-        {"bar": "5", "what": "over eager", "backend": "triton", "value": 3.9, "limit": ">= 4", "status": "fail"} | bar,
-        {"bar": "13", "what": "attention", "backend": "", "value": "", "limit": "<= 1.25", "status": "not there yet: no op"} | bar,
+    target = {"group": "drop", "mode": "cold", "unit": "ratio"} | facts
+    targets = [
+        {"target": "4", "what": "image", "backend": "cuda", "value": 1.5, "limit": "<= 1.9", "status": "pass"} | target,
+        {"target": "5", "what": "over eager", "backend": "triton", "value": 3.9, "limit": ">= 4", "status": "fail"} | target,
+        {"target": "13", "what": "attention", "backend": "", "value": "", "limit": "<= 1.25", "status": "not there yet: no op"}
+        | target,
     ]
-    for name, lines in (("results.csv", results), ("bars.csv", bars)):
+    for name, lines in (("results.csv", results), ("targets.csv", targets)):
         with (folder / name).open("w", newline="") as file:
             out = csv.DictWriter(file, lines[0])
             out.writeheader()
@@ -238,7 +234,7 @@ def test_the_gpu_part_of_the_docs_comes_from_its_csv_files(modules: Any, tmp_pat
     assert main([*given, "--write"]) == main([*given, "--check"]) == 0
     # The fastest of ours beside the others of its group; torch.compile beside ours of its own.
     assert "| [1, 576, 4096] bfloat16, k = 144 | cold | cuda | 8.00 us | 1100 | 0.50x | 5.00x | 3.00x | - | - | - |" in part()
-    assert "Of 3 bars 1 pass, 1 fail: 5 triton: over eager 3.9 (asked >= 4), 1 are without a verdict." in part()
+    assert "Of 3 targets 1 pass, 1 fail: 5 triton: over eager 3.9 (asked >= 4), 1 are without a verdict." in part()
     assert "Measured on Some GPU (M; instruction set avx2; torch 2; 2026-01-02, commit abc)" in part()
     gpu_results(results / "dry", run="dry")
     with pytest.raises(SystemExit, match="dry does not hold a full measurement"):
@@ -252,4 +248,4 @@ def test_the_committed_pages_hold_the_committed_results():
 
 @pytest.mark.parametrize(("us", "words"), [("9.456", "9.46 us"), ("123.4", "123 us"), ("4567", "4.57 ms"), ("45670", "45.7 ms")])
 def test_durations_have_three_digits(modules: Any, us: str, words: str):
-    assert modules.readme_table.duration(us) == words
+    assert modules.tables.duration(us) == words

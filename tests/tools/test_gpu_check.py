@@ -1,4 +1,4 @@
-"""The GPU check in a dry run: every line but those of CudaMeter runs, nothing is reported where something is red, a cut run leaves
+"""The GPU check in a dry run: every line but those of CudaTimer runs, nothing is reported where something is red, a cut run leaves
 what it has. No timing is asserted."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +20,25 @@ from unittest import mock
 import pytest
 import torch
 
+import v2drop_kernels as vk
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 MODULES = (
     "provenance",
     "harness",
+    "registry",
+    "verify",
     "providers",
+    "tables",
     "readme_table",
-    "gpu_meter",
-    "gpu_groups",
+    "gpu_timer",
+    "gpu_targets",
+    "gpu_inputs",
+    "gpu_checks",
+    "gpu_candidates",
+    "gpu_problems",
+    "gpu_trials",
+    "gpu_registry",
     "gpu_outcomes",
     "gpu_constants",
     "gpu_floors",
@@ -70,22 +82,22 @@ def check(modules: Any, tmp_path: Path) -> Any:
     def make(*lines: dict[str, Any], deadline: float = float("inf")) -> Any:
         (tmp_path / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         outcomes = modules.gpu_outcomes.Outcomes(tmp_path / "tests.jsonl", "")
-        return modules.gpu_measure.Check(tmp_path, modules.gpu_meter.HostMeter(), outcomes, deadline, "dry")
+        return modules.gpu_measure.Check(tmp_path, modules.gpu_timer.HostTimer(), outcomes, deadline, "dry")
 
     return make
 
 
 def listed(modules: Any) -> list[Any]:
     """Every group and trial, in order."""
-    return [one for found in modules.gpu_groups.steps().values() for one in found]
+    return [one for found in modules.gpu_registry.steps().values() for one in found]
 
 
 def test_the_limits_are_those_of_the_list(modules: Any):
     """A run of all of it is `make gpu-check-dry`; here only what it would be judged by."""
     found: dict[str, set[str]] = {}
-    for one in (*listed(modules), *modules.gpu_groups.MODEL_LEVEL):
-        for bar in getattr(one, "bars", [one]):
-            found.setdefault(bar.number, set()).add(f"{'>=' if bar.sense == 'at least' else '<='} {bar.limit:g}")
+    for one in (*listed(modules), *modules.gpu_targets.MODEL_LEVEL):
+        for target in getattr(one, "targets", [one]):
+            found.setdefault(target.number, set()).add(f"{'>=' if target.sense == 'at least' else '<='} {target.limit:g}")
     assert found == {
         "1": {"<= 1.06", "<= 1.05"},
         "2": {"<= 1.1", "<= 1.15"},
@@ -122,7 +134,7 @@ def test_without_a_gpu_only_a_dry_run_is_offered(tmp_path: Path):
 
 
 def of(modules: Any, op: str) -> Any:
-    groups = [s for s in listed(modules) if isinstance(s, modules.gpu_groups.Group)]
+    groups = [s for s in listed(modules) if isinstance(s, modules.gpu_registry.Group)]
     return next(group for group in groups if group.op == op)
 
 
@@ -148,13 +160,13 @@ def test_no_figure_where_a_test_fails(modules: Any, check: Any, tmp_path: Path, 
     group = of(modules, op)
     check({"test": test, "outcome": "failed", "seconds": 1.0, "why": "1 != 2"}).do(group)
     found = [row for row in rows(tmp_path / "results.csv") if row["provider"] == "reference"]
-    bars = [row for row in rows(tmp_path / "bars.csv") if row["backend"] == "reference"]
+    targets = [row for row in rows(tmp_path / "targets.csv") if row["backend"] == "reference"]
     assert found
-    assert bars
+    assert targets
     for row in found:
         assert row["check"] == (f"failing: {test}" if forbids else "equal")
         assert (row["us"] == "") == forbids
-    for row in bars:
+    for row in targets:
         assert (row["value"] == "") == forbids
         assert (test in row["status"]) == forbids
 
@@ -180,8 +192,8 @@ def test_a_file_that_could_not_be_collected_forbids_nothing(modules: Any, tmp_pa
 def test_a_wrong_result_gets_no_figure(modules: Any, check: Any, tmp_path: Path, op: str, fault: str):
     group = of(modules, op)
 
-    def build(case: Any, meter: Any) -> list[Any]:
-        made = group.build(case, meter)
+    def build(case: Any, timer: Any) -> list[Any]:
+        made = group.build(case, timer)
 
         def spoilt(call: Any) -> Any:
             if fault == "raises":
@@ -196,30 +208,30 @@ def test_a_wrong_result_gets_no_figure(modules: Any, check: Any, tmp_path: Path,
     mine = next(row for row in rows(tmp_path / "results.csv") if row["provider"] == "reference")
     assert mine["check"].startswith("wrong: scores are off" if fault == "score" else "broken: RuntimeError: no result")
     assert mine["us"] == mine["gb_s"] == ""
-    bars = [row for row in rows(tmp_path / "bars.csv") if row["backend"] == "reference"]
-    assert {row["value"] for row in bars} == {""}
-    assert all(mine["check"] in row["status"] for row in bars)
+    targets = [row for row in rows(tmp_path / "targets.csv") if row["backend"] == "reference"]
+    assert {row["value"] for row in targets} == {""}
+    assert all(mine["check"] in row["status"] for row in targets)
     assert done.broken == (fault == "raises")
 
 
 def test_a_broken_problem_does_not_take_the_next_with_it(modules: Any, check: Any, tmp_path: Path):
-    def build(case: Any, meter: Any) -> list[Any]:
+    def build(case: Any, timer: Any) -> list[Any]:
         raise RuntimeError("out of memory")
 
     group, done = of(modules, "score"), check()
     done.do(group._replace(build=build))
     done.do(group)
-    status = [row["status"] for row in rows(tmp_path / "bars.csv") if row["backend"] == "reference"]
-    assert status[: len(group.bars)] == ["broken: RuntimeError: out of memory"] * len(group.bars)
-    assert status[len(group.bars) :] == ["dry"] * len(group.bars)
+    status = [row["status"] for row in rows(tmp_path / "targets.csv") if row["backend"] == "reference"]
+    assert status[: len(group.targets)] == ["broken: RuntimeError: out of memory"] * len(group.targets)
+    assert status[len(group.targets) :] == ["dry"] * len(group.targets)
 
 
 def test_packed_segments_are_checked_one_by_one(modules: Any):
-    groups, meter = modules.gpu_groups, modules.gpu_meter.HostMeter()
-    case = groups.Case(1, 30, 16, groups.QUARTER)
-    x = groups.scored(case, *groups.scaled(case, meter))
-    run = groups.vk.drop_tokens(x.h_prev[0], x.h_cur[0], [3, 2], cu_seqlens=[0, 12, 30], backend="reference")
-    check = groups.segments_kept(x, [0, 12, 30], [3, 2])
+    inputs, timer = modules.gpu_inputs, modules.gpu_timer.HostTimer()
+    case = modules.registry.Case(1, 30, 16, inputs.QUARTER)
+    x = inputs.scored(case, *inputs.scaled(case, timer))
+    run = vk.drop_tokens(x.h_prev[0], x.h_cur[0], [3, 2], cu_seqlens=[0, 12, 30], backend="reference")
+    check = modules.gpu_checks.segments_kept(x, [0, 12, 30], [3, 2])
     assert check((run.keep, run.hidden)) is None
     assert "rows in place of 5" in check((torch.cat([run.keep, run.keep[-1:]]), torch.cat([run.hidden, run.hidden[-1:]])))
     worst = x.scores[0, 12:].argmin() + 12
@@ -228,7 +240,7 @@ def test_packed_segments_are_checked_one_by_one(modules: Any):
     assert "segment at row 12" in check((other, x.h_cur[0, other]))
 
 
-def test_cuda_meter_runs_through_with_a_gpu_that_does_nothing(modules: Any):
+def test_cuda_timer_runs_through_with_a_gpu_that_does_nothing(modules: Any):
     """No GPU here: every name that it takes from torch.cuda must at least exist, and be called in order."""
     order: list[str] = []
 
@@ -260,33 +272,32 @@ def test_cuda_meter_runs_through_with_a_gpu_that_does_nothing(modules: Any):
     with contextlib.ExitStack() as stack:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
-        meter = modules.gpu_meter.CudaMeter()
-        assert meter.name == "nvidia-h200"
-        assert meter.facts["capability"] == "9.0"
+        timer = modules.gpu_timer.CudaTimer()
+        assert timer.name == "nvidia-h200"
+        assert timer.facts["capability"] == "9.0"
         calls = [lambda: order.append("a"), lambda: order.append("b")]
-        replay = meter.graph(calls, 3)
+        replay = timer.graph(calls, 3)
         assert [x for x in order if x in "ab"] == ["a", "b", "a", "a", "b", "a"]  # before the capture, then captured
         order.clear()
-        assert meter.device_seconds(replay) == 3e-3
+        assert timer.device_seconds(replay) == 3e-3
         assert order == ["sync", "record", "replay", "record", "sync"]
-        assert meter.extra_bytes(lambda: torch.ones(3)) == 64
-        assert meter.wall_seconds(lambda: None) >= 0
-        assert meter.launches(lambda: torch.ones(3).add(1)) == []  # nothing ran on a GPU
+        assert timer.extra_bytes(lambda: torch.ones(3)) == 64
+        assert timer.wall_seconds(lambda: None) >= 0
+        assert timer.launches(lambda: torch.ones(3).add(1)) == []  # nothing ran on a GPU
 
 
 def test_steps_name_only_candidates_that_exist(modules: Any):
-    """A bar whose name is misspelt would find no time on the GPU, and nobody would know why."""
-    groups, meter = modules.gpu_groups, modules.gpu_meter.HostMeter()
-    seen = set()
+    """A target whose name is misspelt would find no time on the GPU, and nobody would know why."""
+    timer, seen = modules.gpu_timer.HostTimer(), set()
     for step in listed(modules):
-        if isinstance(step, groups.Trial) or (key := (step.build, step.bars)) in seen:
+        if isinstance(step, modules.gpu_trials.Trial) or (key := (step.build, step.targets)) in seen:
             continue
         seen.add(key)
         if step.op == "drop" and "compile" in step.name:
             continue  # traced in the dry run; building it here again would only cost time
-        times = {c.name: 1.0 for c in step.build(groups.tiny(step.case), meter)}
-        for bar in step.bars:
-            assert bar.value(times, "reference") in (0.0, 1.0)
+        times = {c.name: 1.0 for c in step.build(modules.gpu_inputs.tiny(step.case), timer)}
+        for target in step.targets:
+            assert target.value(times, "reference") in (0.0, 1.0)
 
 
 def test_the_kernels_behind_the_constants_compile_for_a_gpu(modules: Any):
@@ -309,14 +320,14 @@ def test_the_kernels_behind_the_constants_compile_for_a_gpu(modules: Any):
 
 
 def test_every_shape_that_was_asked_for_has_a_group(modules: Any):
-    groups = modules.gpu_groups
-    steps = [s for s in listed(modules) if isinstance(s, groups.Group)]
+    inputs, case_of = modules.gpu_inputs, modules.registry.Case
+    steps = [s for s in listed(modules) if isinstance(s, modules.gpu_registry.Group)]
     drops = {s.case for s in steps if s.name.startswith("drop ")}
-    asked = {groups.Case(b, n, d, groups.QUARTER) for n, d in ((576, 4096), (6272, 3584), (65536, 4096)) for b in (1, 8, 32)}
-    asked |= {groups.Case(64, 576, 4096, groups.QUARTER)}
-    asked |= {groups.Case(1, 6272, d, groups.QUARTER) for d in (2560, 3584, 4096, 5120, 8192)}
-    shares = [groups.Fraction(1, 20), groups.QUARTER, groups.Fraction(1, 2)]
-    asked |= {case._replace(ratio=ratio) for case in (groups.IMAGE, groups.VIDEO, groups.LONG) for ratio in shares}
+    asked = {case_of(b, n, d, inputs.QUARTER) for n, d in ((576, 4096), (6272, 3584), (65536, 4096)) for b in (1, 8, 32)}
+    asked |= {case_of(64, 576, 4096, inputs.QUARTER)}
+    asked |= {case_of(1, 6272, d, inputs.QUARTER) for d in (2560, 3584, 4096, 5120, 8192)}
+    shares = [Fraction(1, 20), inputs.QUARTER, Fraction(1, 2)]
+    asked |= {case._replace(ratio=ratio) for case in (inputs.IMAGE, inputs.VIDEO, inputs.LONG) for ratio in shares}
     assert asked <= drops
     assert {s.case.dtype for s in steps if s.op == "score"} == {torch.bfloat16, torch.float16, torch.float32}
     assert {s.build.keywords["layers"] for s in steps if s.name.startswith("extras")} == {1, 4, 32}
@@ -329,14 +340,14 @@ def test_every_shape_that_was_asked_for_has_a_group(modules: Any):
 
 
 def test_a_problem_that_does_not_fit_is_named_and_nothing_is_run(modules: Any, check: Any, tmp_path: Path, monkeypatch: Any):
-    group = of(modules, "score")._replace(needs=2 * 10**9, build=lambda case, meter: pytest.fail("was built"))
+    group = of(modules, "score")._replace(needs=2 * 10**9, build=lambda case, timer: pytest.fail("was built"))
     done = check()
     done.dry = False
-    monkeypatch.setattr(done.meter, "free_bytes", lambda: 1e9)
+    monkeypatch.setattr(done.timer, "free_bytes", lambda: 1e9)
     assert done.do(group) == {}
     why = "missing: needs about 2 GB of memory, 1 GB are free"
     assert [row["check"] for row in rows(tmp_path / "results.csv")] == [why]
-    assert {row["status"] for row in rows(tmp_path / "bars.csv")} == {why}
+    assert {row["status"] for row in rows(tmp_path / "targets.csv")} == {why}
     assert done.broken == 0
 
 
@@ -345,7 +356,7 @@ def test_a_design_that_does_not_apply_is_missing_and_not_broken(modules: Any, ch
         raise RuntimeError("on: a cooperative drop takes at most 2048 competing rows a stretch")
 
     done = check()
-    assert done._fault(modules.gpu_groups.Candidate("cuda-cooperative", [refuse]), "drop").startswith("missing: on: a coop")
+    assert done._fault(modules.gpu_candidates.Candidate("cuda-cooperative", [refuse]), "drop").startswith("missing: on: a coop")
     assert done.broken == 0
 
 
@@ -365,7 +376,7 @@ def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path
     monkeypatch.setattr(modules.gpu_measure, "MODEL", tmp_path / "bench_model.py")
     (tmp_path / "bench_model.py").write_text(script)
     check().model(["--batch", "1"], "model-1.json", 60)
-    found = [row["status"] for row in rows(tmp_path / "bars.csv") if row["bar"] == "model"]
+    found = [row["status"] for row in rows(tmp_path / "targets.csv") if row["target"] == "model"]
     assert len(found) == 2
     assert all(status.startswith(why) for status in found), found
     if why.startswith("see"):
@@ -662,8 +673,8 @@ def fake(times: Any, dry: bool = False) -> Any:
 
 
 def test_an_entry_is_what_gained_on_all_cases_of_its_key(modules: Any, tmp_path: Path):
-    tune, case = modules.gpu_tune, modules.gpu_groups.Case
-    cases = [case(b, 576, 4096, modules.gpu_groups.QUARTER) for b in (1, 8)]
+    tune, case = modules.gpu_tune, modules.registry.Case
+    cases = [case(b, 576, 4096, modules.gpu_inputs.QUARTER) for b in (1, 8)]
     a, b = "triton@keys=1024,block=1024,num_warps=8", "triton@keys=1024,block=1024,num_warps=2"
     first = {cases[0]: {"triton": 4.0, a: 2.0, b: 1.0}, cases[1]: {"triton": 4.0, a: 2.0}}  # b was wrong on the second case
     tuning = tune.Tuning(fake(lambda group: first[group.case]), {"run": "full", "date": "2026-01-02"})
@@ -685,8 +696,8 @@ def test_an_entry_is_what_gained_on_all_cases_of_its_key(modules: Any, tmp_path:
             "triton-tuned": 8e-6,
             "cuda": 6e-6,
             "cuda-cooperative": 5e-6,
-            "cuda-two": 6e-6,
-            "cuda-three": 7e-6,
+            "cuda-fused": 6e-6,
+            "cuda-separate": 7e-6,
         },
         "eager": {"triton": 30e-6, "cuda": 10e-6},
     }

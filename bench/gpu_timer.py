@@ -1,7 +1,7 @@
-"""The clocks of the GPU benchmarks: all that needs a GPU stands in ``CudaMeter``; ``HostMeter`` is its twin for dry runs.
+"""The clocks of the GPU benchmarks: all that needs a GPU stands in ``CudaTimer``; ``HostTimer`` is its twin for dry runs.
 
 Both repeat calls, time such a run, list what a call launches and find the memory that it takes. Everything else of the suite runs
-on either, so a dry run executes the very lines that a GPU run does, but for those of ``CudaMeter``.
+on either, so a dry run executes the very lines that a GPU run does, but for those of ``CudaTimer``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _loop(calls: Sequence[Call], count: int) -> Call:
     return run
 
 
-class HostMeter:
+class HostTimer:
     """Wall-clock times on the CPU, which say nothing about a GPU."""
 
     device = torch.device("cpu")
@@ -97,7 +97,7 @@ class HostMeter:
         return event.name.startswith("aten::") and event.cpu_parent is None
 
 
-class CudaMeter(HostMeter):
+class CudaTimer(HostTimer):
     """GPU time of captured graphs by events, launches by the profiler, memory by the allocator."""
 
     device = torch.device("cuda", 0)

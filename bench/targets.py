@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy
 import torch
-from harness import ALL_CORES, CONDITIONS, LLC, Gate, interleaved, quantile, release_memory, touch
-from providers import Case, Inputs, Provider, WrongResult, inputs_of, providers, verified
+from harness import ALL_CORES, CONDITIONS, LLC, NoiseGate, interleaved, quantile, release_memory, touch
+from providers import Provider, providers
+from registry import Case, Inputs, inputs_of
+from verify import WrongResult, verified
 
 import v2drop_kernels as vk
 
@@ -25,13 +27,13 @@ Call = Callable[[], Any]
 ATTEMPTS, REPETITIONS, SECONDS = 5, 50, 2.0
 
 COLUMNS = (
-    "bar", "asserted", "op", "case", "threads", "a", "a_min_us", "a_median_us", "b", "b_min_us", "b_median_us", "value", "unit",
+    "target", "asserted", "op", "case", "threads", "a", "a_min_us", "a_median_us", "b", "b_min_us", "b_median_us", "value", "unit",
     "limit", "status", "attempts", "quiet_attempts", *CONDITIONS,
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Bar:
+class Target:
     """One line of the table. ``sides`` builds the two calls, A always this package.
 
     ``sense`` "at most": A's time over B's is at most the limit. "at least": B's time over A's is at least the limit. "us": the
@@ -43,7 +45,7 @@ class Bar:
     case: Case
     limit: float | None
     sense: str
-    sides: Callable[[Bar], tuple[str, Call, str, Call]]
+    sides: Callable[[Target], tuple[str, Call, str, Call]]
     threads: int = 1
 
     @property
@@ -59,34 +61,34 @@ def dram_case() -> Case:
     return Case(1, n, 3584)
 
 
-def bars(dry: bool = False) -> Iterator[Bar]:
-    """All bars; in a dry run the same ones on tiny shapes."""
+def targets(dry: bool = False) -> Iterator[Target]:
+    """All targets; in a dry run the same ones on tiny shapes."""
     dram, video, image, tiny = dram_case(), Case(1, 6272, 3584), Case(1, 576, 4096), Case(1, 64, 64, Fraction(1, 4))
     if dry:
         dram = video = image = Case(1, 33, 64)
     for threads in (1, ALL_CORES) if ALL_CORES > 1 else (1,):
-        yield Bar("score against a read-only sum of the same bytes", "score", dram, 1.0, "at most", _read, threads)
-        yield Bar("drop_tokens against a memcpy of the same bytes", "drop", dram, 1.10, "at most", _memcpy, threads)
-        yield Bar("drop_tokens over torch.compile, preallocated", "drop", video, 1.8, "at least", _other("compile-out"), threads)
-        yield Bar("drop_tokens over plain eager", "drop", video, 4.0, "at least", _other("eager"), threads)
-        yield Bar("drop_tokens over plain eager, image", "drop", image, 2.0, "at least", _other("eager"), threads)
+        yield Target("score against a read-only sum of the same bytes", "score", dram, 1.0, "at most", _read, threads)
+        yield Target("drop_tokens against a memcpy of the same bytes", "drop", dram, 1.10, "at most", _memcpy, threads)
+        yield Target("drop_tokens over torch.compile, preallocated", "drop", video, 1.8, "at least", _other("compile-out"), threads)
+        yield Target("drop_tokens over plain eager", "drop", video, 4.0, "at least", _other("eager"), threads)
+        yield Target("drop_tokens over plain eager, image", "drop", image, 2.0, "at least", _other("eager"), threads)
         if threads == 1:
-            yield Bar("host overhead of variation_topk", "topk", tiny, 15.0, "us", _overhead)
+            yield Target("host overhead of variation_topk", "topk", tiny, 15.0, "us", _overhead)
         for case in (video, image):
             for name in ("eager-out", "eager-out-lean", "v2drop", "compile-out"):
                 if case is not video or name != "compile-out":
-                    yield Bar(f"drop_tokens over {name}", "drop", case, None, "at least", _other(name), threads)
-        yield Bar("drop_tokens against a memcpy of the same bytes, in cache", "drop", image, None, "at most", _memcpy, threads)
+                    yield Target(f"drop_tokens over {name}", "drop", case, None, "at least", _other(name), threads)
+        yield Target("drop_tokens against a memcpy of the same bytes, in cache", "drop", image, None, "at most", _memcpy, threads)
 
 
-def _ours(bar: Bar) -> tuple[Call, Inputs]:
-    inputs, _ = inputs_of(bar.case)
-    call = verified(bar.op, _available(providers(bar.op)["native"], bar.case), bar.case)
+def _ours(target: Target) -> tuple[Call, Inputs]:
+    inputs, _ = inputs_of(target.case)
+    call = verified(target.op, _available(providers(target.op)["native"], target.case), target.case)
     return lambda: call(inputs), inputs
 
 
 class Unavailable(Exception):
-    """A side of a bar cannot run here."""
+    """A side of a target cannot run here."""
 
 
 def _available(provider: Provider, case: Case) -> Provider:
@@ -96,10 +98,10 @@ def _available(provider: Provider, case: Case) -> Provider:
     return provider
 
 
-def _other(name: str) -> Callable[[Bar], tuple[str, Call, str, Call]]:
-    def sides(bar: Bar) -> tuple[str, Call, str, Call]:
-        ours, inputs = _ours(bar)
-        call = verified(bar.op, _available(providers(bar.op)[name], bar.case), bar.case)
+def _other(name: str) -> Callable[[Target], tuple[str, Call, str, Call]]:
+    def sides(target: Target) -> tuple[str, Call, str, Call]:
+        ours, inputs = _ours(target)
+        call = verified(target.op, _available(providers(target.op)[name], target.case), target.case)
         return "native", ours, name, lambda: call(inputs)
 
     return sides
@@ -112,9 +114,9 @@ def _fastest(candidates: dict[str, Call]) -> tuple[str, Call]:
     return name, candidates[name]
 
 
-def _read(bar: Bar) -> tuple[str, Call, str, Call]:
+def _read(target: Target) -> tuple[str, Call, str, Call]:
     """Read-only passes over both hidden states, each byte once: what a score at the speed of memory would take."""
-    ours, x = _ours(bar)
+    ours, x = _ours(target)
     pair = [t.view(-1) for t in (x.h_prev, x.h_cur)]
     as_float, as_int = [t.view(torch.float32) for t in pair], [t.view(torch.int64) for t in pair]
     arrays = [t.numpy() for t in as_int]
@@ -124,59 +126,59 @@ def _read(bar: Bar) -> tuple[str, Call, str, Call]:
         "torch.dot float32": lambda: torch.dot(*as_float),  # both streams at once, as the score reads them
         "torch.vector_norm float32": lambda: [torch.linalg.vector_norm(t) for t in as_float],
     }
-    if bar.threads == 1:  # numpy has one thread
+    if target.threads == 1:  # numpy has one thread
         candidates["numpy.sum int64"] = lambda: [numpy.add.reduce(a) for a in arrays]
     name, call = _fastest(candidates)
     return "native", ours, name, call
 
 
-def _memcpy(bar: Bar) -> tuple[str, Call, str, Call]:
+def _memcpy(target: Target) -> tuple[str, Call, str, Call]:
     """A copy of N D E + k D E bytes between buffers that were touched before.
 
     The step reads 2 N D E (the score) and k D E (the kept rows) and writes k D E; the copy reads N D E + k D E and writes as
     much: 2 N D E + 2 k D E bytes on either side. The step also allocates its results, the copy does not.
     """
-    ours, _ = _ours(bar)
-    size = (bar.case.batch * (bar.case.n + bar.case.k) * bar.case.row_bytes) // 8 * 8
-    source, target = (torch.empty(size, dtype=torch.uint8) for _ in range(2))
-    touch(source, target)
-    candidates: dict[str, Call] = {"torch copy_": lambda: target.copy_(source)}
-    if bar.threads == 1:
+    ours, _ = _ours(target)
+    size = (target.case.batch * (target.case.n + target.case.k) * target.case.row_bytes) // 8 * 8
+    source, copied = (torch.empty(size, dtype=torch.uint8) for _ in range(2))
+    touch(source, copied)
+    candidates: dict[str, Call] = {"torch copy_": lambda: copied.copy_(source)}
+    if target.threads == 1:
         libc = ctypes.CDLL(None)
         libc.memcpy.argtypes, libc.memcpy.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_void_p
-        source_array, target_array = source.numpy(), target.numpy()
-        candidates["libc memcpy"] = lambda: libc.memcpy(target.data_ptr(), source.data_ptr(), size)  # and so keeps both alive
-        candidates["numpy.copyto"] = lambda: numpy.copyto(target_array, source_array)
+        source_array, copied_array = source.numpy(), copied.numpy()
+        candidates["libc memcpy"] = lambda: libc.memcpy(copied.data_ptr(), source.data_ptr(), size)  # and so keeps both alive
+        candidates["numpy.copyto"] = lambda: numpy.copyto(copied_array, source_array)
     name, call = _fastest(candidates)
     return "native", ours, name, call
 
 
-def _overhead(bar: Bar) -> tuple[str, Call, str, Call]:
+def _overhead(target: Target) -> tuple[str, Call, str, Call]:
     """The public call as a user makes it, the backend chosen automatically; beside it, an empty call."""
-    inputs, expected = inputs_of(bar.case)
-    why = providers("drop")["native"].missing(bar.case)
+    inputs, expected = inputs_of(target.case)
+    why = providers("drop")["native"].missing(target.case)
     if why:
         raise Unavailable(f"native: {why}")
-    h_prev, h_cur, k = inputs.h_prev, inputs.h_cur, bar.case.k
+    h_prev, h_cur, k = inputs.h_prev, inputs.h_cur, target.case.k
     if not torch.equal(vk.variation_topk(h_prev, h_cur, k).indices, expected.keep):
         raise WrongResult("variation_topk: indices differ")
     return "native", lambda: vk.variation_topk(h_prev, h_cur, k), "nothing", lambda: None
 
 
-def measure(bar: Bar, gate: Gate, dry: bool = False) -> dict[str, Any]:
-    """One bar's row, without the columns of the conditions."""
+def measure(target: Target, gate: NoiseGate, dry: bool = False) -> dict[str, Any]:
+    """One target's row, without the columns of the conditions."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS[: -len(CONDITIONS)], "")
     row |= {
-        "bar": bar.name, "asserted": "yes" if bar.asserted else "no", "op": bar.op, "case": str(bar.case),
-        "threads": bar.threads, "unit": "us" if bar.sense == "us" else "ratio",
-        "limit": "" if not bar.asserted else f"{'>=' if bar.sense == 'at least' else '<='} {bar.limit:g}",
+        "target": target.name, "asserted": "yes" if target.asserted else "no", "op": target.op, "case": str(target.case),
+        "threads": target.threads, "unit": "us" if target.sense == "us" else "ratio",
+        "limit": "" if not target.asserted else f"{'>=' if target.sense == 'at least' else '<='} {target.limit:g}",
         "attempts": 0, "quiet_attempts": 0,
     }  # fmt: skip
     before = torch.get_num_threads()
-    torch.set_num_threads(bar.threads)
+    torch.set_num_threads(target.threads)
     try:
-        row["a"], ours, row["b"], other = bar.sides(bar)
-        return row | _attempts(bar, gate, ours, other, dry)
+        row["a"], ours, row["b"], other = target.sides(target)
+        return row | _attempts(target, gate, ours, other, dry)
     except WrongResult as wrong:
         return row | {"status": f"wrong: {wrong}"}
     except Unavailable as missing:
@@ -186,7 +188,7 @@ def measure(bar: Bar, gate: Gate, dry: bool = False) -> dict[str, Any]:
         release_memory()
 
 
-def _attempts(bar: Bar, gate: Gate, ours: Call, other: Call, dry: bool) -> dict[str, Any]:
+def _attempts(target: Target, gate: NoiseGate, ours: Call, other: Call, dry: bool) -> dict[str, Any]:
     quiet: list[dict[str, Any]] = []
     attempts = 0
     while attempts < ATTEMPTS and not any(found["status"] != "fail" for found in quiet):
@@ -194,23 +196,23 @@ def _attempts(bar: Bar, gate: Gate, ours: Call, other: Call, dry: bool) -> dict[
         before = gate.settle(0.0 if dry else 5.0)
         a, b = interleaved([ours, other], 3 if dry else REPETITIONS, 0.0 if dry else SECONDS)
         after = gate.sample()
-        found = _judged(bar, a, b)
+        found = _judged(target, a, b)
         if dry:
             return found | {"status": "dry run", "attempts": 1}
-        if gate.quiet(before, after, in_cache=2 * bar.case.input_bytes <= LLC):
+        if gate.quiet(before, after, in_cache=2 * target.case.input_bytes <= LLC):
             quiet.append(found)
     if not quiet:
         return {"status": "noisy: no quiet attempt", "attempts": attempts, "quiet_attempts": 0}
-    better = max if bar.sense == "at least" else min
+    better = max if target.sense == "at least" else min
     return better(quiet, key=lambda f: f["value"]) | {"attempts": attempts, "quiet_attempts": len(quiet)}
 
 
-def _judged(bar: Bar, a: list[float], b: list[float]) -> dict[str, Any]:
+def _judged(target: Target, a: list[float], b: list[float]) -> dict[str, Any]:
     """The ratio of minima, and whether it is within the limit."""
-    value = {"at most": min(a) / min(b), "at least": min(b) / min(a), "us": quantile(a, 0.5) * 1e6}[bar.sense]
+    value = {"at most": min(a) / min(b), "at least": min(b) / min(a), "us": quantile(a, 0.5) * 1e6}[target.sense]
     status = "reported"
-    if bar.asserted:
-        status = "pass" if (value >= bar.limit if bar.sense == "at least" else value <= bar.limit) else "fail"
+    if target.asserted:
+        status = "pass" if (value >= target.limit if target.sense == "at least" else value <= target.limit) else "fail"
     found: dict[str, Any] = {"value": round(value, 3), "status": status}
     for side, times in (("a", a), ("b", b)):
         found |= {f"{side}_min_us": round(min(times) * 1e6, 2), f"{side}_median_us": round(quantile(times, 0.5) * 1e6, 2)}
