@@ -126,7 +126,7 @@ MUTANTS = [
     # C++ kernels.
     Mutant(
         "ties crowd out larger scores", "csrc/core/select_cpu.cpp",
-        "above += keys[i] > cut", "above += keys[i] >= cut", TOPK, "native",
+        "above += ordinals[i] > cut", "above += ordinals[i] >= cut", TOPK, "native",
     ),
     Mutant("equal scores in descending rows", "csrc/core/select_cpu.cpp", "x > y : a < b;", "x > y : a > b;", TOPK, "native"),
     Mutant(
@@ -143,7 +143,7 @@ MUTANTS = [
     ),
     # CUDA kernels, emulated.
     Mutant(
-        "ties are counted anew in every block of keys", "csrc/core/select_cuda.cuh",
+        "ties are counted anew in every block of ordinals", "csrc/core/select_cuda.cuh",
         "equal_before += all >> 16;", "equal_before = all >> 16;", f"{TOPK} {VARIATION}", "emulated",
     ),
     # The model engine and its policies.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How much attention some queries pay to every key, in one reading of the keys. All query heads and queries of a block of keys are worked
-// off while it is in the cache; what remains of it is its exponentials beside the block's own maximum, and their sum. Once the maxima of
-// all blocks are known, a second pass scales these to weights and reduces them. Blocks have a fixed size and every sum a fixed order, so
+// How much attention some queries pay to every key, in one reading of the keys. All query heads and queries of a block of keys are
+// processed while it is in the cache; what remains of it is its exponentials beside the block's own maximum, and their sum. Once the maxima
+// of all blocks are known, a second pass scales these to weights and reduces them. Blocks have a fixed size and every sum a fixed order, so
 // results do not depend on the threads, nor on how queries and entries are grouped to bound the scratch memory.
 #include <sys/mman.h>
 
@@ -23,12 +23,12 @@ namespace v2drop {
 namespace {
 
 constexpr int64_t kBlock = 256;              // keys: 64 KB of 128 bfloat16, within the second-level cache
-constexpr int64_t kGroupBytes = 4 << 20;     // weights of several entries that are worked off together
+constexpr int64_t kGroupBytes = 4 << 20;     // weights of several entries that are processed together
 constexpr int64_t kScratchBytes = 64 << 20;  // weights of several queries of one entry
 constexpr int64_t kVectors = 32;             // packed queries that stay in the first-level cache while a block of keys passes
 
-// Scratch memory that vectors are read from, not initialised. Large pieces ask for huge pages: fresh small ones would cost more to fault
-// in than all that is done with them.
+// Scratch memory that vectors are read from, not initialised. Large pieces use huge pages: faulting in
+// fresh small pages would take longer than the computation on them.
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
@@ -45,7 +45,7 @@ Floats floats(int64_t count) {
   return Floats(static_cast<float*>(memory));
 }
 
-// The queries of an entry that are there, in order.
+// The queries of an entry that exist (those with a row), in order.
 struct Present {
   std::vector<int64_t> query, row;
 };
@@ -180,7 +180,7 @@ class Step {
       std::fill(of_query, of_query + n, most && a_.dot ? -std::numeric_limits<float>::infinity() : 0.0f);
       for (int64_t h = 0; h < a_.q.heads; ++h) {
         const float factor = factors_[vector(e, h, i) * blocks_ + block];
-        if (factor != factor) {  // a NaN among the keys that the query sees spoils these, and no others
+        if (factor != factor) {  // a NaN among the keys that the query sees makes these NaN, and no others
           unsigned char visible[kBlock];
           const int64_t seen = reach(e, i, first, n);
           read_mask(a_.key_mask, e, first, seen, visible);

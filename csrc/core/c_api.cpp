@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The entry points: check the arguments, then run the op where the context says. The ops themselves stand in one file for each place.
+// The entry points: check the arguments, then run the op where the context says. The ops themselves are in one file for each place.
 #include <cstdio>
 
 #include "kernels.h"

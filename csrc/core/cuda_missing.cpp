@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What stands in for CUDA in a library that was built without it.
+// Replaces the CUDA ops in a library that was built without CUDA.
 #include "ops.h"
 
 namespace v2drop {

@@ -67,7 +67,7 @@ __device__ T in_register(T x) {
 }
 
 // Counts over a block, one barrier each: calls alternate between two buffers, so a warp that is late to read one finds it untouched.
-// A kernel makes one of these and hands it on.
+// A kernel creates one of these and passes it on.
 template <int THREADS>
 class BlockCounts {
  public:

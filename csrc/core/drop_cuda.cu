@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
   if (static_cast<int>(blockIdx.x) < tiles) gather_tile<true, true>(work, &selection, counts, blockIdx.x);
 }
 
-// How many blocks of a kernel the current device holds at once; asked once for each.
+// How many blocks of a kernel the current device holds at once; queried once for each kernel.
 template <auto kernel>
 int64_t resident_blocks() {
   static std::array<std::atomic<int>, kDevices> per_sm{};

@@ -22,7 +22,7 @@ using OrdinalsOf = void (*)(const void* scores, int64_t stride_bytes, int64_t n,
 // packed_dim(dim) floats, zeros at its end.
 constexpr int64_t packed_dim(int64_t dim) { return (dim + 31) / 32 * 32; }
 using Pack = void (*)(const void* row, int64_t dim, float* packed);
-// out[v * out_stride + i] = scale * (vector v . row i), each the same bits whatever stands beside it.
+// out[v * out_stride + i] = scale * (vector v . row i), with the same bits whatever the other rows and vectors are.
 using Dots = void (*)(const void* rows, int64_t stride_bytes, int64_t n, const float* packed, int64_t vectors, int64_t dim, float scale,
                       float* out, int64_t out_stride);
 // sums[i] += the sum of squares (l2) or absolute values (l1) of row i.

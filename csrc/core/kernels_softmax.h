@@ -13,7 +13,7 @@ namespace {  // internal linkage: see kernels.cpp
 // e^x for x <= 0, or NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r^2 p(r); p is a minimax fit that adds 0.05 ulp, the
 // arithmetic the rest of 2. n ln 2 is subtracted in two parts, the first of so few bits that its product is exact.
 inline F32 exponential(F32 x) {
-  const F32 shift = splat(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
+  const F32 shift = splat(0x1.8p23f);  // adding it rounds to an integer, which is then in the low bits
   const F32 shifted = x * splat(0x1.715476p0f) + shift, n = shifted - shift;
   const F32 r = (x - n * splat(0x1.63p-1f)) - n * splat(-0x1.bd0106p-13f);
   F32 p = splat(0x1.6a23cep-10f);

@@ -19,10 +19,10 @@ struct Device {
   bool cooperative_launch;
 };
 
-// The current device; asked once.
+// The properties of the current device, which are queried once.
 const Device& current_device();
 
-// Turns an error of the runtime into one of ours, and takes it back from the runtime, where it would surprise the caller's next check.
+// Throws an Error for an error of the CUDA runtime, and clears it there, so that the caller's next check does not find it.
 void check_cuda(cudaError_t error, const char* what);
 
 enum class LaunchDependency { kNone, kDependent, kCooperative };

@@ -69,7 +69,7 @@ struct Sums {
 
 template <class T>
 __device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metric, int score_dtype) {
-  // The branches stand outside the loops, and one element's numbers live at a time: registers are for the loads in flight.
+  // The branches are outside the loops, and one element's numbers live at a time: registers are for the loads in flight.
   if (metric == V2DROP_COSINE) {
 #pragma unroll
     for (int e = 0; e < Vector<T>::kElements; ++e) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Norms of keys, and cosines with pivot rows. Rows are taken in blocks that one thread works off in one order, so results do not depend
+// Norms of keys, and cosines with pivot rows. Rows are taken in blocks that one thread processes in one order, so results do not depend
 // on the threads.
 #include <algorithm>
 #include <cmath>

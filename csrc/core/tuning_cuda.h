@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sizes of the CUDA kernels, and what decides between their designs. Not one of these numbers has been measured on a GPU yet: each says
-// where it comes from. Nothing here changes a result.
+// Sizes of the CUDA kernels, and the limits that choose between launch modes. None of these numbers has been measured on a GPU yet: each
+// says where it comes from. None of them changes a result.
 #ifndef V2DROP_CORE_TUNING_CUDA_H_
 #define V2DROP_CORE_TUNING_CUDA_H_
 
@@ -56,7 +56,7 @@ constexpr int kTileRows = 128;  // output rows of a tile at most; their source r
 constexpr int kDotRows = 4, kDotVectors = 4;
 constexpr int kDotBlocksOfSm = 2;
 
-// Keys of attention whose logits stand in shared memory at a time, for so many (query, head) pairs of a key head; and at most how many
+// Keys of attention whose logits are in shared memory at a time, for so many (query, head) pairs of a key head; and at most how many
 // blocks share the keys of a key head: every block of the second launch reads the maxima and sums of all of them.
 constexpr int kAttentionKeys = 128, kAttentionVectors = 16;
 constexpr int kAttentionSplits = 128;

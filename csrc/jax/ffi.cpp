@@ -122,7 +122,7 @@ class Call {
   ffi::Dictionary attrs_;
 };
 
-// What rows are ranked by, scores or both hidden states, which stand in front of the other arguments.
+// What rows are ranked by, scores or both hidden states, which come before the other arguments.
 class Source {
  public:
   Source(const Call& call, size_t first, size_t count) : first_(call.in(first)) {

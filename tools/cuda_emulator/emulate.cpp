@@ -51,7 +51,7 @@ constexpr size_t kStackBytes = 256 << 10;  // instrumented frames are larger
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 
-// Stacks that take turns.
+// Switching between the stacks of fibers.
 
 #ifdef EMULATE_UCONTEXT
 struct Context {

@@ -5,8 +5,8 @@
 // thread. V2DROP_EMULATE_ORDER, read at every launch, is the order in which blocks and threads run: `forward` (default), `reverse`, or a
 // number, the seed of a shuffle before every round. A correct kernel gives the same results in all of them. What would hang or be undefined
 // on a GPU (threads that wait for ones that never come, a misaligned vector access) aborts with a message.
-#ifndef V2DROP_TESTS_EMULATE_H_
-#define V2DROP_TESTS_EMULATE_H_
+#ifndef V2DROP_TOOLS_EMULATE_H_
+#define V2DROP_TOOLS_EMULATE_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -46,4 +46,4 @@ int64_t launches();
 // The same for a test that loads the library.
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_launches(void);
 
-#endif  // V2DROP_TESTS_EMULATE_H_
+#endif  // V2DROP_TOOLS_EMULATE_H_

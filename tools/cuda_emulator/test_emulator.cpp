@@ -173,10 +173,10 @@ void test_missing_barrier() {
   CHECK(launch(1, 256, broken_scan_kernel, x.data(), reverse.data()) == cudaSuccess);
   unsetenv("V2DROP_EMULATE_ORDER");
   CHECK(forward[255] == 2);
-  CHECK(reverse[255] == 1 + static_cast<int>(0xCDCDCDCDu));  // shared memory that nobody has written yet
+  CHECK(reverse[255] == 1 + static_cast<int>(0xCDCDCDCDu));  // shared memory that no thread has written yet
 }
 
-// Which block comes first is nobody's business.
+// The order of blocks is not defined.
 __global__ void ticket_kernel(unsigned* counter, unsigned* ticket) {
   if (threadIdx.x == 0) ticket[blockIdx.x] = atomicAdd(counter, 1u);
 }
@@ -496,7 +496,7 @@ __global__ void barriers_kernel(int* out) {
   if (threadIdx.x == 0) atomicAdd(out, sum);
 }
 
-// The promise that the Python tests stand on; the bound is lax for the sanitizers and for busy machines.
+// The Python tests rely on this speed; the bound is lax for the sanitizers and for busy machines.
 void test_speed() {
   int out = 0;
   launch(1, 256, barriers_kernel, &out);
