@@ -4,9 +4,10 @@
 ``core/budgets.py``, and V2Drop's presets beside its policy in ``models/policies/variation.py``.
 """
 
+from .core.arguments import METRICS, one_of
 from .core.budgets import pyramid, solve
 from .core.layout import n_keep
-from .core.schedule import LAYER_OFFSETS, METRICS, Schedule, Stage, layer_of, model_sizes, one_of, prefill_flops
+from .core.schedule import LAYER_OFFSETS, Schedule, Stage, layer_of, model_sizes, prefill_flops
 
 __all__ = [
     "LAYER_OFFSETS",

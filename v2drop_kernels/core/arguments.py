@@ -1,15 +1,25 @@
-"""Argument checks: one clear sentence that names the argument, what was expected and what came."""
+"""The rules for arguments: every error is one sentence that names the argument, what was expected and what was given.
+
+The rules read ``.shape``, ``.ndim`` and names of dtypes, so that they serve torch, NumPy and JAX alike. Those that apply to torch
+tensors only (strided layout, device) import torch when they are called.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-if TYPE_CHECKING:  # the rules serve NumPy and JAX too: torch is imported where a tensor is at hand
+if TYPE_CHECKING:
     import torch
 
 METRICS = ("l2", "l1", "cosine")
-_HIDDEN_DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
-_SCORE_DTYPES = ("None", "torch.float32", "torch.float16", "torch.bfloat16")
+ORDERS = ("position", "score")
+FLOATS = ("float32", "float16", "bfloat16")  # the dtypes that the native library computes with
+HIDDEN_DTYPES = (*FLOATS, "float64")  # those of the torch ops
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype of torch, NumPy or JAX, such as ``"float16"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -19,7 +29,7 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def tensor(name: str, x: Any) -> None:
-    """Raise unless ``x`` is a strided tensor."""
+    """Raise unless ``x`` is a strided torch tensor."""
     import torch
 
     if not isinstance(x, torch.Tensor):
@@ -29,48 +39,88 @@ def tensor(name: str, x: Any) -> None:
 
 
 def same_device(name: str, x: torch.Tensor, device: torch.device, of: str) -> None:
-    """Raise unless ``x`` lies where the argument ``of`` lies."""
+    """Raise unless ``x`` is on the device of the argument ``of``."""
     if x.device != device:
         raise ValueError(f"{name} must be on the device of {of} ({device}), got {x.device}")
 
 
-def hidden(name: str, h: Any, packed: bool | None) -> None:
-    """Raise unless ``h`` is ``[B, N, D]`` (``[T, D]`` when packed; either when None) of a served dtype."""
-    tensor(name, h)
-    if str(h.dtype) not in _HIDDEN_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {h.dtype}")
+def dtype_in(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
+    """Raise unless ``x`` has one of these dtypes."""
+    if dtype_name(x.dtype) not in dtypes:
+        raise TypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {x.dtype}")
+
+
+def hidden_array(name: str, h: Any, packed: bool | None, dtypes: tuple[str, ...]) -> None:
+    """Raise unless ``h`` is ``[B, N, D]`` (``[T, D]`` when packed; either when None) of one of these dtypes."""
+    dtype_in(name, h, dtypes)
     if packed is None:
-        if h.dim() not in (2, 3):
+        if h.ndim not in (2, 3):
             raise ValueError(f"{name} must be [B, N, D] or [T, D], got shape {list(h.shape)}")
-    elif h.dim() != (2 if packed else 3):
+    elif h.ndim != (2 if packed else 3):
         want = "[T, D] because cu_seqlens is given" if packed else "[B, N, D] (a packed [T, D] needs cu_seqlens)"
         raise ValueError(f"{name} must be {want}, got shape {list(h.shape)}")
 
 
-def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both hidden states; raise unless they agree."""
-    hidden("h_cur", h_cur, packed)
-    hidden("h_prev", h_prev, packed)
+def array_pair(h_prev: Any, h_cur: Any, packed: bool | None, dtypes: tuple[str, ...]) -> None:
+    """Raise unless both are hidden states of the same shape and dtype."""
+    hidden_array("h_cur", h_cur, packed, dtypes)
+    hidden_array("h_prev", h_prev, packed, dtypes)
     if h_prev.shape != h_cur.shape:
         raise ValueError(f"h_prev must have the shape of h_cur {list(h_cur.shape)}, got {list(h_prev.shape)}")
     if h_prev.dtype != h_cur.dtype:
         raise TypeError(f"h_prev must have the dtype of h_cur {h_cur.dtype}, got {h_prev.dtype}")
+
+
+def score_shape(scores: Any, h_cur: Any) -> None:
+    """Raise unless ``scores`` has one value per row of ``h_cur``."""
+    if scores.shape != h_cur.shape[:-1]:
+        raise ValueError(f"scores must have one value per row of h_cur {list(h_cur.shape[:-1])}, got {list(scores.shape)}")
+
+
+def score_dims(scores: Any, packed: bool) -> None:
+    """Raise unless ``scores`` is ``[B, N]``, or ``[T]`` when packed."""
+    if scores.ndim != (1 if packed else 2):
+        want = "[T] because cu_seqlens is given" if packed else "[B, N] (a packed [T] needs cu_seqlens)"
+        raise ValueError(f"scores must be {want}, got shape {list(scores.shape)}")
+
+
+def score_dtype_name(score_dtype: Any) -> str:
+    """The name of the dtype to which scores are rounded, ``"float32"`` for None; raise unless it is known."""
+    if score_dtype is None:
+        return "float32"
+    name = getattr(score_dtype, "name", getattr(score_dtype, "__name__", dtype_name(score_dtype)))
+    if name not in FLOATS:
+        raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
+    return name
+
+
+def hidden(name: str, h: Any, packed: bool | None) -> None:
+    """Raise unless ``h`` is a torch tensor ``[B, N, D]`` (``[T, D]`` when packed; either when None) of a supported dtype."""
+    tensor(name, h)
+    hidden_array(name, h, packed, HIDDEN_DTYPES)
+
+
+def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both hidden states; raise unless they are torch tensors of the same shape, dtype and device."""
+    tensor("h_cur", h_cur)
+    tensor("h_prev", h_prev)
+    array_pair(h_prev, h_cur, packed, HIDDEN_DTYPES)
     same_device("h_prev", h_prev, h_cur.device, "h_cur")
     return h_prev, h_cur
 
 
 def score_options(metric: Any, score_dtype: Any) -> None:
-    """Raise unless the metric and the rounding are known."""
+    """Raise unless the metric and the rounding of a torch op are known."""
     one_of("metric", metric, METRICS)
-    if str(score_dtype) not in _SCORE_DTYPES:
+    if isinstance(score_dtype, str):
         raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
+    score_dtype_name(score_dtype)
 
 
 def given_scores(scores: Any, h_cur: torch.Tensor) -> None:
-    """Raise unless ``scores`` has one float per row of ``h_cur``."""
+    """Raise unless ``scores`` is a floating-point tensor with one value per row of ``h_cur``, on its device."""
     tensor("scores", scores)
-    if scores.shape != h_cur.shape[:-1]:
-        raise ValueError(f"scores must have one value per row of h_cur {list(h_cur.shape[:-1])}, got {list(scores.shape)}")
+    score_shape(scores, h_cur)
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
     same_device("scores", scores, h_cur.device, "h_cur")
@@ -80,8 +130,7 @@ def keys(name: str, x: Any, layout: Any) -> torch.Tensor:
     """``x`` as ``[B, H, S, Dh]``; raise unless it is that, or ``[B, S, H, Dh]``, of a served dtype."""
     one_of("layout", layout, ("BHSD", "BSHD"))
     tensor(name, x)
-    if str(x.dtype) not in _HIDDEN_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    dtype_in(name, x, HIDDEN_DTYPES)
     if x.dim() != 4:
         raise ValueError(f"{name} must have four dimensions ({layout}), got shape {list(x.shape)}")
     return x if layout == "BHSD" else x.transpose(1, 2)
@@ -186,7 +235,7 @@ def check_padding_side(side: str) -> None:
 
 
 def is_tensor(x: Any) -> TypeGuard[torch.Tensor]:
-    """Whether ``x`` is a tensor. Nothing else that an argument may be asks for torch."""
+    """Whether ``x`` is a torch tensor. torch is imported only for values that have a dtype."""
     if x is None or isinstance(x, int | list | tuple) or not hasattr(x, "dtype"):
         return False
     try:

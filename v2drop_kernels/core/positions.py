@@ -8,9 +8,12 @@ from 0, the others follow from the number of droppable tokens on, so generation 
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from .layout import TokenLayout
+
+if TYPE_CHECKING:
+    import torch
 
 MODES = ("persistent", "compacted", "group")
 
@@ -30,6 +33,8 @@ def group_position_ids(layout: TokenLayout, device: torch.device | str = "cpu") 
     >>> group_position_ids(TokenLayout.padded((1, 3), 5, batch=1)).tolist()
     [[2, 0, 1, 3, 4]]
     """
+    import torch
+
     droppable = layout.droppable_rows(device)
     ids = torch.zeros(droppable.shape, dtype=torch.int64, device=device)
     for i, (lo, hi) in enumerate(layout.bounds):
@@ -52,6 +57,8 @@ def compacted_position_ids(keep: torch.Tensor, cu_seqlens: torch.Tensor | None) 
     cu_seqlens : Tensor | None
         int32 ``[B + 1]`` of the packed result.
     """
+    import torch
+
     if cu_seqlens is None:
         real = keep >= 0
         return torch.where(real, real.cumsum(-1) - 1, 0)

@@ -1,103 +1,133 @@
-"""From keyword arguments to a flat list of tensors to compact, and back to the structure that they came in."""
+"""From keyword arguments to a flat list of arrays to gather, and back to the structure that they came in.
+
+``flatten`` and its rules serve torch, NumPy and JAX alike: they read shapes, numbers of dimensions and names of dtypes only. The
+functions after it finish the results of the torch ops; they import torch when they are called.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import arguments, positions
-from .arguments import check_offsets, host_cu_seqlens
+from .arguments import check_offsets, dtype_name, host_cu_seqlens
 from .layout import TokenLayout
 from .plan import offsets_on
 from .types import Compacted, Dropped, GatherSpec
 
+if TYPE_CHECKING:
+    import torch
+
+# The dimensions of every argument: N are the rows, B the batch entries (none when packed), other letters are free.
+_FORMS = {
+    "position_ids": ("BN", "PBN"),
+    "attention_mask": ("BN",),
+    "rope": ("BNR", "NR", "PBNR"),
+    "labels": ("BN",),
+    "extra": ("BN",),
+    "BHSD": ("BHND",),
+    "BSHD": ("BNHD",),
+}
 KV_LAYOUTS = ("BHSD", "BSHD")
+_ONE_FOR_ALL = ("position_ids", "rope")  # an extent of 1 at B, or no B at all, stands for every batch entry
 
 
 class BatchShape(NamedTuple):
-    """The rows that every tensor of a call must agree on: ``rows`` per entry, ``batch`` entries (None when packed)."""
+    """What every array of a call must agree on.
+
+    ``rows`` per batch entry, ``batch`` entries (None when packed), the ``device`` of torch tensors (None for other libraries, which
+    check it when they read an array), and ``of``, the argument that these come from.
+    """
 
     batch: int | None
     rows: int
-    device: torch.device
-    of: str  # the argument that set them
+    device: Any
+    of: str
 
-    def describe(self) -> str:
-        return f"[T = {self.rows}]" if self.batch is None else f"[B = {self.batch}, N = {self.rows}]"
+
+def batch_shape(name: str, hidden: Any, packed: bool, read: Callable[[str, Any], Any] | None = None) -> BatchShape:
+    """The batch that a call is about, from its hidden states; ``read`` as in :func:`flatten`."""
+    if read is None:
+        arguments.tensor(name, hidden)
+    if hidden.ndim < (1 if packed else 2):
+        raise ValueError(f"{name} must be {'[T, ...]' if packed else '[B, N, ...]'}, got shape {list(hidden.shape)}")
+    device = hidden.device if read is None else None
+    if packed:
+        return BatchShape(None, hidden.shape[0], device, name)
+    return BatchShape(hidden.shape[0], hidden.shape[1], device, name)
 
 
 def flatten(
     at: BatchShape,
     *,
-    hidden: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
+    hidden: Any,
+    position_ids: Any,
     kv: Any,
     kv_layout: str,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     rope: Any,
-    labels: torch.Tensor | None,
-    extra: torch.Tensor | None = None,
+    labels: Any,
+    extra: Any = None,
     out: Compacted | Dropped | None = None,
     out_rows: int = 0,
-) -> tuple[list[GatherSpec], Callable[[list[torch.Tensor]], dict[str, Any]]]:
-    """Check every given tensor against ``at``; return the parts and the function that puts the results in place.
+    read: Callable[[str, Any], Any] | None = None,
+    broadcast: Callable[[Any, Any], Any] | None = None,
+) -> tuple[list[GatherSpec], Callable[[list[Any]], dict[str, Any]]]:
+    """Check every given array against ``at``; return what to gather and the function that puts the results in place.
 
-    ``extra`` is the droppable mask of a layout, which travels along to describe the result. ``out`` is an earlier result whose
-    tensors, of ``out_rows`` rows, are written again.
+    ``extra`` is the droppable mask of a layout, which is gathered to describe the result. ``out`` is an earlier result whose
+    tensors, of ``out_rows`` rows, are written again. Libraries other than torch give ``read``, which makes an array of an argument,
+    and their ``broadcast_to``.
     """
     arguments.one_of("kv_layout", kv_layout, KV_LAYOUTS)
-    parts: list[GatherSpec] = []
-    where: dict[str, Any] = {}
+    gathers: list[GatherSpec] = []
+    structures: dict[str, Any] = {}
 
-    def put(name: str, value: Any, make: Callable[[str, torch.Tensor, BatchShape], GatherSpec]) -> None:
+    def add(name: str, value: Any) -> None:
         if value is None:
             return
-        where[name], leaves = flatten_leaves(name, value)
-        for leaf in leaves:
-            arguments.tensor(name, leaf)
-            arguments.same_device(name, leaf, at.device, at.of)
-            parts.append(make(name, leaf, at))
+        structures[name], leaves = flatten_leaves(name, value, read)
+        specs = [_gather_spec(name, leaf, kv_layout, at, broadcast) for leaf in leaves]
         if out is not None and name != "extra":
             given = getattr(out, name)
             structure, targets = (None, []) if given is None else flatten_leaves(f"out.{name}", given)
-            if structure != where[name] or len(targets) != len(leaves):
+            if structure != structures[name] or len(targets) != len(specs):
                 raise ValueError(f"out.{name} must have the structure of {name}")
-            first = len(parts) - len(leaves)
-            parts[first:] = [_into(f"out.{name}", p, t, out_rows) for p, t in zip(parts[first:], targets, strict=True)]
+            specs = [_into(f"out.{name}", spec, target, out_rows) for spec, target in zip(specs, targets, strict=True)]
+        gathers.extend(specs)
 
-    put("hidden", hidden, _trailing)
-    put("position_ids", position_ids, _ids)
-    put("kv", kv, _kv_bhsd if kv_layout == "BHSD" else _kv_bshd)
-    put("attention_mask", attention_mask, _mask)
-    put("rope", rope, _rope)
-    put("labels", labels, _labels)
-    put("extra", extra, _labels_free)
+    add("hidden", hidden)
+    add("position_ids", position_ids)
+    add("kv", kv)
+    add("attention_mask", attention_mask)
+    add("rope", rope)
+    add("labels", labels)
+    add("extra", extra)
 
-    def unflatten(results: list[torch.Tensor]) -> dict[str, Any]:
+    def unflatten(results: list[Any]) -> dict[str, Any]:
         found = iter(results)
-        return {name: _rebuild(structure, found) for name, structure in where.items()}
+        return {name: _rebuild(structure, found) for name, structure in structures.items()}
 
-    return parts, unflatten
+    return gathers, unflatten
 
 
-def flatten_leaves(name: str, value: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Nested lists and tuples of tensors to (structure, leaves); a leaf's structure is None."""
+def flatten_leaves(name: str, value: Any, read: Callable[[str, Any], Any] | None = None) -> tuple[Any, list[Any]]:
+    """Nested lists and tuples of arrays to (structure, leaves); the structure of a leaf is None."""
     if isinstance(value, list | tuple):
         if name.removeprefix("out.") not in ("kv", "rope"):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{name} must be {'a tensor' if read is None else 'an array'}, got {type(value).__name__}")
         if hasattr(value, "_fields"):
             raise TypeError(f"{name} must be plain tuples or lists of tensors, got {type(value).__name__}")
-        inner = [flatten_leaves(name, v) for v in value]
+        inner = [flatten_leaves(name, v, read) for v in value]
         return (type(value), [s for s, _ in inner]), [leaf for _, leaves in inner for leaf in leaves]
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor or nested tuples of tensors, got {type(value).__name__}")
+    if read is not None:
+        return None, [read(name, value)]
+    arguments.tensor(name, value)
     return None, [value]
 
 
-def _rebuild(structure: Any, leaves: Iterator[torch.Tensor]) -> Any:
+def _rebuild(structure: Any, leaves: Iterator[Any]) -> Any:
     if structure is None:
         return next(leaves)
     kind, inner = structure
@@ -105,16 +135,38 @@ def _rebuild(structure: Any, leaves: Iterator[torch.Tensor]) -> Any:
     return built if kind is list else tuple(built)
 
 
-def _wrong(name: str, x: torch.Tensor, want: str, at: BatchShape) -> ValueError:
-    return ValueError(f"{name} must be {want} to agree with {at.of} {at.describe()}, got {list(x.shape)}")
-
-
-def _part(name: str, x: torch.Tensor, at: BatchShape, batch_dim: int, row_dim: int, want: str, fill: int = 0) -> GatherSpec:
-    if at.batch is None:
-        row_dim, batch_dim = (row_dim - 1 if batch_dim < row_dim else row_dim), -1
-    if not row_dim < x.dim() or x.shape[row_dim] != at.rows or (at.batch is not None and x.shape[batch_dim] != at.batch):
-        raise _wrong(name, x, want, at)
-    return GatherSpec(x, batch_dim, row_dim, fill)
+def _gather_spec(name: str, x: Any, kv_layout: str, at: BatchShape, broadcast: Callable[[Any, Any], Any] | None) -> GatherSpec:
+    """How ``x`` is gathered; raise unless its dtype, device and shape fit the batch."""
+    packed = at.batch is None
+    if at.device is not None:
+        arguments.same_device(name, x, at.device, at.of)
+    if name == "attention_mask" and packed:
+        raise ValueError(f"attention_mask must be None where cu_seqlens is given, got shape {list(x.shape)}")
+    if name == "labels" and not dtype_name(x.dtype).startswith("int"):
+        raise TypeError(f"labels must be signed integers (padding is filled with -100), got {x.dtype}")
+    if name == "hidden":
+        forms: tuple[str, ...] = ("BN" + "D" * (x.ndim - (1 if packed else 2)),)
+    else:
+        forms = _FORMS[kv_layout if name == "kv" else name]
+    choices = [form.replace("B", "").replace("N", "T") if packed else form for form in forms]
+    rows, form = ("T" if packed else "N"), ""
+    for choice in choices:
+        if len(choice) == x.ndim:
+            form = choice
+            break
+    if form and not packed and name in _ONE_FOR_ALL:
+        if "B" not in form:
+            form, x = "B" + form, x[None]
+        if x.shape[form.index("B")] == 1:
+            shape = list(x.shape)
+            shape[form.index("B")] = at.batch
+            x = x.expand(shape) if broadcast is None else broadcast(x, shape)
+    if not form or x.shape[form.index(rows)] != at.rows or (not packed and x.shape[form.index("B")] != at.batch):
+        want = " or ".join(f"[{', '.join(choice)}]" for choice in dict.fromkeys(choices))
+        size = f"T = {at.rows}" if packed else f"B = {at.batch}, N = {at.rows}"
+        hint = f" (S = {rows}; see kv_layout)" if name == "kv" else ""
+        raise ValueError(f"{name} must be {want} with {size} to agree with {at.of}, got {list(x.shape)}{hint}")
+    return GatherSpec(x, form.find("B"), form.index(rows), -100 if name == "labels" else 0)
 
 
 def check_out(out: Any, kind: type, traced: bool) -> None:
@@ -127,101 +179,27 @@ def check_out(out: Any, kind: type, traced: bool) -> None:
         raise ValueError("out cannot be given under torch.compile or torch.export, which plan memory themselves")
 
 
-def _into(name: str, part: GatherSpec, target: torch.Tensor, out_rows: int) -> GatherSpec:
-    shape = list(part.tensor.shape)
-    shape[part.row_dim] = out_rows
-    if list(target.shape) != shape or target.dtype != part.tensor.dtype or target.device != part.tensor.device:
-        want = f"{part.tensor.dtype} {shape} on {part.tensor.device}"
+def _into(name: str, spec: GatherSpec, target: torch.Tensor, out_rows: int) -> GatherSpec:
+    import torch
+
+    shape = list(spec.tensor.shape)
+    shape[spec.row_dim] = out_rows
+    if list(target.shape) != shape or target.dtype != spec.tensor.dtype or target.device != spec.tensor.device:
+        want = f"{spec.tensor.dtype} {shape} on {spec.tensor.device}"
         raise ValueError(f"{name} must be {want}, got {target.dtype} {list(target.shape)} on {target.device}")
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(target.stride())}")
-    if target.untyped_storage().data_ptr() == part.tensor.untyped_storage().data_ptr() and target.numel():
+    if target.untyped_storage().data_ptr() == spec.tensor.untyped_storage().data_ptr() and target.numel():
         raise ValueError(f"{name} must not share memory with the tensor that is read")
-    if torch.is_grad_enabled() and (part.tensor.requires_grad or target.requires_grad):
+    if torch.is_grad_enabled() and (spec.tensor.requires_grad or target.requires_grad):
         raise ValueError(f"{name} cannot be given where a gradient is recorded")
-    return part._replace(out=target)
-
-
-def _trailing(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    return _part(name, x, at, 0, 1, "[B, N, ...] (packed: [T, ...])")
-
-
-def _labels_free(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    return _part(name, x, at, 0, 1, "[B, N] (packed: [T])")
-
-
-def _labels(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    want = "[B, N] (packed: [T])"
-    if x.dim() != (1 if at.batch is None else 2):
-        raise _wrong(name, x, want, at)
-    if x.is_floating_point() or x.is_complex() or x.dtype in (torch.bool, torch.uint8):
-        raise TypeError(f"labels must be signed integers (padding is filled with -100), got {x.dtype}")
-    return _part(name, x, at, 0, 1, want, fill=-100)
-
-
-def _mask(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    want = "[B, N] (a packed batch needs none)"
-    if at.batch is None or x.dim() != 2:
-        raise _wrong(name, x, want, at)
-    return _part(name, x, at, 0, 1, want)
-
-
-def _ids(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    want = "[B, N], [1, N] or [P, B, N] (packed: [T] or [P, T])"
-    flat = 1 if at.batch is None else 2
-    if x.dim() == flat:
-        if at.batch is not None and x.shape[0] == 1:
-            x = x.expand(at.batch, -1)
-        return _part(name, x, at, 0, 1, want)
-    if x.dim() == flat + 1:
-        return _part(name, x, at, 1, 2, want)
-    raise _wrong(name, x, want, at)
-
-
-def _rope(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    want = "[B, N, R], [1, N, R], [N, R] or [P, B, N, R] (packed: [T, R] or [P, T, R])"
-    if at.batch is None:
-        if x.dim() not in (2, 3):
-            raise _wrong(name, x, want, at)
-        return _part(name, x, at, x.dim() - 2, x.dim() - 1, want)
-    if x.dim() == 2:
-        x = x.unsqueeze(0)
-    if x.dim() not in (3, 4):
-        raise _wrong(name, x, want, at)
-    batch_dim = x.dim() - 3
-    if x.shape[batch_dim] == 1:
-        shape = list(x.shape)
-        shape[batch_dim] = at.batch
-        x = x.expand(shape)
-    return _part(name, x, at, batch_dim, batch_dim + 1, want)
-
-
-def _kv_bhsd(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    want = "[B, H, S, Dh] with S = N (packed: [H, T, Dh]; see kv_layout)"
-    if x.dim() != (3 if at.batch is None else 4):
-        raise _wrong(name, x, want, at)
-    return _part(name, x, at, 0, 2, want)
-
-
-def _kv_bshd(name: str, x: torch.Tensor, at: BatchShape) -> GatherSpec:
-    want = "[B, S, H, Dh] with S = N (packed: [T, H, Dh]; see kv_layout)"
-    if x.dim() != (3 if at.batch is None else 4):
-        raise _wrong(name, x, want, at)
-    return _part(name, x, at, 0, 1, want)
-
-
-def batch_shape(name: str, hidden: Any, packed: bool) -> BatchShape:
-    """The rows that a call is about, from its hidden states."""
-    arguments.tensor(name, hidden)
-    if hidden.dim() < (1 if packed else 2):
-        raise ValueError(f"{name} must be {'[T, ...]' if packed else '[B, N, ...]'}, got shape {list(hidden.shape)}")
-    if packed:
-        return BatchShape(None, hidden.shape[0], hidden.device, name)
-    return BatchShape(hidden.shape[0], hidden.shape[1], hidden.device, name)
+    return spec._replace(out=target)
 
 
 def check_keep(keep: Any, at: BatchShape, groups: bool) -> None:
     """Raise unless ``keep`` is int64 ``[B, S]`` (packed ``[T']``), or ``[G, K]`` where groups are listed."""
+    import torch
+
     arguments.tensor("keep", keep)
     if keep.dtype != torch.int64:
         raise TypeError(f"keep must be int64 (or a TopK), got {keep.dtype}")
@@ -268,10 +246,10 @@ def build_result(
 
 def kept_offsets(keep: torch.Tensor, cu_seqlens: Any, rows: int, *, traced: bool) -> torch.Tensor:
     """New offsets of a packed batch from its kept rows, on the device: an item's rows are those inside its old offsets."""
-    if isinstance(cu_seqlens, torch.Tensor) and (traced or cu_seqlens.device.type != "cpu"):
+    if arguments.is_tensor(cu_seqlens) and (traced or cu_seqlens.device.type != "cpu"):
         check_offsets(cu_seqlens)
         old = cu_seqlens
     else:
         old = offsets_on(host_cu_seqlens(cu_seqlens, rows), keep.device, traced=traced)
     old = old.to(keep.device)[:, None]
-    return ((keep >= 0) & (keep < old)).sum(1).to(torch.int32)
+    return ((keep >= 0) & (keep < old)).sum(1).int()

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from .arguments import require_int
+from .arguments import METRICS, one_of, require_int
 from .layout import n_keep
 
-METRICS = ("l2", "l1", "cosine")
 # From the number that a paper prints to "before 0-based block L"; read in the released code of each.
 LAYER_OFFSETS = {
     "v2drop": 0,
@@ -285,11 +284,6 @@ def _plain(name: str, value: Any) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must hold what JSON can, but {error}") from None
     return plain
-
-
-def one_of(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def positive(name: str, value: int) -> None:

@@ -73,10 +73,10 @@ class Dropped(NamedTuple):
 
 
 class GatherSpec(NamedTuple):
-    """One tensor to compact: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1: packed, none)."""
+    """One array to gather: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1: packed, none)."""
 
-    tensor: torch.Tensor
+    tensor: Any
     batch_dim: int
     row_dim: int
-    fill: int = 0  # written, as the tensor's dtype, into empty rows
-    out: torch.Tensor | None = None  # where the result goes; None: a fresh tensor
+    fill: int = 0  # written, as the dtype of the array, into empty rows
+    out: Any = None  # where the result is written; None: a new array

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from .. import native
-from ..core.arguments import host_cu_seqlens, kind
+from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, kind, score_dims, score_shape
 from ..core.layout import TokenLayout, is_packed, n_keep
 from ..core.plan import Plan
-from ..core.types import Compacted, Dropped, TopK
+from ..core.pytree import batch_shape, flatten
+from ..core.types import Compacted, Dropped, GatherSpec, TopK
 from . import arrays
-from .arrays import GatherSpec, code, rounding
+from .arrays import code, rounding
 from .docs import NUMPY, documented
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
@@ -33,7 +34,7 @@ _ON_CUDA = 2  # DLPack's kDLCUDA
 def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype: Any = None, threads: int = 0) -> Any:
     call = _Call(threads)
     a, b = call.read("h_prev", h_prev), call.read("h_cur", h_cur)
-    arrays.pair(a, b, None)
+    array_pair(a, b, None, FLOATS)
     options = code("metric", metric, native.METRICS), rounding(score_dtype)
     scores = call.empty(b.shape[:-1], np.float32)
     source = None, call.numbers(a), call.numbers(b), None, *options
@@ -47,7 +48,8 @@ def segmented_topk(
 ) -> TopK:
     call = _Call(threads)
     x = call.read("scores", scores)
-    arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
+    score_dims(x, is_packed(droppable, cu_seqlens))
+    dtype_in("scores", x, FLOATS)
     source = call.numbers(x, unit_stride=False), None, None, None, 0, 0
     return call.topk(x, source, x.dtype, k, droppable, cu_seqlens, code("order", order, native.ORDERS))
 
@@ -67,7 +69,7 @@ def variation_topk(
 ) -> TopK:
     call = _Call(threads)
     a, b = call.read("h_prev", h_prev), call.read("h_cur", h_cur)
-    arrays.pair(a, b, is_packed(droppable, cu_seqlens))
+    array_pair(a, b, is_packed(droppable, cu_seqlens), FLOATS)
     by = code("order", order, native.ORDERS)
     source = None, call.numbers(a), call.numbers(b), None, code("metric", metric, native.METRICS), rounding(score_dtype)
     return call.topk(b, source, np.float32, k, droppable, cu_seqlens, by)
@@ -90,16 +92,16 @@ def compact(
     call = _Call(threads)
     packed = cu_seqlens is not None
     h = call.read("hidden", hidden)
-    at = arrays.batch_shape("hidden", h, packed)
+    at = batch_shape("hidden", h, packed, call.read)
     rows = call.read("keep", keep.indices if isinstance(keep, TopK) else keep)
     if rows.dtype.kind not in "iu":
         raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     rows = call.xp.ascontiguousarray(rows, dtype=np.int64)
-    parts, unflatten = arrays.flatten(
-        at, call.read, call.broadcast, h, kv_layout, position_ids=position_ids, kv=kv, attention_mask=attention_mask,
-        rope=rope, labels=labels,
+    parts, unflatten = flatten(
+        at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
+        attention_mask=attention_mask, rope=rope, labels=labels, read=call.read, broadcast=call.broadcast,
     )  # fmt: skip
     cu = None
     if packed:
@@ -135,18 +137,19 @@ def drop_tokens(
     ranked: tuple[Any, ...]
     if scores is None:
         before = call.read("h_prev", h_prev)
-        arrays.pair(before, h, packed)
+        array_pair(before, h, packed, FLOATS)
         ranked = None, call.numbers(before), call.numbers(h)
     else:
-        arrays.hidden("h_cur", h, packed)
+        hidden_array("h_cur", h, packed, FLOATS)
         given = call.read("scores", scores)
-        arrays.given_scores(given, h)
+        dtype_in("scores", given, FLOATS)
+        score_shape(given, h)
         ranked = call.numbers(given, unit_stride=False), None, None
     options = code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
-    parts, unflatten = arrays.flatten(
-        arrays.batch_shape("h_cur", h, packed), call.read, call.broadcast, h, kv_layout, position_ids=position_ids, kv=kv,
-        attention_mask=attention_mask, rope=rope, labels=labels,
+    parts, unflatten = flatten(
+        batch_shape("h_cur", h, packed, call.read), hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
+        attention_mask=attention_mask, rope=rope, labels=labels, read=call.read, broadcast=call.broadcast,
     )  # fmt: skip
     keep = call.empty((plan.out_rows,) if packed else (plan.batch, plan.out_rows), np.int64)
     results, described = call.outputs(parts, plan.out_rows)
@@ -224,7 +227,7 @@ class _Call:
     def outputs(self, parts: list[GatherSpec], rows: int) -> tuple[list[Any], list[Any]]:
         """The results with ``rows`` rows, and the descriptions of the parts that fill them."""
         results, described = [], []
-        for x, batch_dim, row_dim, fill in parts:
+        for x, batch_dim, row_dim, fill, _ in parts:
             result = self.empty((*x.shape[:row_dim], rows, *x.shape[row_dim + 1 :]), x.dtype)
             results.append(result)
             described.append((self.view(x), self.view(result), batch_dim, row_dim, fill))

@@ -26,12 +26,13 @@ except ImportError as error:
     ) from error
 
 from .. import native
-from ..core.arguments import host_cu_seqlens
+from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, score_dims, score_shape
 from ..core.layout import TokenLayout, is_packed, n_keep
 from ..core.plan import Plan
-from ..core.types import Compacted, Dropped, TopK
+from ..core.pytree import batch_shape, flatten
+from ..core.types import Compacted, Dropped, GatherSpec, TopK
 from . import arrays
-from .arrays import GatherSpec, code, rounding
+from .arrays import code, rounding
 from .docs import JAX, documented
 
 __all__ = ["TokenLayout", "TopK", "Compacted", "Dropped", "compact", "drop_tokens", "n_keep", "segmented_topk", "variation_score",
@@ -46,14 +47,15 @@ for _name, _handler in _xla.gpu.items():
 @documented(JAX)
 def variation_score(h_prev: Any, h_cur: Any, *, metric: str = "l2", score_dtype: Any = None) -> Any:
     a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
-    arrays.pair(a, b, None)
+    array_pair(a, b, None, FLOATS)
     return _score(code("metric", metric, native.METRICS), rounding(score_dtype), a, b)
 
 
 @documented(JAX)
 def segmented_topk(scores: Any, k: Any, *, cu_seqlens: Any = None, droppable: Any = None, order: str = "position") -> TopK:
     x = _read("scores", scores)
-    arrays.plain_scores(x, is_packed(droppable, cu_seqlens))
+    score_dims(x, is_packed(droppable, cu_seqlens))
+    dtype_in("scores", x, FLOATS)
     plan, _ = arrays.planned("topk", x, k, droppable, cu_seqlens)
     return TopK(*_topk(_Select(plan, code("order", order, native.ORDERS), 0, 0), (x,)))
 
@@ -71,7 +73,7 @@ def variation_topk(
     score_dtype: Any = None,
 ) -> TopK:
     a, b = _read("h_prev", h_prev), _read("h_cur", h_cur)
-    arrays.pair(a, b, is_packed(droppable, cu_seqlens))
+    array_pair(a, b, is_packed(droppable, cu_seqlens), FLOATS)
     options = code("order", order, native.ORDERS), code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, _ = arrays.planned("topk", b, k, droppable, cu_seqlens)
     return TopK(*_topk(_Select(plan, *options), (a, b)))
@@ -92,22 +94,22 @@ def compact(
 ) -> Compacted:
     packed = cu_seqlens is not None
     h = _read("hidden", hidden)
-    at = arrays.batch_shape("hidden", h, packed)
+    at = batch_shape("hidden", h, packed, _read)
     rows = _read("keep", keep.indices if isinstance(keep, TopK) else keep)
     if rows.dtype.kind not in "iu":
         raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     rows = rows.astype(jnp.int32)
-    parts, unflatten = arrays.flatten(
-        at, _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv, attention_mask=attention_mask, rope=rope,
-        labels=labels,
+    parts, unflatten = flatten(
+        at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
+        attention_mask=attention_mask, rope=rope, labels=labels, read=_read, broadcast=jnp.broadcast_to,
     )  # fmt: skip
     cu = None
     if packed:
         old = jnp.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), jnp.int32)
         cu = ((rows >= 0) & (rows < old[:, None])).sum(1, dtype=jnp.int32)
-    results = _gather(_Move.of(parts, at.rows, at.batch or 1), rows, tuple(part.array for part in parts))
+    results = _gather(_Move.of(parts, at.rows, at.batch or 1), rows, tuple(part.tensor for part in parts))
     return Compacted(keep=rows, cu_seqlens=cu, **unflatten(list(results)))
 
 
@@ -133,21 +135,22 @@ def drop_tokens(
     h = _read("h_cur", h_cur)
     if scores is None:
         before = _read("h_prev", h_prev)
-        arrays.pair(before, h, packed)
+        array_pair(before, h, packed, FLOATS)
         ranked: tuple[Any, ...] = before, h
     else:
-        arrays.hidden("h_cur", h, packed)
+        hidden_array("h_cur", h, packed, FLOATS)
         given = _read("scores", scores)
-        arrays.given_scores(given, h)
+        dtype_in("scores", given, FLOATS)
+        score_shape(given, h)
         ranked = (given,)
     options = code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
-    parts, unflatten = arrays.flatten(
-        arrays.batch_shape("h_cur", h, packed), _read, jnp.broadcast_to, h, kv_layout, position_ids=position_ids, kv=kv,
-        attention_mask=attention_mask, rope=rope, labels=labels,
+    parts, unflatten = flatten(
+        batch_shape("h_cur", h, packed, _read), hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
+        attention_mask=attention_mask, rope=rope, labels=labels, read=_read, broadcast=jnp.broadcast_to,
     )  # fmt: skip
     move = _Move.of(parts, plan.rows, plan.batch)
-    keep, results = _drop(_Select(plan, 0, *options), move, ranked, tuple(part.array for part in parts))
+    keep, results = _drop(_Select(plan, 0, *options), move, ranked, tuple(part.tensor for part in parts))
     keep = keep[0] if packed else keep
     fields = unflatten(list(results))
     if plan.ragged and not packed:

@@ -20,8 +20,6 @@ from ...core.types import TopK
 from ..variation_score import variation_score
 from .torch_op import OP
 
-ORDERS = ("position", "score")
-
 
 def segmented_topk(
     scores: torch.Tensor,
@@ -82,7 +80,7 @@ def segmented_topk(
         raise ValueError(f"scores must be {want}, got shape {list(scores.shape)}")
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
-    arguments.one_of("order", order, ORDERS)
+    arguments.one_of("order", order, arguments.ORDERS)
     if droppable is not None:
         check_device(droppable, scores.device, "scores")
     runner = resolve_backend(OP, scores, backend)
@@ -138,7 +136,7 @@ def variation_topk(
     """
     arguments.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
     arguments.score_options(metric, score_dtype)
-    arguments.one_of("order", order, ORDERS)
+    arguments.one_of("order", order, arguments.ORDERS)
     if droppable is not None:
         check_device(droppable, h_cur.device, "h_cur")
     runner = resolve_backend(OP, h_cur, backend)
