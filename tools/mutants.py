@@ -47,7 +47,7 @@ MUTANTS = [
     # Argument checks.
     Mutant("spans may overlap by one", ARGUMENTS, "        if start < at:", "        if start < at - 1:", ERRORS),
     Mutant("a span may end one row late", ARGUMENTS, "start < lo or stop > hi:", "start < lo or stop > hi + 1:", ERRORS),
-    Mutant("hidden states may have more dimensions", ARGUMENTS, "elif h.dim() != (2 if", "elif h.dim() < (2 if", ERRORS),
+    Mutant("hidden states may have more dimensions", ARGUMENTS, "elif h.ndim != (2 if", "elif h.ndim < (2 if", ERRORS),
     Mutant("k may be a bool tensor", ARGUMENTS, "k.is_complex() or k.dtype == torch.bool or", "k.is_complex() or", ERRORS),
     Mutant("cu_seqlens may end early", ARGUMENTS, "and cu[-1] != total", "and cu[-1] > total", ERRORS),
     Mutant("k may be a bool", ARGUMENTS, "if isinstance(x, bool) or not is_int(x)", "if not is_int(x)", ERRORS),
@@ -68,8 +68,8 @@ MUTANTS = [
     ),
     Mutant("a selection is as wide as k", PLAN, "ks = tuple(min(x, s.available) for", "ks = tuple(min(x, s.n) for", TOPK),
     Mutant(
-        "a dropped item begins at its padding", PLAN,
-        "(out_rows - c, out_rows) if left else (0, c)", "(0, c) if left else (0, c)", DROP,
+        "a dropped item begins at its padding", "v2drop_kernels/core/layout.py",
+        "tuple((out_rows - n, out_rows) if left else (0, n)", "tuple((0, n) if left else (0, n)", DROP,
     ),
     # New positions.
     Mutant("packed ids run on into the next item", POSITIONS, "rows, right=True)", "rows, right=False)", f"{COMPACT} {DROP}"),
