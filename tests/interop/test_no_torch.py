@@ -16,7 +16,8 @@ import v2drop_kernels
 
 PAGE = Path(__file__).parents[2] / "docs" / "linking.md"
 TORCH_NAMES = sorted(
-    set(v2drop_kernels.__all__) - {"Compacted", "Dropped", "Schedule", "Stage", "TokenLayout", "TopK", "n_keep", "positions", "schedule"}
+    set(v2drop_kernels.__all__)
+    - {"Compacted", "Dropped", "Schedule", "Stage", "TokenLayout", "TopK", "n_keep", "positions", "schedule"}
 )
 
 
