@@ -24,7 +24,7 @@ FLOORS = [
     {"ops"},
     {"reference"},
     {"__init__"},
-    {"models", "schedule", "__main__", "plot", "demo", "_demo_model"},
+    {"models", "schedule", "__main__", "plot", "demo", "_demo_model", "_steps"},
     {"bench", "tests", "examples"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
