@@ -1,4 +1,4 @@
-"""Where the C library of this installation lies, for programs that link it: ``python -m v2drop_kernels config``.
+"""Where the C library of this installation is, for programs that link it: ``python -m v2drop_kernels config``.
 
 Needs neither torch nor NumPy. The folders hold what ``cmake --install`` gives: ``include``, ``lib``, ``lib/cmake`` and
 ``lib/pkgconfig``.

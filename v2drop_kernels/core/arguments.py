@@ -154,7 +154,7 @@ def query_and_keys(q: Any, k: Any, layout: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def head_reduction(heads: Any, h: int) -> None:
-    """Raise unless ``heads`` says how ``h`` heads become one."""
+    """Raise unless ``heads`` is a way to reduce ``h`` heads to one."""
     if isinstance(heads, bool) or not isinstance(heads, int):
         one_of("heads", heads, ("mean", "sum", "max"))
     elif not 1 <= heads <= h:

@@ -1,4 +1,4 @@
-"""Host-side facts: where the droppable tokens of a batch lie, and how many of them are kept.
+"""Where the droppable tokens of a batch are, and how many of them are kept, as integers on the host.
 
 A *segment* is a contiguous run of tokens that shares one budget: a batch item, or one image of an item. Everything here is
 integers on the host, so that the shapes of results need no synchronisation. torch is imported only where a tensor is at hand.
@@ -21,7 +21,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> int:
-    """Turn a keep ratio into a count; the one place where that happens.
+    """Turn a keep ratio into a count. Every ratio in this package is converted here.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
     Raises
     ------
     ValueError
-        ``n`` or ``at_least`` is no int >= 0, ``ratio`` lies outside [0, 1], or ``rounding`` is unknown.
+        ``n`` or ``at_least`` is not an int >= 0, ``ratio`` lies outside [0, 1], or ``rounding`` is unknown.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
 
 
 class DroppableSpan(NamedTuple):
-    """One competition: ``n`` rows from flat row ``row`` on, of which ``available`` are droppable."""
+    """``n`` rows from row ``row`` of the whole batch on, of which ``available`` are droppable and share one budget."""
 
     item: int
     row: int
@@ -91,7 +91,7 @@ class TokenLayout:
     padding_side : {"right", "left"}
         Where ragged results are padded.
     mask : Tensor | None
-        bool ``[B, N]`` or ``[T]`` on the device: within each item the True rows share one budget, wherever they lie.
+        bool ``[B, N]`` or ``[T]`` on the device: within each item the True rows share one budget, wherever they are.
     counts : tuple | None
         With ``mask``: how many rows of each item are True.
     """
@@ -240,7 +240,7 @@ class TokenLayout:
         token_id : int
             The placeholder (``config.image_token_id``).
         attention_mask : Tensor, optional
-            ``[B, N]``, 0 on padding, which must all lie on ``padding_side``.
+            ``[B, N]``, 0 on padding, which must all be on ``padding_side``.
         """
         check_padding_side(padding_side)
         if not is_tensor(input_ids) or input_ids.dim() != 2:
@@ -306,7 +306,7 @@ class TokenLayout:
         return replace(layout, spans=((),) * self.batch, counts=counts)
 
     def droppable_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """bool ``[B, N]`` (``[T]`` packed): which rows compete."""
+        """bool ``[B, N]`` (``[T]`` packed): which rows are droppable."""
         import torch
 
         if self.mask is not None:
@@ -328,7 +328,7 @@ class TokenLayout:
         return rows.to(device)
 
     def segments(self) -> list[DroppableSpan]:
-        """The competitions, item by item and span by span; ``k`` lists are in this order."""
+        """The droppable spans, item by item; lists of ``k`` have this order."""
         found = []
         for i, (lo, hi) in enumerate(self.bounds):
             if self.counts is not None:
@@ -341,7 +341,7 @@ class TokenLayout:
 
 
 def whole(batch: int, rows: int) -> TokenLayout:
-    """Every token of a padded batch competes."""
+    """Layout of a padded batch in which every token is droppable."""
     return TokenLayout((((0, rows),),) * batch, rows, ((0, rows),) * batch)
 
 
@@ -388,7 +388,7 @@ def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
 
 
 def check_device(droppable: Any, device: torch.device, of: str) -> None:
-    """Raise unless a mask lies on the device of the argument ``of``."""
+    """Raise unless a mask is on the device of the argument ``of``."""
     mask = droppable.mask if isinstance(droppable, TokenLayout) else droppable
     if is_tensor(mask) and mask.device != device:
         raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")

@@ -1,8 +1,8 @@
 """The plan that a backend executes, and how a call's arguments become one.
 
-A *stretch* is what a kernel works on: ``pre`` kept rows, ``n`` competing rows of which ``k`` survive, ``post`` kept rows. The
-stretches of an item tile its rows in the input and in the output, so one table of integers describes a whole ragged batch.
-All of it is integer arithmetic on the host, which ``torch.compile`` can trace with symbolic sizes.
+A kernel works on *segments*: ``n_prefix`` rows that are kept, ``n`` competing rows of which ``k`` are kept, and ``n_suffix`` rows
+that are kept. The segments of an item cover its rows in the input and in the output without gaps, so one table of integers
+describes a whole ragged batch. Everything is integer arithmetic on the host, which ``torch.compile`` can trace with symbolic sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ if TYPE_CHECKING:  # plans are made for NumPy and JAX too: torch is imported whe
 
 
 class Segment(NamedTuple):
-    """One row of a plan's table. Row numbers count over the whole batch, and padding rows are written but not read."""
+    """One row of a plan's table.
+
+    Attributes
+    ----------
+    src_start, dst_start : int
+        First row in the input and in the output, counted over the whole batch.
+    n_prefix, n_suffix : int
+        Rows before and after the competing ones, which are kept.
+    n, k : int
+        Competing rows, and how many of them are kept.
+    pad_before, pad_after : int
+        Padding rows of the output around the kept rows; ``dst_start`` is the first of ``pad_before``.
+    """
 
     src_start: int
     n_prefix: int
@@ -47,9 +59,9 @@ class Plan:
     out_rows : int
         Output rows of each batch entry; for top-k the width ``K`` of the ``[groups, K]`` result.
     groups : int
-        Number of stretches.
+        Number of segments.
     uniform : tuple | None
-        ``(pre, n, post, k)`` when every batch entry is one such stretch starting at its first row.
+        ``(n_prefix, n, n_suffix, k)`` when every batch entry is one such segment that starts at its first row.
     table : tuple | None
         Otherwise ``groups * 8`` ints: the fields of one :class:`Segment` after another.
     """
@@ -63,7 +75,7 @@ class Plan:
 
     @functools.cached_property
     def max_n(self) -> int:
-        """The largest competition."""
+        """The largest number of competing rows in a segment."""
         if self.uniform is not None:
             return self.uniform[1]
         return max(self.column("n"), default=0)
@@ -72,8 +84,8 @@ class Plan:
     def ragged(self) -> bool:
         """Whether some output rows are padding."""
         if self.uniform is not None:
-            pre, _, post, k = self.uniform
-            return pre + k + post < self.out_rows
+            n_prefix, _, n_suffix, k = self.uniform
+            return n_prefix + k + n_suffix < self.out_rows
         return any(self.column("pad_before")) or any(self.column("pad_after"))
 
     def column(self, name: str) -> Sequence[int]:
@@ -84,9 +96,9 @@ class Plan:
         """``table``, spelt out where the plan is uniform."""
         if self.uniform is None:
             return self.table
-        pre, n, post, k = self.uniform
-        pad = self.out_rows - pre - k - post
-        return [x for g in range(self.groups) for x in Segment(g * self.rows, pre, n, post, k, g * self.out_rows, 0, pad)]
+        n_prefix, n, n_suffix, k = self.uniform
+        pad = self.out_rows - n_prefix - k - n_suffix
+        return [x for g in range(self.groups) for x in Segment(g * self.rows, n_prefix, n, n_suffix, k, g * self.out_rows, 0, pad)]
 
     @functools.cached_property
     def _host_table(self) -> torch.Tensor:
@@ -103,7 +115,7 @@ class Plan:
         return self._host_table
 
     def device_table(self, device: torch.device) -> torch.Tensor:
-        """The table on ``device``, copied once: the first call must lie outside a CUDA graph capture."""
+        """The table on ``device``, copied once: the first call must be made outside a CUDA graph capture."""
         found = self._device_tables.get(device)
         if found is None:
             found = self._device_tables[device] = self._host_table.to(device)
@@ -112,10 +124,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class CuPlan:
-    """A packed plan whose lengths only the device knows: stretch ``g`` is rows ``cu[g]`` to ``cu[g + 1]``.
+    """A packed plan whose lengths are known on the device only: segment ``g`` is rows ``cu[g]`` to ``cu[g + 1]``.
 
     It keeps ``min(ks[g], length)`` rows. ``pack=False`` (top-k) gives every group ``out_rows`` slots; ``pack=True`` (drop)
-    lays the kept rows end to end in a capacity of ``out_rows``. Wrong offsets are clamped into the tensor.
+    puts the kept rows one after another into a capacity of ``out_rows``. Wrong offsets are clamped into the tensor.
     """
 
     rows: int
@@ -133,14 +145,14 @@ class CuPlan:
     def resolve(self, cu: Sequence[int]) -> Plan:
         """The same plan once the offsets are known on the host, with this plan's capacity."""
         table: list[int] = []
-        out0 = 0
+        dst = 0
         for g, k in enumerate(self.ks):
             n = cu[g + 1] - cu[g]
             k = min(k, n)
             last = g == self.groups - 1
-            pad = (self.out_rows - out0 - k if last else 0) if self.pack else self.out_rows - k
-            table += Segment(cu[g], 0, n, 0, k, out0 if self.pack else g * self.out_rows, 0, pad)
-            out0 += k
+            pad = (self.out_rows - dst - k if last else 0) if self.pack else self.out_rows - k
+            table += Segment(cu[g], 0, n, 0, k, dst if self.pack else g * self.out_rows, 0, pad)
+            dst += k
         return Plan(1, self.rows, self.out_rows, self.groups, None, tuple(table))
 
 
@@ -176,7 +188,7 @@ def topk_plan(layout: TokenLayout, ks: tuple[int, ...]) -> Plan:
 
 
 class DropPlan(NamedTuple):
-    """A plan with what the caller needs beside it: cumulative kept rows per item, and the layout of the result."""
+    """A plan, the cumulative number of kept rows per item, and the layout of the result."""
 
     plan: Plan
     cu: tuple[int, ...]
@@ -185,48 +197,46 @@ class DropPlan(NamedTuple):
 
 def drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> DropPlan:
     """Plan of a drop: the droppable tokens compete, all other real rows are kept."""
+    after = layout.after_keeping(ks)
+    kept = [hi - lo for lo, hi in after.bounds]
+    packed, left, out_rows = layout.is_packed, layout.padding_side == "left", after.rows
     by_item: list[list[tuple[DroppableSpan, int]]] = [[] for _ in layout.bounds]
-    for s, x in zip(layout.segments(), ks, strict=True):
-        by_item[s.item].append((s, x))
-    stretches: list[list[int]] = []  # row0, pre, n, post, k, item
+    for s, k in zip(layout.segments(), ks, strict=True):
+        by_item[s.item].append((s, k))
+
+    segments: list[Segment] = []
+    dst = 0
     for i, (lo, hi) in enumerate(layout.bounds):
-        at = lo if layout.is_packed else i * layout.rows + lo
-        end = at + (hi - lo)
-        for s, x in by_item[i]:
-            forced = s.n - s.available  # rows of a mask that are not droppable
-            stretches.append([at, s.row - at, s.n, 0, min(x, s.available) + forced, i])
-            at = s.row + s.n
-        if by_item[i]:
-            stretches[-1][3] = end - at
-        else:
-            stretches.append([at, end - at, 0, 0, 0, i])
-    kept = [0] * layout.batch
-    for _, pre, _, post, x, i in stretches:
-        kept[i] += pre + x + post
-    cu = [0]
-    for c in kept:
-        cu.append(cu[-1] + c)
-
-    packed, left = layout.is_packed, layout.padding_side == "left"
-    out_rows = cu[-1] if packed else max(kept, default=0)
-    batch = 1 if packed else layout.batch
-    table: list[int] = []
-    previous = -1
-    out0 = 0
-    for j, (row0, pre, n, post, x, i) in enumerate(stretches):
+        row = lo if packed else i * layout.rows + lo
+        end = row + (hi - lo)
         pad = 0 if packed else out_rows - kept[i]
-        first, last = i != previous, j + 1 == len(stretches) or stretches[j + 1][5] != i
-        pad_pre, pad_post = (pad if left and first else 0), (pad if not left and last else 0)
-        table += Segment(row0, pre, n, post, x, out0, pad_pre, pad_post)
-        out0 += pad_pre + pre + x + post + pad_post
-        previous = i
+        own = []  # the segments of this item, before its padding and its last rows are known
+        for s, k in by_item[i]:
+            forced = s.n - s.available  # rows of a mask that are not droppable
+            own.append(Segment(row, s.row - row, s.n, 0, min(k, s.available) + forced, 0, 0, 0))
+            row = s.row + s.n
+        if own:
+            own[-1] = own[-1]._replace(n_suffix=end - row)
+        else:
+            own.append(Segment(row, end - row, 0, 0, 0, 0, 0, 0))
+        if left:
+            own[0] = own[0]._replace(pad_before=pad)
+        else:
+            own[-1] = own[-1]._replace(pad_after=pad)
+        for segment in own:
+            segments.append(segment._replace(dst_start=dst))
+            dst += segment.pad_before + segment.n_prefix + segment.k + segment.n_suffix + segment.pad_after
 
-    plan = Plan(batch, layout.rows, out_rows, len(stretches), None, tuple(table))
-    return DropPlan(_simplify(plan), tuple(cu), layout.after_keeping(ks))
+    cu = [0]
+    for n in kept:
+        cu.append(cu[-1] + n)
+    table = tuple(x for segment in segments for x in segment)
+    plan = Plan(1 if packed else layout.batch, layout.rows, out_rows, len(segments), None, table)
+    return DropPlan(_simplify(plan), tuple(cu), after)
 
 
 def _simplify(plan: Plan) -> Plan:
-    """The uniform form of a table that says the same about every batch entry."""
+    """The uniform form of a plan whose segments are alike in every batch entry; otherwise the plan itself."""
     if plan.groups != plan.batch or plan.groups == 0:
         return plan
     segments = [Segment(*plan.table[i : i + WIDTH]) for i in range(0, len(plan.table), WIDTH)]
@@ -236,7 +246,7 @@ def _simplify(plan: Plan) -> Plan:
 
 
 class Resolved(NamedTuple):
-    """What a call resolves to: a plan, the droppable mask, the offsets if only the device knows them, the result's facts."""
+    """A plan, the droppable mask, the offsets if only the device has them, and the offsets and layout of the result."""
 
     plan: Plan | CuPlan
     mask: torch.Tensor | None
@@ -248,7 +258,7 @@ class Resolved(NamedTuple):
 def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *, traced: bool) -> Resolved:
     """The plan of ``op`` ("topk" or "drop") on ``h`` (``[B, N, ...]`` or packed ``[T, ...]``).
 
-    ``traced``: sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
+    With ``traced``, sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
     """
     packed = is_packed(droppable, cu_seqlens)
     everywhere_alike = not packed and h.shape[0] > 0 and (droppable is None or (op == "drop" and is_pair(droppable)))
@@ -275,7 +285,7 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
         plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
         return Resolved(plan, layout.mask, None, None, None)
     plan, out_cu, after = drop_plan(layout, ks) if traced else _cached_drop_plan(layout, ks)
-    # A layout is no tensor, so a traced graph cannot return one.
+    # A layout is not a tensor, so a traced graph cannot return one.
     return Resolved(plan, layout.mask, None, out_cu if packed else None, None if traced else after)
 
 

@@ -19,14 +19,14 @@ MODES = ("persistent", "compacted", "group")
 
 
 def group_position_ids(layout: TokenLayout, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Group ids of the *input* rows: int64 ``[B, N]`` (``[T]`` packed); 0 on padding. Hand them on as persistent ids.
+    """Group ids of the *input* rows: int64 ``[B, N]`` (``[T]`` packed); 0 on padding. Pass them on as persistent ids.
 
     Parameters
     ----------
     layout : TokenLayout
-        Where the droppable tokens lie.
+        Where the droppable tokens are.
     device : device
-        Where the ids are wanted.
+        The device of the result.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What travels together: the results of the public ops, and the one internal record of the compaction."""
+"""The results of the public ops, and the internal description of an array to gather."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class TopK(NamedTuple):
 
 
 class Compacted(NamedTuple):
-    """Everything that was given to the compaction, with only the kept rows left.
+    """The arrays that were given to the compaction, with the kept rows only.
 
     ``S`` is the new number of rows per item; shorter items are padded (zeros, mask 0, labels -100) on the layout's
-    padding side. Packed input comes back packed, ``[T', ...]``, with new ``cu_seqlens``. What was not given is None.
+    padding side. Packed input comes back packed, ``[T', ...]``, with new ``cu_seqlens``. Fields that were not given are None.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Compacted(NamedTuple):
     cu_seqlens : Tensor | None
         int32 ``[B + 1]`` of the packed result.
     layout : TokenLayout | None
-        Where the surviving droppable tokens now lie: the ``droppable=`` of the next stage.
+        Positions of the kept droppable tokens in the result: the ``droppable=`` of the next stage.
     """
 
     hidden: torch.Tensor | None
@@ -73,7 +73,7 @@ class Dropped(NamedTuple):
 
 
 class GatherSpec(NamedTuple):
-    """One array to gather: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1: packed, none)."""
+    """One array to gather: rows lie along ``row_dim``, batch entries along ``batch_dim`` (-1 when packed)."""
 
     tensor: Any
     batch_dim: int

@@ -1,7 +1,7 @@
 """The ops for NumPy arrays, and for any array that NumPy or CuPy reads without a copy; torch need not be installed.
 
 An argument is an array with ``__array_interface__``, ``__dlpack__`` or ``__cuda_array_interface__``. Results are NumPy arrays;
-where the arguments lie in the memory of a GPU they are CuPy arrays, and the work is enqueued on CuPy's current stream.
+for arguments in GPU memory they are CuPy arrays, and the work is enqueued on CuPy's current stream.
 Names, arguments, results, order and ties are those of the torch functions, and so is every bit of a result on a CPU.
 bfloat16 is what the package ml_dtypes registers. There are no gradients here: see v2drop_kernels.jax for those.
 """
@@ -164,15 +164,15 @@ def drop_tokens(
 
 
 class _Call:
-    """One call: where its arrays lie, and how the library is called there."""
+    """One call: whether its arrays are in host or in GPU memory, and how the library is called for them."""
 
     def __init__(self, threads: int) -> None:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
             raise (ValueError if isinstance(threads, int) else TypeError)(f"threads must be an int >= 0, got {kind(threads)}")
         self.threads = threads
-        self.first = ""  # the argument that says where the arrays lie
+        self.first = ""  # the argument that decides where the arrays must be
         self.on_gpu = False
-        self.alive: list[Any] = []  # what the library is told about
+        self.alive: list[Any] = []  # arrays whose addresses the library gets
 
     @property
     def xp(self) -> Any:
@@ -197,7 +197,7 @@ class _Call:
         return array
 
     def numbers(self, x: Any, *, unit_stride: bool = True) -> Any:
-        """The description of an array that the library reads as numbers; of a copy if it lies in a way that cannot be read."""
+        """The description of an array that the library reads as numbers; of a copy if it is not aligned or contiguous enough."""
         if _address(x) % x.itemsize or (unit_stride and x.shape[-1] > 1 and x.strides[-1] != x.itemsize):
             x = x.copy(order="C")
         return self.view(x)

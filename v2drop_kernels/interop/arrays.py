@@ -38,7 +38,7 @@ def host_ints(name: str, x: Any) -> Any:
 
 
 def planned(op: str, h: Any, k: Any, droppable: Any, cu_seqlens: Any) -> tuple[Plan, Resolved]:
-    """The plan of ``op`` ("topk" or "drop") on ``h``, and what it says about the result."""
+    """The plan of ``op`` ("topk" or "drop") on ``h``, and what is known about the result."""
     if isinstance(droppable, TokenLayout):
         if droppable.mask is not None:
             raise TypeError("droppable must be spans or a TokenLayout of spans here, got a TokenLayout with a mask")

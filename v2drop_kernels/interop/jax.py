@@ -173,7 +173,7 @@ class _Select(NamedTuple):
 
 
 class _Move(NamedTuple):
-    """How parts are gathered: where their rows lie, and how many there are; the static arguments of a call."""
+    """How arrays are gathered: their row and batch dimensions and the number of rows; the static arguments of a call."""
 
     batch_dims: tuple[int, ...]
     row_dims: tuple[int, ...]
@@ -313,7 +313,7 @@ def _numbers(**given: int) -> dict[str, Any]:
 
 
 def _pairs(rows: Any) -> Any:
-    """int32 rows as the words of int64 ones, which JAX does not have unless told so."""
+    """int32 rows as the words of int64 ones, which JAX has only with ``jax_enable_x64``."""
     return jnp.stack([rows, rows >> 31], axis=-1)
 
 
