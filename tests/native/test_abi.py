@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from v2drop_kernels import native
+from v2drop_kernels.core.arguments import METRICS
+from v2drop_kernels.core.plan import Segment
 
 ROOT = Path(__file__).resolve().parents[2]
 THEN = ROOT / "csrc/tests/abi/v2drop_0_1_0.h"
@@ -69,3 +71,11 @@ def test_symbols_are_still_exported():
     library = Path(native.lib().__file__).parent / "lib/libv2drop.so"
     done = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
     assert set(SYMBOLS.read_text().split()) <= {line.split()[-1] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.skipif(not native.available()[0], reason="the native library is not built")
+def test_the_package_uses_the_names_of_the_library():
+    """The plan and the argument checks work without the library, so they name columns and metrics themselves."""
+    assert Segment._fields == native.SEGMENT_FIELDS
+    assert set(native.METRICS) == set(METRICS)
+    assert list(native.METRICS.values()) == list(range(len(METRICS)))
