@@ -16,7 +16,6 @@ from v2drop_kernels.backends.requests import (
     DropRequest,
     KeyNormRequest,
     ScoreBackwardRequest,
-    ScoreRequest,
     Source,
     TopKRequest,
 )
@@ -70,7 +69,7 @@ SCORES = [
 @pytest.mark.parametrize(("metric", "d", "dtype", "score_dtype"), SCORES, ids=lambda x: str(x).removeprefix("torch."))
 def test_variation_score(target, metric, d, dtype, score_dtype):
     with recorded(target) as launches:
-        variation_score(ScoreRequest(Source(None, hidden(576, d, dtype), hidden(576, d, dtype), None, metric, score_dtype)))
+        variation_score(Source(None, hidden(576, d, dtype), hidden(576, d, dtype), None, metric, score_dtype))
     (score,) = launches
     compiled = compile_for(target, score)
     assert not has_pdl(compiled)

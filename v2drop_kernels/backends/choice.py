@@ -172,10 +172,18 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
 
     An eager call reaches the implementation directly, which saves the microseconds of the dispatcher.
     """
-    name = resolve_name(tensor, argument, dtype)
-    if op.traced is not None and name in op.kernels and is_traced(tensor):
+    kind, dtype = tensor.device.type, dtype or tensor.dtype
+    if not is_traced(tensor):
+        return _chosen_runner(op, kind, dtype, forced_name(argument))
+    name = traced_choice(kind, dtype, argument)
+    if op.traced is not None and name in op.kernels:
         return Runner(name, functools.partial(op.traced, name), True)
     return runner_of(op, name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen_runner(op: Op, kind: str, dtype: torch.dtype, forced: str | None) -> Runner:
+    return runner_of(op, choose_name(kind, dtype, forced))
 
 
 @functools.lru_cache(maxsize=256)

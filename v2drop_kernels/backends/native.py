@@ -110,7 +110,16 @@ def readable(source: Source) -> Source:
 def source_view(source: Source) -> tuple[Any, ...]:
     """A source as the library reads it."""
     scores, h_prev, h_cur, mask, metric, score_dtype = source
-    return (maybe_view(scores), maybe_view(h_prev), maybe_view(h_cur), maybe_view(mask), *score_code(metric, score_dtype))
+    code, rounding = score_code(metric, score_dtype)
+    # Written out, for this is on the way of every call.
+    return (
+        None if scores is None else (scores.data_ptr(), _DTYPES[scores.dtype], scores.shape, scores.stride()),
+        None if h_prev is None else (h_prev.data_ptr(), _DTYPES[h_prev.dtype], h_prev.shape, h_prev.stride()),
+        None if h_cur is None else (h_cur.data_ptr(), _DTYPES[h_cur.dtype], h_cur.shape, h_cur.stride()),
+        None if mask is None else (mask.data_ptr(), _DTYPES[mask.dtype], mask.shape, mask.stride()),
+        code,
+        rounding,
+    )
 
 
 def _fill_bits(dtype: torch.dtype, fill: int) -> int:

@@ -15,7 +15,7 @@ from ..core.types import GatherSpec
 
 
 class Source(NamedTuple):
-    """What rows are ranked by: ``scores``, or else the change from ``h_prev`` to ``h_cur``.
+    """What rows are ranked by: ``scores``, or else the change from ``h_prev`` to ``h_cur``; the request of variation_score.
 
     Attributes
     ----------
@@ -39,18 +39,8 @@ class Source(NamedTuple):
     score_dtype: torch.dtype | None = None
 
 
-class Budget(NamedTuple):
-    """The arguments of a selection as the caller gave them: the reference reads these, so that it is independent of the plan."""
-
-    k: Any
-    droppable: Any
-    cu_seqlens: Any
-
-
-class ScoreRequest(NamedTuple):
-    """variation_score: the scores ``[B, N]`` or ``[T]`` of a source."""
-
-    source: Source
+# k, droppable and cu_seqlens as the caller gave them: the reference reads these, so that it is independent of the plan.
+Budget = tuple[Any, Any, Any]
 
 
 class ScoreBackwardRequest(NamedTuple):

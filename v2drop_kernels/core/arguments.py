@@ -281,3 +281,15 @@ def kind(x: Any) -> str:
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} tensor of shape {tuple(x.shape)}"
     return f"{type(x).__name__} {x!r}"
+
+
+def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
+    """Whether a call is about a packed batch: it has offsets, or its layout is packed."""
+    return cu_seqlens is not None or bool(getattr(droppable, "is_packed", False))
+
+
+def check_device(droppable: Any, device: torch.device, of: str) -> None:
+    """Raise unless a mask, or that of a layout, is on the device of the argument ``of``."""
+    mask = droppable if is_tensor(droppable) else getattr(droppable, "mask", None)
+    if is_tensor(mask) and mask.device != device:
+        raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")

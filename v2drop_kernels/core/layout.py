@@ -382,18 +382,6 @@ def layout_of(droppable: Any, batch: int | None, rows: int, cu_seqlens: Any) -> 
     return as_layout(droppable, 0, rows, host_cu_seqlens(cu_seqlens, rows))
 
 
-def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
-    """Whether a call is about a packed batch."""
-    return cu_seqlens is not None or (isinstance(droppable, TokenLayout) and droppable.is_packed)
-
-
-def check_device(droppable: Any, device: torch.device, of: str) -> None:
-    """Raise unless a mask is on the device of the argument ``of``."""
-    mask = droppable.mask if isinstance(droppable, TokenLayout) else droppable
-    if is_tensor(mask) and mask.device != device:
-        raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")
-
-
 def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str) -> tuple[tuple[int, int], ...]:
     if lengths is None:
         return ((0, rows),) * batch

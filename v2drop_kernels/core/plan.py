@@ -12,8 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arguments import check_offsets, check_spans, host_cu_seqlens, is_int, is_pair, is_tensor, per_segment_k, require_int
-from .layout import DroppableSpan, TokenLayout, as_layout, is_packed
+from .arguments import (
+    check_offsets,
+    check_spans,
+    host_cu_seqlens,
+    is_int,
+    is_packed,
+    is_pair,
+    is_tensor,
+    per_segment_k,
+    require_int,
+)
+from .layout import DroppableSpan, TokenLayout, as_layout
 
 if TYPE_CHECKING:  # plans are made for NumPy and JAX too: torch is imported where a tensor is made
     import torch

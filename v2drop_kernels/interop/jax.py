@@ -26,8 +26,8 @@ except ImportError as error:
     ) from error
 
 from .. import native
-from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, score_dims, score_shape
-from ..core.layout import TokenLayout, is_packed, n_keep
+from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, is_packed, score_dims, score_shape
+from ..core.layout import TokenLayout, n_keep
 from ..core.plan import Plan
 from ..core.pytree import batch_shape, flatten
 from ..core.types import Compacted, Dropped, GatherSpec, TopK

@@ -9,8 +9,8 @@ import torch
 from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import CompactRequest
 from ...core import arguments, pytree
-from ...core.arguments import per_segment_k
-from ...core.layout import TokenLayout, check_device, is_packed, layout_of
+from ...core.arguments import check_device, is_packed, per_segment_k
+from ...core.layout import TokenLayout, layout_of
 from ...core.types import Compacted, TopK
 from .gradient import recorded
 from .torch_op import INPLACE, OP

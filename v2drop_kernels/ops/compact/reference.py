@@ -8,7 +8,8 @@ import torch
 
 from ...backends.requests import CompactRequest
 from ...core import pytree
-from ...core.layout import is_packed, layout_of
+from ...core.arguments import is_packed
+from ...core.layout import layout_of
 from ...core.types import Compacted, GatherSpec, TopK
 
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 
 from ...backends.choice import is_traced, resolve_backend
-from ...backends.requests import Budget, DropRequest, Source
+from ...backends.requests import DropRequest, Source
 from ...core import arguments, pytree
-from ...core.layout import check_device, is_packed, layout_of
+from ...core.arguments import check_device, is_packed
+from ...core.layout import layout_of
 from ...core.plan import offsets_on, resolve
 from ...core.types import Dropped
 from ..compact.gradient import recorded
@@ -112,7 +113,7 @@ def drop_tokens(
     )  # fmt: skip
     before, after = (h_prev, h_cur) if scores is None else (None, None)
     source = Source(scores, before, after, resolved.mask, metric, score_dtype)
-    request = DropRequest(source, resolved.plan, resolved.cu_seqlens, gathers, Budget(k, droppable, cu_seqlens))
+    request = DropRequest(source, resolved.plan, resolved.cu_seqlens, gathers, (k, droppable, cu_seqlens))
     if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
         keep, outs, cu = recorded(lambda: runner.run(request), runner, gathers, at.rows)
     else:

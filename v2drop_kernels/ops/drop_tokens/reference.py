@@ -8,8 +8,8 @@ import torch
 
 from ...backends.requests import Budget, DropRequest
 from ...core import pytree
-from ...core.arguments import per_segment_k
-from ...core.layout import TokenLayout, is_packed, layout_of
+from ...core.arguments import is_packed, per_segment_k
+from ...core.layout import TokenLayout, layout_of
 from ...core.plan import drop_plan
 from ...core.types import Dropped, GatherSpec
 from ..compact.reference import gather, pad_rows

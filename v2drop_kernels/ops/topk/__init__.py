@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ...backends.choice import is_traced, resolve_backend
-from ...backends.requests import Budget, Source, TopKRequest
+from ...backends.requests import Source, TopKRequest
 from ...core import arguments
-from ...core.layout import check_device, is_packed
+from ...core.arguments import check_device, is_packed
 from ...core.plan import resolve
 from ...core.types import TopK
 from ..variation_score import variation_score
@@ -87,7 +87,7 @@ def segmented_topk(
     resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=is_traced(scores))
     grad = torch.is_grad_enabled() and scores.requires_grad
     source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
-    budget = Budget(k, droppable, cu_seqlens)
+    budget = (k, droppable, cu_seqlens)
     values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget))
     return TopK(_gathered(scores, resolved.plan, values, indices) if grad else values, indices)
 
@@ -146,7 +146,7 @@ def variation_topk(
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=runner.name)
     resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=is_traced(h_cur))
     source = Source(None, h_prev, h_cur, resolved.mask, metric, score_dtype)
-    budget = Budget(k, droppable, cu_seqlens)
+    budget = (k, droppable, cu_seqlens)
     return TopK(*runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget)))
 
 

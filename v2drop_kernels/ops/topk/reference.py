@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 
 from ...backends.requests import Budget, TopKRequest
-from ...core.arguments import per_segment_k
-from ...core.layout import TokenLayout, is_packed, layout_of
+from ...core.arguments import is_packed, per_segment_k
+from ...core.layout import TokenLayout, layout_of
 from ...core.types import TopK
 from ..variation_score.reference import ranked_by, variation_score
 

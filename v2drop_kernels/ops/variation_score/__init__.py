@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...backends.choice import resolve_backend
-from ...backends.requests import ScoreRequest, Source
+from ...backends.requests import Source
 from ...core import arguments
 from .gradient import VariationScore
 from .torch_op import OP
@@ -68,7 +68,7 @@ def variation_score(
     """
     arguments.pair(h_prev, h_cur, None if cu_seqlens is None else True)
     arguments.score_options(metric, score_dtype)
-    request = ScoreRequest(Source(None, h_prev, h_cur, None, metric, score_dtype))
+    request = Source(None, h_prev, h_cur, None, metric, score_dtype)
     runner = resolve_backend(OP, h_cur, backend)
     if not runner.differentiable and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
         return VariationScore.apply(h_prev, h_cur, runner, request)

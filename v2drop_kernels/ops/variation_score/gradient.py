@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ...backends.choice import runner_of
 from ...backends.protocol import Runner
-from ...backends.requests import ScoreBackwardRequest, ScoreRequest, Source
+from ...backends.requests import ScoreBackwardRequest, Source
 from .torch_op import BACKWARD
 
 
@@ -17,10 +17,10 @@ class VariationScore(torch.autograd.Function):
     """Scores of ``h_prev`` and ``h_cur``; the backward pass is one kernel of the same backend."""
 
     @staticmethod
-    def forward(ctx: Any, h_prev: torch.Tensor, h_cur: torch.Tensor, runner: Runner, request: ScoreRequest) -> torch.Tensor:
+    def forward(ctx: Any, h_prev: torch.Tensor, h_cur: torch.Tensor, runner: Runner, source: Source) -> torch.Tensor:
         ctx.save_for_backward(h_prev, h_cur)
-        ctx.metric, ctx.backend = request.source.metric, runner.name
-        return runner.run(request)
+        ctx.metric, ctx.backend = source.metric, runner.name
+        return runner.run(source)
 
     @staticmethod
     @once_differentiable

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...backends.requests import ScoreBackwardRequest, ScoreRequest
+from ...backends.requests import ScoreBackwardRequest, Source
 
 
-def variation_score(request: ScoreRequest, place: str) -> Tensor:
+def variation_score(source: Source, place: str) -> Tensor:
     """Float32 scores ``[B, N]`` or ``[T]``."""
-    source = native.readable(request.source)
+    source = native.readable(source)
     h_cur = source.h_cur
     assert h_cur is not None
     scores = torch.empty(h_cur.shape[:-1], dtype=torch.float32, device=h_cur.device)

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from ...backends.requests import ScoreRequest, Source
+from ...backends.requests import Source
 
 
 def variation_score(
@@ -23,11 +23,6 @@ def variation_score(
             d = d.to(score_dtype).to(wide)
         score = torch.linalg.vector_norm(d, ord={"l2": 2, "l1": 1}[metric], dim=-1)
     return score if score_dtype is None else score.to(score_dtype).to(wide)
-
-
-def run(request: ScoreRequest) -> torch.Tensor:
-    """The scores of a request."""
-    return ranked_by(request.source)
 
 
 def ranked_by(source: Source) -> torch.Tensor:

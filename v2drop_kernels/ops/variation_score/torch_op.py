@@ -9,23 +9,22 @@ import torch
 from ..._ops import ops
 from ...backends.choice import runner_of
 from ...backends.protocol import Op
-from ...backends.requests import ScoreBackwardRequest, ScoreRequest, Source
+from ...backends.requests import ScoreBackwardRequest, Source
 from .. import registration
 from . import reference
 
 
-def call(backend: str, request: ScoreRequest) -> torch.Tensor:
+def call(backend: str, source: Source) -> torch.Tensor:
     """Run a request as a node of a traced graph."""
-    source = request.source
     return ops.variation_score(source.h_prev, source.h_cur, source.metric, source.score_dtype, backend)
 
 
-OP = Op(__package__, "variation_score", reference.run, call)
+OP = Op(__package__, "variation_score", reference.ranked_by, call)
 BACKWARD = Op(__package__, "variation_score_backward")
 
 
 def _score(h_prev: Any, h_cur: Any, metric: str, score_dtype: torch.dtype | None, backend: str) -> torch.Tensor:
-    return runner_of(OP, backend).run(ScoreRequest(Source(None, h_prev, h_cur, None, metric, score_dtype)))
+    return runner_of(OP, backend).run(Source(None, h_prev, h_cur, None, metric, score_dtype))
 
 
 def _score_fake(h_prev: Any, h_cur: Any, *options: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...backends import configs, launch
 from ...backends.launch import COL_N_PREFIX, COL_SRC_START, TABLE_FIELDS, row_strides, slot_starts
-from ...backends.requests import ScoreBackwardRequest, ScoreRequest, Source
+from ...backends.requests import ScoreBackwardRequest, Source
 from ...core.arguments import unit_stride
 from ...core.plan import CuPlan, Plan
 
@@ -209,11 +209,11 @@ def _variation_score_bwd_kernel(
             tl.store(grad_prev + out_row + cols, to_prev.to(grad_prev.dtype.element_ty), mask=mask)
 
 
-def variation_score(request: ScoreRequest) -> torch.Tensor:
+def variation_score(source: Source) -> torch.Tensor:
     """Float32 scores ``[B, N]`` or ``[T]``."""
-    lead = cast(torch.Tensor, request.source.h_cur).shape[:-1]
+    lead = cast(torch.Tensor, source.h_cur).shape[:-1]
     plan = Plan(math.prod(lead[:-1]), lead[-1], 0, 0, (0, lead[-1], 0, 0))
-    return plan_scores(request.source._replace(mask=None), plan, triggers=False).view(lead)
+    return plan_scores(source._replace(mask=None), plan, triggers=False).view(lead)
 
 
 def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch.Tensor:
