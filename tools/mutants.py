@@ -54,8 +54,8 @@ MUTANTS = [
     Mutant("zero heads", ARGUMENTS, "not 1 <= heads <= h", "not 0 <= heads <= h", f"{ATTENTION}::test_attention_of_bad_input"),
     # Plans.
     Mutant(
-        "left padding before every segment", PLAN,
-        "(pad if left and first else 0)", "(pad if left else 0)", f"{DROP} {COMPACT}",
+        "left padding before the last segment", PLAN,
+        "own[0] = own[0]._replace(pad_before=pad)", "own[-1] = own[-1]._replace(pad_before=pad)", f"{DROP} {COMPACT}",
     ),
     Mutant("rows of a mask that do not compete are not kept", PLAN, "forced = s.n - s.available", "forced = 0", DROP),
     Mutant(
@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows behind the last segment are lost", PLAN,
-        "[3] = end - at", "[3] = end - at if len(by_item[i]) == 1 else 0", DROP,
+        "n_suffix=end - row)", "n_suffix=end - row if len(own) == 1 else 0)", DROP,
     ),
     Mutant("a selection is as wide as k", PLAN, "ks = tuple(min(x, s.available) for", "ks = tuple(min(x, s.n) for", TOPK),
     Mutant(
@@ -161,7 +161,7 @@ MUTANTS = [
     ),
     Mutant(
         "fastv reads the block behind the drop", f"{ENGINE}/policies/fastv.py",
-        "attention(context.layer - 1, context.prev", "attention(context.layer, context.prev", POLICIES,
+        "attention(context.layer - 1, context.prev", "attention(context.layer, context.prev", MODELS,
     ),
     Mutant(
         "random draws start at the second token", f"{ENGINE}/policies/random.py",
