@@ -9,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 venv=$root/build/gpu-machine
 torch=2.11.0
+cpu_index=https://download.pytorch.org/whl/cpu
 
 step() { printf 'gpu-check-dry: %s (%d s)\n' "$*" "$SECONDS"; }
 fail() { echo "gpu-check-dry: $*" >&2; exit 1; }
@@ -33,12 +34,16 @@ if [[ $(cat "$venv/.wanted" 2>/dev/null) != "$wanted" ]]; then
   step "making an environment with Python $version, torch $torch and requirements/gpu-machine.txt"
   rm -rf "$venv"
   "$python" -m venv "$venv"
-  pip() { "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-target off -r requirements/gpu-machine.txt "$@"; }
-  # The build for CPUs is a tenth of the size; where no index has it, the build for GPUs serves as well.
-  pip "torch==$torch+cpu" >"$venv/pip.log" 2>&1 ||
-    pip --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" >"$venv/pip.log" 2>&1 ||
-    pip "torch==$torch" >"$venv/pip.log" 2>&1 ||
-    { tail -n 25 "$venv/pip.log" >&2; fail "pip could not install the environment"; }
+  pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check)
+  # The build for CPUs is a tenth of the size; where no index has it, the build for GPUs with its CUDA libraries serves as well.
+  from=("torch==$torch")
+  if "${pip[@]}" --quiet --dry-run --no-deps "torch==$torch+cpu" >/dev/null 2>&1; then
+    from=("torch==$torch+cpu")
+  elif "${pip[@]}" --quiet --dry-run --no-deps --retries 0 --timeout 15 --index-url "$cpu_index" "torch==$torch+cpu" >/dev/null 2>&1; then
+    from=("torch==$torch+cpu" --extra-index-url "$cpu_index")
+  fi
+  VENV=$venv tools/setup.sh run "gpu-check-dry: installing ${from[0]} and requirements/gpu-machine.txt" "$venv/pip.log" \
+    "${pip[@]}" --progress-bar off -r requirements/gpu-machine.txt "${from[@]}" || fail "pip could not install the environment"
   echo "$wanted" >"$venv/.wanted"
 fi
 
