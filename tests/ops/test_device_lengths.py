@@ -14,8 +14,8 @@ from support.cases import BATCHES, ORDERS, companions, hidden_pair, same, same_v
 import v2drop_kernels as vk
 from v2drop_kernels.backends.choice import runner_of
 from v2drop_kernels.backends.requests import DropRequest, Source, TopKRequest
+from v2drop_kernels.core import calls
 from v2drop_kernels.core import plan as plans
-from v2drop_kernels.core import pytree
 from v2drop_kernels.core.types import GatherSpec
 from v2drop_kernels.ops.drop_tokens.torch_op import OP as DROP
 from v2drop_kernels.ops.topk.torch_op import OP as TOPK
@@ -131,9 +131,9 @@ def test_every_part_has_the_offsets_of_the_batch(on, key):
     """ids, M-RoPE ids, KV and rope tables packed along T."""
     b = BATCHES[13]
     hidden = hidden_pair((b.rows, 4), torch.float32, device=on.device)[1]
-    at = pytree.batch_shape("h_cur", hidden, True)
+    at = calls.batch_shape("h_cur", hidden, True)
     given = companions(b, key, device=on.device)
-    parts, _ = pytree.flatten(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
+    parts, _ = calls.flatten(at, hidden=hidden, kv_layout="BHSD", attention_mask=None, **given)
     x = scores("random", b.lead, torch.float32).to(on.device)
     plan = plans.CuPlan(b.rows, (5, 1, 9), 15, True)
     keep, outs, _ = drop(on, Source(x, None, None), plan, b.cu_seqlens, parts)

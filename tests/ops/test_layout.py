@@ -11,6 +11,7 @@ from support.cases import BATCHES, LARGE, same, strided
 import v2drop_kernels as vk
 from v2drop_kernels.core import plan as plans
 from v2drop_kernels.core.arguments import per_segment_k
+from v2drop_kernels.core.layout import as_layout
 
 EVERY = pytest.mark.parametrize("b", [*BATCHES, *LARGE], ids=str)
 
@@ -54,7 +55,7 @@ def test_token_layout_tells_rows_apart(b):
     """Segments, droppable and real rows against the rows that the case spells out."""
     layout = b.droppable
     if not isinstance(layout, vk.TokenLayout):
-        layout = plans.as_layout(b.droppable, b.batch, b.rows, None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens)))
+        layout = as_layout(b.droppable, b.batch, b.rows, None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens)))
     assert (layout.batch, layout.rows, layout.is_packed, layout.groups) == (b.batch, b.rows, b.packed, len(b.flat))
     droppable, real = torch.zeros(b.lead, dtype=torch.bool), torch.zeros(b.lead, dtype=torch.bool)
     for i in range(b.batch):
@@ -73,7 +74,7 @@ def test_drop_plan_tiles_input_and_output(b, k):
     """Stretches cover every real row and every output row exactly once: that is why each element of a result is
     written."""
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else plans.as_layout(b.droppable, b.batch, b.rows, cu)
+    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else as_layout(b.droppable, b.batch, b.rows, cu)
     plan, out_cu, after = plans.drop_plan(layout, tuple(b.ks(k)))
     into, out = [], []
     kept = 0
@@ -93,7 +94,7 @@ def test_drop_plan_tiles_input_and_output(b, k):
 @EVERY
 def test_topk_plan_lists_every_segment(b):
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else plans.as_layout(b.droppable, b.batch, b.rows, cu)
+    layout = b.droppable if isinstance(b.droppable, vk.TokenLayout) else as_layout(b.droppable, b.batch, b.rows, cu)
     plan = plans.topk_plan(layout, tuple(b.ks("list")))
     ks = [min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True)]
     assert plan.out_rows == max(ks, default=0)

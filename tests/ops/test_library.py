@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import v2drop_kernels as vk
 from v2drop_kernels.core import plan as plans
+from v2drop_kernels.core.layout import as_layout
 from v2drop_kernels.ops import registration
 
 ops = torch.ops.v2drop
@@ -44,7 +45,7 @@ def fresh():
 def planned(b, op, k="n/3"):
     """What a call passes to its op: the plan, the mask."""
     cu = None if b.cu_seqlens is None else tuple(map(int, b.cu_seqlens))
-    layout = plans.as_layout(b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None))
+    layout = as_layout(b.droppable, b.batch, b.rows, cu if cu is not None else getattr(b.droppable, "cu_seqlens", None))
     ks = tuple(b.ks(k))
     plan = plans.topk_plan(layout, ks) if op == "topk" else plans.drop_plan(layout, ks).plan
     return registration.pack_plan(plan), layout.mask

@@ -199,14 +199,14 @@ def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
 def segments(plan: Plan | CuPlan, place: str, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
     """The segments of a plan as the library reads them, and what :func:`call` must know of the plan."""
     if place == "cpu":
-        return (plan.host_table().data_ptr(), plan.groups), {}  # type: ignore[union-attr]
+        return plan.host_segments, {}  # type: ignore[union-attr]
     if isinstance(plan, CuPlan):
         return (_counts(plan.ks, plan.rows).data_ptr(), plan.groups), {"rows": plan.rows, "groups": plan.groups}
     known = {"rows": plan.batch * plan.rows, "groups": plan.groups}
     # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
     if plan.uniform is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         known["segments"] = plan.device_table(device).data_ptr()
-    return (plan.host_table().data_ptr(), plan.groups), known
+    return plan.host_segments, known
 
 
 def device_offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The plan that a backend executes, and how a call's arguments become one.
+"""The plan that a backend executes: which rows of the input it scores, keeps and copies.
 
 A kernel works on *segments*: ``n_prefix`` rows that are kept, ``n`` competing rows of which ``k`` are kept, and ``n_suffix`` rows
 that are kept. The segments of an item cover its rows in the input and in the output without gaps, so one table of integers
@@ -10,20 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .arguments import (
-    check_offsets,
-    check_spans,
-    host_cu_seqlens,
-    is_int,
-    is_packed,
-    is_pair,
-    is_tensor,
-    per_segment_k,
-    require_int,
-)
-from .layout import DroppableSpan, TokenLayout, as_layout
+from .layout import DroppableSpan, TokenLayout
 
 if TYPE_CHECKING:  # plans are made for NumPy and JAX too: torch is imported where a tensor is made
     import torch
@@ -123,6 +112,11 @@ class Plan:
     def host_table(self) -> torch.Tensor:
         """The table as an int64 CPU tensor ``[groups, 8]``, one :class:`Segment` a row, made once."""
         return self._host_table
+
+    @functools.cached_property
+    def host_segments(self) -> tuple[int, int]:
+        """The table as the compiled library reads it on the host: its address, and the number of segments."""
+        return self._host_table.data_ptr(), self.groups
 
     def device_table(self, device: torch.device) -> torch.Tensor:
         """The table on ``device``, copied once: the first call must be made outside a CUDA graph capture."""
@@ -253,82 +247,3 @@ def _simplify(plan: Plan) -> Plan:
     _, n_prefix, n, n_suffix, k, *_ = segments[0]
     alike = all(s == (g * plan.rows, n_prefix, n, n_suffix, k, g * plan.out_rows, 0, s.pad_after) for g, s in enumerate(segments))
     return replace(plan, uniform=(n_prefix, n, n_suffix, k), table=()) if alike else plan
-
-
-class Resolved(NamedTuple):
-    """A plan, the droppable mask, the offsets if only the device has them, and the offsets and layout of the result."""
-
-    plan: Plan | CuPlan
-    mask: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    out_cu: tuple[int, ...] | None
-    after: TokenLayout | None
-
-
-def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *, traced: bool) -> Resolved:
-    """The plan of ``op`` ("topk" or "drop") on ``h`` (``[B, N, ...]`` or packed ``[T, ...]``).
-
-    With ``traced``, sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
-    """
-    packed = is_packed(droppable, cu_seqlens)
-    everywhere_alike = not packed and h.shape[0] > 0 and (droppable is None or (op == "drop" and is_pair(droppable)))
-    if everywhere_alike and is_int(k):
-        require_int("k", k)
-        batch, rows = h.shape[0], h.shape[1]
-        start, stop = (0, rows) if droppable is None else droppable
-        if droppable is not None:
-            check_spans(0, ((start, stop),), 0, rows)
-        return (_uniform if traced else _cached_uniform)(op, batch, rows, start, stop, k)
-    if packed and is_tensor(cu_seqlens) and not isinstance(droppable, TokenLayout):
-        check_offsets(cu_seqlens)
-        if traced or cu_seqlens.device.type != "cpu":
-            return _resolve_on_device(op, h, k, droppable, cu_seqlens)
-    if packed and isinstance(droppable, TokenLayout) and (cu_seqlens is None or traced):
-        cu = droppable.cu_seqlens
-    else:
-        cu = host_cu_seqlens(cu_seqlens, h.shape[0]) if packed else None
-    if traced and is_tensor(droppable):
-        raise ValueError("droppable as a mask needs its counts here: pass TokenLayout.from_mask(mask, counts)")
-    layout = as_layout(droppable, h.shape[0], h.shape[0] if packed else h.shape[1], cu)
-    ks = per_segment_k(k, layout.groups)
-    if op == "topk":
-        plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
-        return Resolved(plan, layout.mask, None, None, None)
-    plan, out_cu, after = drop_plan(layout, ks) if traced else _cached_drop_plan(layout, ks)
-    # A layout is not a tensor, so a traced graph cannot return one.
-    return Resolved(plan, layout.mask, None, out_cu if packed else None, None if traced else after)
-
-
-def _uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
-    k = min(k, stop - start)
-    out_rows = k if op == "topk" else rows - (stop - start) + k
-    plan = Plan(batch, rows, out_rows, batch, (start, stop - start, rows - stop, k))
-    return Resolved(plan, None, None, None, None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
-    found = _uniform(op, batch, rows, start, stop, k)
-    if op == "topk":
-        return found
-    k = min(k, stop - start)
-    out_rows = found.plan.out_rows
-    return found._replace(after=TokenLayout((((start, start + k),),) * batch, out_rows, ((0, out_rows),) * batch))
-
-
-_cached_topk_plan = functools.lru_cache(maxsize=1024)(topk_plan)
-_cached_drop_plan = functools.lru_cache(maxsize=1024)(drop_plan)
-
-
-def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: torch.Tensor) -> Resolved:
-    if droppable is not None:
-        raise ValueError(
-            "droppable with cu_seqlens that only the device knows must be a layout: make TokenLayout.packed(spans, "
-            "cu_seqlens) once, outside the step"
-        )
-    if cu_seqlens.device != h.device:
-        raise ValueError(f"cu_seqlens must be on the device of h_cur ({h.device}), got {cu_seqlens.device}")
-    ks = per_segment_k(k, cu_seqlens.shape[0] - 1)
-    rows = h.shape[0]
-    out_rows = min(sum(ks), rows) if op == "drop" else min(max(ks, default=0), rows)
-    return Resolved(CuPlan(rows, ks, out_rows, op == "drop"), None, cu_seqlens, None, None)

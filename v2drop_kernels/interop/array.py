@@ -15,9 +15,9 @@ import numpy as np
 
 from .. import native
 from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, is_packed, kind, score_dims, score_shape
+from ..core.calls import batch_shape, flatten
 from ..core.layout import TokenLayout, n_keep
 from ..core.plan import Plan
-from ..core.pytree import batch_shape, flatten
 from ..core.types import Compacted, Dropped, GatherSpec, TopK
 from . import arrays
 from .arrays import code, rounding

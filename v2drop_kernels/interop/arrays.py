@@ -10,8 +10,9 @@ from typing import Any
 
 from .. import native
 from ..core.arguments import kind, score_dtype_name
+from ..core.calls import Resolved, resolve
 from ..core.layout import TokenLayout
-from ..core.plan import Plan, Resolved, resolve
+from ..core.plan import Plan
 
 
 def code(name: str, value: Any, codes: dict[str, int]) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import CompactRequest
-from ...core import arguments, pytree
+from ...core import arguments, calls
 from ...core.arguments import check_device, is_packed, per_segment_k
 from ...core.layout import TokenLayout, layout_of
 from ...core.types import Compacted, TopK
@@ -91,22 +91,22 @@ def compact(
              [4., 5.]]])
     """
     packed = is_packed(droppable, cu_seqlens)
-    at = pytree.batch_shape("hidden", hidden, packed)
+    at = calls.batch_shape("hidden", hidden, packed)
     check_device(droppable, at.device, at.of)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and isinstance(keep, torch.Tensor) and keep.dim() == 2):
-        pytree.check_keep(keep, at, groups=True)
+        _check_keep(keep, at, groups=True)
         layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
         keep = _with_all_others(keep, k, layout)
         cu_seqlens = layout.cu_seqlens
     elif k is not None:
         raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
-    pytree.check_keep(keep, at, groups=False)
+    _check_keep(keep, at, groups=False)
     traced = is_traced(hidden)
-    ids = pytree.input_positions(positions, position_ids, layout, at.device)
-    pytree.check_out(out, Compacted, traced)
-    parts, unflatten = pytree.flatten(
+    ids = calls.input_positions(positions, position_ids, layout, at.device)
+    calls.check_out(out, Compacted, traced)
+    parts, unflatten = calls.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
@@ -117,9 +117,9 @@ def compact(
         _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, parts, at.rows)
     else:
         outs = runner.run(request)
-    return pytree.build_result(
+    return calls.build_result(
         Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
+        cu_seqlens=calls.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
         ragged=layout is not None,
     )  # fmt: skip
 
@@ -170,8 +170,8 @@ def compact_(
     """
     if isinstance(keep, TopK):
         keep = keep.indices
-    arguments.one_of("kv_layout", kv_layout, pytree.KV_LAYOUTS)
-    _, leaves = pytree.flatten_leaves("kv", kv)
+    arguments.one_of("kv_layout", kv_layout, calls.KV_LAYOUTS)
+    _, leaves = calls.flatten_leaves("kv", kv)
     if not leaves:
         raise ValueError("kv must hold at least one tensor")
     first = leaves[0]
@@ -180,18 +180,30 @@ def compact_(
     n = first.shape[2 if kv_layout == "BHSD" else 1]
     if rows is not None and rows != n:
         raise ValueError(f"kv must have rows = {rows}, got {n}")
-    at = pytree.BatchShape(first.shape[0], n, first.device, "kv")
-    pytree.check_keep(keep, at, groups=False)
+    at = calls.BatchShape(first.shape[0], n, first.device, "kv")
+    _check_keep(keep, at, groups=False)
     for leaf in leaves:
         if torch.is_grad_enabled() and leaf.requires_grad:
             raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
         if any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
             raise ValueError(f"kv must not share memory between elements, got strides {list(leaf.stride())}")
-    parts, _ = pytree.flatten(
+    parts, _ = calls.flatten(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
     runner = resolve_backend(INPLACE, first, backend, torch.float32)
     runner.run(CompactRequest(keep.contiguous(), parts))
+
+
+def _check_keep(keep: Any, at: calls.BatchShape, groups: bool) -> None:
+    """Raise unless ``keep`` is int64 ``[B, S]`` (packed ``[T']``), or ``[G, K]`` where groups are listed."""
+    arguments.tensor("keep", keep)
+    if keep.dtype != torch.int64:
+        raise TypeError(f"keep must be int64 (or a TopK), got {keep.dtype}")
+    arguments.same_device("keep", keep, at.device, at.of)
+    dims = 1 if at.batch is None and not groups else 2
+    if keep.dim() != dims or (dims == 2 and not groups and keep.shape[0] != at.batch):
+        want = "[G, K]" if groups else "[T']" if at.batch is None else f"[{at.batch}, S]"
+        raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
 
 
 def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...backends.requests import CompactRequest
-from ...core import pytree
+from ...core import calls
 from ...core.arguments import is_packed
 from ...core.layout import layout_of
 from ...core.types import Compacted, GatherSpec, TopK
@@ -80,22 +80,22 @@ def compact(
 ) -> Compacted:
     """Only the kept rows of everything; with ``droppable``, all rows that do not compete are kept as well."""
     packed = is_packed(droppable, cu_seqlens)
-    at = pytree.batch_shape("hidden", hidden, packed)
+    at = calls.batch_shape("hidden", hidden, packed)
     keep = keep.indices if isinstance(keep, TopK) else keep
     layout = None
     if droppable is not None or (packed and keep.dim() == 2):
         layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
         keep = _with_all_others(keep, layout)
         cu_seqlens = layout.cu_seqlens
-    ids = pytree.input_positions(positions, position_ids, layout, at.device)
-    parts, unflatten = pytree.flatten(
+    ids = calls.input_positions(positions, position_ids, layout, at.device)
+    parts, unflatten = calls.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     outs = gather(keep[None] if packed else keep, parts)
-    return pytree.build_result(
+    return calls.build_result(
         Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=pytree.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
+        cu_seqlens=calls.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def pad_rows(rows: list[torch.Tensor], side: str) -> torch.Tensor:
 def compact_(keep: torch.Tensor | TopK, kv: Any, *, kv_layout: str = "BHSD") -> None:
     """Move the kept rows of every tensor to the front, in place; the rows behind them stay as they are."""
     keep = keep.indices if isinstance(keep, TopK) else keep
-    for x in pytree.flatten_leaves("kv", kv)[1]:
+    for x in calls.flatten_leaves("kv", kv)[1]:
         move_to_front(keep, x.transpose(1, 2) if kv_layout == "BHSD" else x)
 
 

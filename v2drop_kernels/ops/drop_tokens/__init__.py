@@ -8,10 +8,10 @@ import torch
 
 from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import DropRequest, Source
-from ...core import arguments, pytree
+from ...core import arguments, calls
 from ...core.arguments import check_device, is_packed
 from ...core.layout import layout_of
-from ...core.plan import offsets_on, resolve
+from ...core.plan import offsets_on
 from ...core.types import Dropped
 from ..compact.gradient import recorded
 from .torch_op import OP
@@ -101,13 +101,13 @@ def drop_tokens(
     arguments.score_options(metric, score_dtype)
     check_device(droppable, h_cur.device, "h_cur")
     runner = resolve_backend(OP, h_cur if scores is None else scores, backend)
-    at = pytree.batch_shape("h_cur", h_cur, packed)
+    at = calls.batch_shape("h_cur", h_cur, packed)
     traced = is_traced(h_cur)
-    resolved = resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
+    resolved = calls.resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
-    pytree.check_out(out, Dropped, traced)
-    gathers, unflatten = pytree.flatten(
-        at, hidden=h_cur, position_ids=pytree.input_positions(positions, position_ids, layout, at.device), kv=kv,
+    calls.check_out(out, Dropped, traced)
+    gathers, unflatten = calls.flatten(
+        at, hidden=h_cur, position_ids=calls.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=resolved.mask,
         out=out, out_rows=resolved.plan.out_rows,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def drop_tokens(
         keep = keep.squeeze(0)
         if cu is None:
             cu = offsets_on(cast(tuple[int, ...], resolved.out_cu), keep.device, traced=traced)
-    return pytree.build_result(
+    return calls.build_result(
         Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=resolved.after,
-        ragged=not packed and resolved.plan.ragged,
+        ragged=resolved.ragged,
     )  # fmt: skip

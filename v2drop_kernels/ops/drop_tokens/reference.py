@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 
 from ...backends.requests import Budget, DropRequest
-from ...core import pytree
+from ...core import calls
 from ...core.arguments import is_packed, per_segment_k
 from ...core.layout import TokenLayout, layout_of
 from ...core.plan import drop_plan
@@ -63,23 +63,23 @@ def drop_tokens(
 ) -> Dropped:
     """Score, choose per segment, and keep the chosen with everything that does not compete."""
     packed = is_packed(droppable, cu_seqlens)
-    at = pytree.batch_shape("h_cur", h_cur, packed)
+    at = calls.batch_shape("h_cur", h_cur, packed)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
     if scores is None:
         scores = variation_score(cast(torch.Tensor, h_prev), h_cur, metric=metric, score_dtype=score_dtype)
     after = drop_plan(layout, per_segment_k(k, layout.groups)).layout
-    ids = pytree.input_positions(positions, position_ids, layout, at.device)
-    pytree.check_out(out, Dropped, traced=False)
-    parts, unflatten = pytree.flatten(
+    ids = calls.input_positions(positions, position_ids, layout, at.device)
+    calls.check_out(out, Dropped, traced=False)
+    parts, unflatten = calls.flatten(
         at, hidden=h_cur, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, extra=layout.mask, out=out, out_rows=after.rows,
     )  # fmt: skip
     keep, outs = select_and_gather(scores, k, layout, parts)
     if packed:
         keep = keep[0]
-    return pytree.build_result(
+    return calls.build_result(
         Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=pytree.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
+        cu_seqlens=calls.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
         after=after, ragged=not packed and bool((keep < 0).any()),
     )  # fmt: skip
 
@@ -93,4 +93,4 @@ def run(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor], torch.T
     keep, outs = select_and_gather(scores, k, layout, request.gathers)
     if batch is not None:
         return keep, outs, None
-    return keep, outs, pytree.kept_offsets(keep[0], layout.cu_seqlens, scores.shape[-1], traced=False)
+    return keep, outs, calls.kept_offsets(keep[0], layout.cu_seqlens, scores.shape[-1], traced=False)

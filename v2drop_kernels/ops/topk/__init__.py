@@ -15,7 +15,7 @@ from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import Source, TopKRequest
 from ...core import arguments
 from ...core.arguments import check_device, is_packed
-from ...core.plan import resolve
+from ...core.calls import resolve
 from ...core.types import TopK
 from ..variation_score import variation_score
 from .torch_op import OP

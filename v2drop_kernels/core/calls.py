@@ -1,23 +1,111 @@
-"""From keyword arguments to a flat list of arrays to gather, and back to the structure that they came in.
+"""From the arguments of a call to what a backend executes, and from its results to what the caller gets.
 
-``flatten`` and its rules serve torch, NumPy and JAX alike: they read shapes, numbers of dimensions and names of dtypes only. The
-functions after it finish the results of the torch ops; they import torch when they are called.
+``resolve`` finds the plan, ``flatten`` the flat list of arrays to gather and the way back to the structure that they came in. Both
+serve torch, NumPy and JAX alike: they read shapes, numbers of dimensions and names of dtypes only. The functions after them finish
+the results of the torch ops; they import torch when they are called.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import arguments, positions
-from .arguments import check_offsets, dtype_name, host_cu_seqlens
-from .layout import TokenLayout
-from .plan import offsets_on
+from .arguments import check_offsets, host_cu_seqlens, is_packed, is_tensor, per_segment_k
+from .layout import TokenLayout, as_layout
+from .plan import CuPlan, Plan, drop_plan, offsets_on, topk_plan
 from .types import Compacted, Dropped, GatherSpec
 
 if TYPE_CHECKING:
     import torch
+
+
+class Resolved(NamedTuple):
+    """A plan, the droppable mask, the offsets if only the device has them, and what is known of the result of a drop.
+
+    That is its offsets, its layout, and whether some of its rows are padding.
+    """
+
+    plan: Plan | CuPlan
+    mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    out_cu: tuple[int, ...] | None
+    after: TokenLayout | None
+    ragged: bool = False
+
+
+def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *, traced: bool) -> Resolved:
+    """The plan of ``op`` ("topk" or "drop") on ``h`` (``[B, N, ...]`` or packed ``[T, ...]``).
+
+    With ``traced``, sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
+    """
+    packed = is_packed(droppable, cu_seqlens)
+    everywhere_alike = not packed and h.shape[0] > 0 and (droppable is None or (op == "drop" and arguments.is_pair(droppable)))
+    if everywhere_alike and arguments.is_int(k):
+        arguments.require_int("k", k)
+        batch, rows = h.shape[0], h.shape[1]
+        start, stop = (0, rows) if droppable is None else droppable
+        if droppable is not None:
+            arguments.check_spans(0, ((start, stop),), 0, rows)
+        return (_uniform if traced else _cached_uniform)(op, batch, rows, start, stop, k)
+    if packed and is_tensor(cu_seqlens) and not isinstance(droppable, TokenLayout):
+        check_offsets(cu_seqlens)
+        if traced or cu_seqlens.device.type != "cpu":
+            return _resolve_on_device(op, h, k, droppable, cu_seqlens)
+    if packed and isinstance(droppable, TokenLayout) and (cu_seqlens is None or traced):
+        cu = droppable.cu_seqlens
+    else:
+        cu = host_cu_seqlens(cu_seqlens, h.shape[0]) if packed else None
+    if traced and is_tensor(droppable):
+        raise ValueError("droppable as a mask needs its counts here: pass TokenLayout.from_mask(mask, counts)")
+    layout = as_layout(droppable, h.shape[0], h.shape[0] if packed else h.shape[1], cu)
+    ks = per_segment_k(k, layout.groups)
+    if op == "topk":
+        plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
+        return Resolved(plan, layout.mask, None, None, None)
+    plan, out_cu, after = drop_plan(layout, ks) if traced else _cached_drop_plan(layout, ks)
+    # A layout is not a tensor, so a traced graph cannot return one.
+    return Resolved(
+        plan, layout.mask, None, out_cu if packed else None, None if traced else after, ragged=not packed and plan.ragged
+    )
+
+
+def _uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
+    k = min(k, stop - start)
+    out_rows = k if op == "topk" else rows - (stop - start) + k
+    plan = Plan(batch, rows, out_rows, batch, (start, stop - start, rows - stop, k))
+    return Resolved(plan, None, None, None, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
+    found = _uniform(op, batch, rows, start, stop, k)
+    if op == "topk":
+        return found
+    k = min(k, stop - start)
+    out_rows = found.plan.out_rows
+    return found._replace(after=TokenLayout((((start, start + k),),) * batch, out_rows, ((0, out_rows),) * batch))
+
+
+_cached_topk_plan = functools.lru_cache(maxsize=1024)(topk_plan)
+_cached_drop_plan = functools.lru_cache(maxsize=1024)(drop_plan)
+
+
+def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: torch.Tensor) -> Resolved:
+    if droppable is not None:
+        raise ValueError(
+            "droppable with cu_seqlens that only the device knows must be a layout: make TokenLayout.packed(spans, "
+            "cu_seqlens) once, outside the step"
+        )
+    if cu_seqlens.device != h.device:
+        raise ValueError(f"cu_seqlens must be on the device of h_cur ({h.device}), got {cu_seqlens.device}")
+    ks = per_segment_k(k, cu_seqlens.shape[0] - 1)
+    rows = h.shape[0]
+    out_rows = min(sum(ks), rows) if op == "drop" else min(max(ks, default=0), rows)
+    return Resolved(CuPlan(rows, ks, out_rows, op == "drop"), None, cu_seqlens, None, None)
+
 
 # The dimensions of every argument: N are the rows, B the batch entries (none when packed), other letters are free.
 _FORMS = {
@@ -142,7 +230,7 @@ def _gather_spec(name: str, x: Any, kv_layout: str, at: BatchShape, broadcast: C
         arguments.same_device(name, x, at.device, at.of)
     if name == "attention_mask" and packed:
         raise ValueError(f"attention_mask must be None where cu_seqlens is given, got shape {list(x.shape)}")
-    if name == "labels" and not dtype_name(x.dtype).startswith("int"):
+    if name == "labels" and not arguments.dtype_name(x.dtype).startswith("int"):
         raise TypeError(f"labels must be signed integers (padding is filled with -100), got {x.dtype}")
     if name == "hidden":
         forms: tuple[str, ...] = ("BN" + "D" * (x.ndim - (1 if packed else 2)),)
@@ -196,20 +284,6 @@ def _into(name: str, spec: GatherSpec, target: torch.Tensor, out_rows: int) -> G
     return spec._replace(out=target)
 
 
-def check_keep(keep: Any, at: BatchShape, groups: bool) -> None:
-    """Raise unless ``keep`` is int64 ``[B, S]`` (packed ``[T']``), or ``[G, K]`` where groups are listed."""
-    import torch
-
-    arguments.tensor("keep", keep)
-    if keep.dtype != torch.int64:
-        raise TypeError(f"keep must be int64 (or a TopK), got {keep.dtype}")
-    arguments.same_device("keep", keep, at.device, at.of)
-    dims = 1 if at.batch is None and not groups else 2
-    if keep.dim() != dims or (dims == 2 and not groups and keep.shape[0] != at.batch):
-        want = "[G, K]" if groups else "[T']" if at.batch is None else f"[{at.batch}, S]"
-        raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
-
-
 def input_positions(mode: str, position_ids: torch.Tensor | None, layout: TokenLayout | None, device: torch.device) -> Any:
     """The ids to gather: the given ones, the group ids of the layout, or none when they are numbered anew afterwards."""
     arguments.one_of("positions", mode, positions.MODES)
@@ -246,7 +320,7 @@ def build_result(
 
 def kept_offsets(keep: torch.Tensor, cu_seqlens: Any, rows: int, *, traced: bool) -> torch.Tensor:
     """New offsets of a packed batch from its kept rows, on the device: an item's rows are those inside its old offsets."""
-    if arguments.is_tensor(cu_seqlens) and (traced or cu_seqlens.device.type != "cpu"):
+    if is_tensor(cu_seqlens) and (traced or cu_seqlens.device.type != "cpu"):
         check_offsets(cu_seqlens)
         old = cu_seqlens
     else:
