@@ -75,20 +75,20 @@ def floors_table(results: list[Row], constants: Mapping[str, Mapping[str, Any]])
     selects: dict[tuple[str, str], float] = {}
     for row in results:
         alone = row["op"] != "drop" or row["group"].startswith("drop ")  # other groups repeat its shapes beside something else
-        if row["us"] and row["mode"] == "cold" and row["bytes"] and alone:
+        if row["median_us"] and row["mode"] == "cold" and row["bytes"] and alone:
             groups.setdefault(row["group"], {})[row["provider"]] = row
-        if row["us"] and row["op"] == "select" and row["mode"] == "warm" and row["provider"] in OWN:
+        if row["median_us"] and row["op"] == "select" and row["mode"] == "warm" and row["provider"] in OWN:
             key = (row["B"], row["N"])
-            selects[key] = min(selects.get(key, math.inf), float(row["us"]))
+            selects[key] = min(selects.get(key, math.inf), float(row["median_us"]))
     lines = []
     for group, by in groups.items():
-        mine = {name: float(r["us"]) for name, r in by.items() if name.split("@")[0].split("-")[0] in OWN}
+        mine = {name: float(r["median_us"]) for name, r in by.items() if name.split("@")[0].split("-")[0] in OWN}
         if not mine:
             continue
         best = min(mine, key=lambda name: mine[name])
         row = by[best]
         floor = floor_us(row, c)
-        copy = min((float(r["us"]) for name, r in by.items() if name in ("copy", "copy-kernel")), default=math.nan)
+        copy = min((float(r["median_us"]) for name, r in by.items() if name in ("copy", "copy-kernel")), default=math.nan)
         model = models(row, c, selects.get((row["B"], row["N"]), math.nan)) if row["op"] == "drop" else {}
         lines.append([
             group, _us(floor), *(_us(model.get(design, math.nan)) for design in ("one launch", "two launches", "three launches")),

@@ -26,14 +26,11 @@ from gpu_registry import Group
 from gpu_targets import MODEL_LEVEL, Target, Times
 from gpu_timer import HostTimer
 from gpu_trials import Trial
+from schema import RESULTS
 
 HERE = Path(__file__).resolve().parent
-TIMES = (
-    "group", "op", "B", "N", "D", "dtype", "k", "mode", "provider", "check", "us", "p20_us", "p80_us", "runs", "calls", "bytes",
-    "gb_s", "gpu", *harness.CONDITIONS,
-)  # fmt: skip
 TARGETS = ("target", "what", "backend", "group", "mode", "value", "unit", "limit", "status", "gpu", *harness.CONDITIONS)
-FILES = {"results.csv": TIMES, "targets.csv": TARGETS}
+FILES = {"results.csv": RESULTS, "targets.csv": TARGETS}
 GROUP_SECONDS = 1.5  # of runs, for one mode of a group at most
 LEAST_SECONDS = 8.0  # no group is begun with less than this: it would have to be compiled, checked and timed
 SHORT_CALL = 20e-6  # seconds; a graph of calls below this holds `many` of them, so that its start is spread over more calls
@@ -91,7 +88,7 @@ class Check:
                 for backend in self._judged():
                     self._target(target, backend, step, None, why)
             if isinstance(step, Group):
-                self._write("results.csv", TIMES, [self._columns(step, step.case, step.modes[0]) | {"check": why}])
+                self._write("results.csv", RESULTS, [self._columns(step, step.case, step.modes[0]) | {"check": why}])
         return found
 
     def model(self, arguments: Sequence[str], name: str, seconds: float) -> str | None:
@@ -244,11 +241,12 @@ class Check:
             checked = next(c for c in live if c.name == name).check is not None
             speed = {"gb_s": round(group.moved / us / 1e3, 1)} if group.moved and not self.dry else {}
             rows.append(base | speed | {
-                "provider": name, "check": "equal" if checked else "none", "us": round(us, 3), "p20_us": round(p20, 3),
-                "p80_us": round(p80, 3), "runs": len(seconds), "calls": runs[name][1],
+                "provider": name, "check": "equal" if checked else "none", "min_us": round(min(seconds) * 1e6, 3),
+                "median_us": round(us, 3), "p20_us": round(p20, 3), "p80_us": round(p80, 3), "rounds": len(seconds),
+                "calls": runs[name][1],
             })  # fmt: skip
         rows += [base | {"provider": name, "check": why} for name, why in faults.items()]
-        self._write("results.csv", TIMES, rows)
+        self._write("results.csv", RESULTS, rows)
         return {name: float(numpy.median(seconds)) for name, seconds in taken.items()}
 
     def _judge(self, target: Target, backend: str, group: Group, times: Times, faults: dict[str, str]) -> None:

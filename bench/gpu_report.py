@@ -48,10 +48,10 @@ def times_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         shape = f"[{row['B']}, {row['N']}, {row['D']}] {row['dtype']}, k = {row['k']}"
-        if row["us"]:
+        if row["median_us"]:
             spread = f"{duration(row['p20_us'])} to {duration(row['p80_us'])}"
             lines.append(
-                [row["group"].split(" B")[0], shape, row["mode"], row["provider"], duration(row["us"]), spread, row["gb_s"]]
+                [row["group"].split(" B")[0], shape, row["mode"], row["provider"], duration(row["median_us"]), spread, row["gb_s"]]
             )
         else:
             lines.append([row["group"].split(" B")[0], shape, row["mode"], row["provider"], row["check"], "", ""])
@@ -66,14 +66,14 @@ def drop_groups(rows: list[Row]) -> dict[tuple[str, str], tuple[dict[str, Row], 
     found: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
     for row in rows:
         kind, _, shape = row["group"].partition(" ")
-        if row["us"] and kind in ("drop", "compile", "max-autotune"):
+        if row["median_us"] and kind in ("drop", "compile", "max-autotune"):
             found.setdefault((shape, row["mode"]), {}).setdefault(kind, {})[row["provider"]] = row
     made = {}
     for key, kinds in found.items():
         ratios = {}
         for by in kinds.values():
-            mine = min((float(by[name]["us"]) for name in OWN if name in by), default=math.nan)
-            ratios |= {name: float(by[name]["us"]) / mine for name in OTHERS if name in by and not math.isnan(mine)}
+            mine = min((float(by[name]["median_us"]) for name in OWN if name in by), default=math.nan)
+            ratios |= {name: float(by[name]["median_us"]) / mine for name in OTHERS if name in by and not math.isnan(mine)}
         if any(name in kinds.get("drop", {}) for name in OWN):
             made[key] = kinds["drop"], ratios
     return made
@@ -83,7 +83,7 @@ def drop_table(rows: list[Row]) -> str:
     """The whole step: our times, and how many times longer the others take than the fastest of ours."""
     lines = []
     for (group, mode), (by, ratio) in drop_groups(rows).items():
-        times = [duration(by[name]["us"]) if name in by else "-" for name in OWN]
+        times = [duration(by[name]["median_us"]) if name in by else "-" for name in OWN]
         lines.append([group, mode, *times, *(f"{ratio[name]:.2f}x" if name in ratio else "-" for name in OTHERS)])
     return table(["drop_tokens", "mode", *OWN, *OTHERS.values()], lines)
 
@@ -123,11 +123,18 @@ def readme(folder: Path) -> str:
     others = ("copy", "eager", "compile", "compile-reduce-overhead", "v2drop", "topk+gather")
     lines = []
     for (_, mode), (by, ratio) in drop_groups(results).items():
-        name = min((n for n in OWN if n in by), key=lambda n: float(by[n]["us"]))
+        name = min((n for n in OWN if n in by), key=lambda n: float(by[n]["median_us"]))
         row = by[name]
         shape = f"[{row['B']}, {row['N']}, {row['D']}] {row['dtype']}, k = {row['k']}"
         lines.append(
-            [shape, mode, name, duration(row["us"]), row["gb_s"], *(f"{ratio[n]:.2f}x" if n in ratio else "-" for n in others)]
+            [
+                shape,
+                mode,
+                name,
+                duration(row["median_us"]),
+                row["gb_s"],
+                *(f"{ratio[n]:.2f}x" if n in ratio else "-" for n in others),
+            ]
         )
     status = [row["status"] for row in targets]
     failed = [f"{row['target']} {row['backend']}: {row['what']} {row['value']} (asked {row['limit']})" for row in targets
@@ -231,9 +238,9 @@ def plot(out: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for name in dict.fromkeys(row["provider"] for row in results):
         mine = [
-            r for r in results if r["provider"] == name and r["op"] == "drop" and r["mode"] == "cold" and r["us"] and r["bytes"]
+            r for r in results if (r["provider"], r["op"], r["mode"]) == (name, "drop", "cold") and r["median_us"] and r["bytes"]
         ]
-        points = sorted((float(r["bytes"]), float(r["bytes"]) / float(r["us"]) / 1e3) for r in mine)
+        points = sorted((float(r["bytes"]), float(r["bytes"]) / float(r["median_us"]) / 1e3) for r in mine)
         if points:
             axis.plot(
                 *zip(*points, strict=True), marker="o" if name in OWN else "x", linestyle="-" if name in OWN else ":", label=name

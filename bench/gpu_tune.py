@@ -25,13 +25,14 @@ from gpu_candidates import Candidate, eager_gather, ours, run_drop
 from gpu_check import begin, environment
 from gpu_checks import EXACT, kept, same
 from gpu_inputs import FP32, QUARTER, bind, rotations, scaled, tiny
-from gpu_measure import TIMES, Check
+from gpu_measure import Check
 from gpu_outcomes import Outcomes
 from gpu_registry import Group
 from gpu_targets import Times
 from gpu_timer import Call, HostTimer
 from harness import ROOT
 from registry import Case, moved_bytes
+from schema import RESULTS
 from tables import duration, table
 from verify import same_scores
 
@@ -392,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
     measured = {"run": run, **{name: env[name] for name in ("date", "commit", "command")}, "versions": versions}
     # The tests of a check before this one, if there was one, forbid figures here as well.
-    check = Check(out, timer, Outcomes(out.parent / "tests.jsonl"), deadline, run, {"results.csv": TIMES})
+    check = Check(out, timer, Outcomes(out.parent / "tests.jsonl"), deadline, run, {"results.csv": RESULTS})
     tuning = Tuning(check, measured)
     start = time.monotonic()
     for kind, cases in sweeps():

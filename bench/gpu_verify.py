@@ -39,7 +39,7 @@ def faults(folder: Path, commit: str) -> list[str]:
     for name, listed in steps().items():
         for one in listed:
             if isinstance(one, Group):
-                timed = {(r["provider"].split("@")[0], r["mode"]) for r in results if r["group"] == one.name and r["us"]}
+                timed = {(r["provider"].split("@")[0], r["mode"]) for r in results if r["group"] == one.name and r["median_us"]}
                 found += [f"{name}, {one.name}: no row of the reference, {m}" for m in one.modes if ("reference", m) not in timed]
                 kinds.setdefault(getattr(one.build, "func", one.build).__name__, set()).update(p for p, _ in timed)
     for kind, providers in kinds.items():

@@ -57,7 +57,7 @@ def drop_table(rows: list[Row]) -> str:
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         if row["op"] == "drop" and row["median_us"]:
-            found.setdefault(tuple(row[c] for c in ("B", "N", "D", "k", "threads", "cache")), {})[row["provider"]] = row
+            found.setdefault(tuple(row[c] for c in ("B", "N", "D", "k", "threads", "mode")), {})[row["provider"]] = row
     lines = []
     for (b, n, d, k, threads, cache), by in found.items():
         if "native" not in by:

@@ -1,21 +1,23 @@
 """Measure and write it down: ``make bench``, or ``python bench/run.py --device gpu`` for what ``make gpu-check`` does.
 
 On the CPU first the targets (targets.py), then the suite (suite.py), both in this process. Four files come of it: targets.csv,
-results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile. On a GPU all further
-arguments are those of gpu_check.py.
+results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile. ``--suite NAME`` measures
+the attention scores, the merges or soft_topk instead, by targets alone, into NAME.csv. On a GPU all further arguments are those
+of gpu_check.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,27 @@ import targets
 from providers import providers
 from registry import OPS
 
+SUITES = ("attention", "merge", "soft_topk")  # the module targets_NAME lists the targets of each
 
-def measure_targets(path: Path, run: str) -> bool:
-    """All targets to ``path``; whether every asserted one passed."""
+
+def measure_targets(
+    path: Path, run: str, chosen: Callable[[bool], Iterable[targets.Target[Any]]] = targets.targets
+) -> tuple[bool, int]:
+    """All targets to ``path``; whether every asserted one passed, and how many results were wrong."""
     dry = run == "dry"
     gate = harness.NoiseGate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if dry else 0)
     conditions = harness.conditions(run)
-    passed = True
+    passed, wrong = True, 0
     with path.open("w", newline="") as file:
         out = csv.DictWriter(file, targets.COLUMNS, restval="", lineterminator="\n")
         out.writeheader()
-        for target in suite.progress(targets.targets(dry), "targets"):
+        for target in suite.progress(chosen(dry), "targets"):
             row = targets.measure(target, gate, dry)
             out.writerow({**row, **conditions})
             passed &= not target.asserted or row["status"] == "pass"
+            wrong += row["status"].startswith("wrong")
             print(f"{row['status']:>8}  {row['target']}, {row['case']}, {row['threads']} thread(s): {_words(row)}", flush=True)
-    return passed
+    return passed, wrong
 
 
 def _words(row: dict[str, Any]) -> str:
@@ -60,7 +67,7 @@ def roofline(rows: list[tables.Row]) -> str:
     lines = []
     for row in rows:
         shape = f"[{row['B']}, {row['N']}, {row['D']}], k = {row['k']}"
-        start = [f"{row['op']}, {row['provider']}", shape, row["threads"], row["cache"], f"{float(row['bytes']) / 1e6:.4g}"]
+        start = [f"{row['op']}, {row['provider']}", shape, row["threads"], row["mode"], f"{float(row['bytes']) / 1e6:.4g}"]
         if not row["median_us"]:
             lines.append([*start, row["check"], "-", "-", "-", "-"])
             continue
@@ -87,7 +94,7 @@ def plot(rows: list[tables.Row], path: Path) -> None:
     for axis, op in zip(axes, OPS, strict=True):
         for name, (colour, line, marker) in styles.items():
             mine = [r for r in rows if r["op"] == op and r["provider"] == name and r["threads"] == "1" and r["median_us"]]
-            mine = [r for r in mine if op == "select" or r["cache"] == "cold"]
+            mine = [r for r in mine if op == "select" or r["mode"] == "cold"]
             points = sorted((float(r["bytes"]), float(r["gb_s"])) for r in mine)
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=marker, markersize=5, label=name)
@@ -151,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a dry run, not a measurement; needs --out")
     parser.add_argument("--ungated", action="store_true", help="believe noisy attempts too, on a busy machine; needs --out")
     parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where an asserted target does not pass")
-    parser.add_argument("--only", choices=["targets", "suite"], help="measure this half; no report")
+    half = parser.add_mutually_exclusive_group()
+    half.add_argument("--only", choices=["targets", "suite"], help="measure this half; no report")
+    half.add_argument("--suite", choices=SUITES, help="measure the targets of another op instead, into NAME.csv; no report")
     options = parser.parse_args(arguments)
     if (options.quick or options.ungated) and options.out is None:
         parser.error("--quick and --ungated need --out: they must not replace measured results")
@@ -166,11 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A run that is cut short must not leave half of its files beside those of an older one.
     with tempfile.TemporaryDirectory() as scratch:
         done = Path(scratch)
-        if options.only != "suite":
-            passed = measure_targets(done / "targets.csv", run)
-        if options.only != "targets":
-            broken = suite.measure(done / "results.csv", run)
-        if options.only is None:
+        if options.suite:
+            chosen = importlib.import_module(f"targets_{options.suite}").targets
+            passed, broken = measure_targets(done / f"{options.suite}.csv", run, chosen)
+        elif options.only != "suite":
+            passed, broken = measure_targets(done / "targets.csv", run)
+        if options.only != "targets" and not options.suite:
+            broken += suite.measure(done / "results.csv", run)
+        if options.only is None and not options.suite:
             plot(tables.read(done / "results.csv"), done / "roofline.png")
             (done / "report.md").write_text(report(done, memory, time.monotonic() - start))
         for file in sorted(done.iterdir()):

@@ -13,12 +13,10 @@ import harness
 import torch
 from providers import Provider, providers
 from registry import CASES, DRY_CASES, OPS, Case, inputs_of, moved_bytes, rotated, settings
+from schema import RESULTS
 from verify import WrongResult, verified
 
-COLUMNS = (
-    "op", "B", "N", "D", "dtype", "k", "threads", "cache", "provider", "check", "min_us", "median_us", "p20_us", "p80_us",
-    "rounds", "bytes", "gb_s", "copy_share", "quiet", *harness.CONDITIONS,
-)  # fmt: skip
+SETTING = ("op", "B", "N", "D", "dtype", "k", "threads", "mode")  # the columns that a row shares with its copy
 SECONDS, LEAST, MOST = 0.5, 5, 300  # of one measurement: seconds that are aimed at, rounds at least and at most
 T = TypeVar("T")
 
@@ -30,19 +28,19 @@ class Setting(NamedTuple):
     provider: Provider
     case: Case
     threads: int
-    cache: str
+    mode: str
 
     def __str__(self) -> str:
-        return f"{self.op}, {self.provider.name}, {self.case}, {self.threads} thread(s), {self.cache}"
+        return f"{self.op}, {self.provider.name}, {self.case}, {self.threads} thread(s), {self.mode}"
 
 
 def listed(dry: bool, ops: Sequence[str] = OPS) -> list[Setting]:
     """All rows; those of one case together, so that its inputs are made once."""
     return [
-        Setting(op, provider, case, threads, cache)
+        Setting(op, provider, case, threads, mode)
         for case in (DRY_CASES if dry else CASES)
         for op in ops
-        for threads, cache in settings(op, case)
+        for threads, mode in settings(op, case)
         for provider in providers(op).values()
     ]
 
@@ -73,7 +71,7 @@ def measure(path: Path, run: str, chosen: Sequence[Setting] | None = None) -> in
 
 def one(setting: Setting, gate: harness.NoiseGate, dry: bool) -> dict[str, Any]:
     """Check one provider on one case, then time it."""
-    op, provider, case, threads, cache = setting
+    op, provider, case, threads, mode = setting
     if why := provider.missing(case):
         return {"skipped": why}
     # The inputs, and three float32 temporaries of eager PyTorch, which malloc does not always place in the same memory.
@@ -82,13 +80,13 @@ def one(setting: Setting, gate: harness.NoiseGate, dry: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
     row: dict[str, Any] = {
         "op": op, "B": case.batch, "N": case.n, "D": case.d, "dtype": str(case.dtype).removeprefix("torch."), "k": case.k,
-        "threads": threads, "cache": cache, "provider": provider.name, "bytes": moved_bytes(op, case),
+        "threads": threads, "mode": mode, "provider": provider.name, "bytes": moved_bytes(op, case),
     }  # fmt: skip
     try:
         call = verified(op, provider, case)
     except WrongResult as wrong:
         return row | {"check": f"wrong: {wrong}"}
-    inputs = rotated(op, case) if cache == "cold" and not dry else [inputs_of(case)[0]]
+    inputs = rotated(op, case) if mode == "cold" and not dry else [inputs_of(case)[0]]
     turn = itertools.cycle(inputs)
     for _ in inputs:
         call(next(turn))
@@ -118,11 +116,11 @@ def timed(call: Callable[[], Any], rounds: int) -> list[float]:
 
 def write(path: Path, rows: list[dict[str, Any]], run: str) -> None:
     """The rows as CSV, with the share of the copy that was measured in the same setting."""
-    setting = lambda row: tuple(row[c] for c in COLUMNS[: COLUMNS.index("provider")])
+    setting = lambda row: tuple(row[c] for c in SETTING)
     copies = {setting(row): row["median_us"] for row in rows if row["provider"] == "copy"}
     conditions = harness.conditions(run)
     with path.open("w", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        out = csv.DictWriter(file, RESULTS, restval="", lineterminator="\n")
         out.writeheader()
         for row in rows:
             copy = copies.get(setting(row))

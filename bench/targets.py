@@ -12,7 +12,7 @@ import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy
 import torch
@@ -32,8 +32,29 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class Problem(NamedTuple):
+    """A case that is no ``registry.Case``: what the table says, the bytes of its inputs, and its sizes."""
+
+    text: str
+    input_bytes: int
+    numbers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Sized(Protocol):
+    """What a target needs to know of its case; ``str`` of it stands in the table."""
+
+    @property
+    def input_bytes(self) -> int: ...
+
+
+C = TypeVar("C", bound=Sized)
+
+
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Target(Generic[C]):
     """One line of the table. ``sides`` builds the two calls, A always this package.
 
     ``sense`` "at most": A's time over B's is at most the limit. "at least": B's time over A's is at least the limit. "us": the
@@ -42,10 +63,10 @@ class Target:
 
     name: str
     op: str
-    case: Case
+    case: C
     limit: float | None
     sense: str
-    sides: Callable[[Target], tuple[str, Call, str, Call]]
+    sides: Callable[[Target[C]], tuple[str, Call, str, Call]]
     threads: int = 1
 
     @property
@@ -61,7 +82,7 @@ def dram_case() -> Case:
     return Case(1, n, 3584)
 
 
-def targets(dry: bool = False) -> Iterator[Target]:
+def targets(dry: bool = False) -> Iterator[Target[Case]]:
     """All targets; in a dry run the same ones on tiny shapes."""
     dram, video, image, tiny = dram_case(), Case(1, 6272, 3584), Case(1, 576, 4096), Case(1, 64, 64, Fraction(1, 4))
     if dry:
@@ -81,7 +102,7 @@ def targets(dry: bool = False) -> Iterator[Target]:
         yield Target("drop_tokens against a memcpy of the same bytes, in cache", "drop", image, None, "at most", _memcpy, threads)
 
 
-def _ours(target: Target) -> tuple[Call, Inputs]:
+def _ours(target: Target[Case]) -> tuple[Call, Inputs]:
     inputs, _ = inputs_of(target.case)
     call = verified(target.op, _available(providers(target.op)["native"], target.case), target.case)
     return lambda: call(inputs), inputs
@@ -98,8 +119,8 @@ def _available(provider: Provider, case: Case) -> Provider:
     return provider
 
 
-def _other(name: str) -> Callable[[Target], tuple[str, Call, str, Call]]:
-    def sides(target: Target) -> tuple[str, Call, str, Call]:
+def _other(name: str) -> Callable[[Target[Case]], tuple[str, Call, str, Call]]:
+    def sides(target: Target[Case]) -> tuple[str, Call, str, Call]:
         ours, inputs = _ours(target)
         call = verified(target.op, _available(providers(target.op)[name], target.case), target.case)
         return "native", ours, name, lambda: call(inputs)
@@ -107,14 +128,14 @@ def _other(name: str) -> Callable[[Target], tuple[str, Call, str, Call]]:
     return sides
 
 
-def _fastest(candidates: dict[str, Call]) -> tuple[str, Call]:
+def fastest(candidates: dict[str, Call]) -> tuple[str, Call]:
     """The fastest baseline of its kind: the minimum of five calls each, taken in turns."""
     times = interleaved(list(candidates.values()), repetitions=5, seconds=0.0)
     name = min(zip(candidates, times, strict=True), key=lambda c: min(c[1]))[0]
     return name, candidates[name]
 
 
-def _read(target: Target) -> tuple[str, Call, str, Call]:
+def _read(target: Target[Case]) -> tuple[str, Call, str, Call]:
     """Read-only passes over both hidden states, each byte once: what a score at the speed of memory would take."""
     ours, x = _ours(target)
     pair = [t.view(-1) for t in (x.h_prev, x.h_cur)]
@@ -128,11 +149,11 @@ def _read(target: Target) -> tuple[str, Call, str, Call]:
     }
     if target.threads == 1:  # numpy has one thread
         candidates["numpy.sum int64"] = lambda: [numpy.add.reduce(a) for a in arrays]
-    name, call = _fastest(candidates)
+    name, call = fastest(candidates)
     return "native", ours, name, call
 
 
-def _memcpy(target: Target) -> tuple[str, Call, str, Call]:
+def _memcpy(target: Target[Case]) -> tuple[str, Call, str, Call]:
     """A copy of N D E + k D E bytes between buffers that were touched before.
 
     The step reads 2 N D E (the score) and k D E (the kept rows) and writes k D E; the copy reads N D E + k D E and writes as
@@ -149,11 +170,11 @@ def _memcpy(target: Target) -> tuple[str, Call, str, Call]:
         source_array, copied_array = source.numpy(), copied.numpy()
         candidates["libc memcpy"] = lambda: libc.memcpy(copied.data_ptr(), source.data_ptr(), size)  # and so keeps both alive
         candidates["numpy.copyto"] = lambda: numpy.copyto(copied_array, source_array)
-    name, call = _fastest(candidates)
+    name, call = fastest(candidates)
     return "native", ours, name, call
 
 
-def _overhead(target: Target) -> tuple[str, Call, str, Call]:
+def _overhead(target: Target[Case]) -> tuple[str, Call, str, Call]:
     """The public call as a user makes it, the backend chosen automatically; beside it, an empty call."""
     inputs, expected = inputs_of(target.case)
     why = providers("drop")["native"].missing(target.case)
@@ -165,7 +186,7 @@ def _overhead(target: Target) -> tuple[str, Call, str, Call]:
     return "native", lambda: vk.variation_topk(h_prev, h_cur, k), "nothing", lambda: None
 
 
-def measure(target: Target, gate: NoiseGate, dry: bool = False) -> dict[str, Any]:
+def measure(target: Target[Any], gate: NoiseGate, dry: bool = False) -> dict[str, Any]:
     """One target's row, without the columns of the conditions."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS[: -len(CONDITIONS)], "")
     row |= {
@@ -188,7 +209,7 @@ def measure(target: Target, gate: NoiseGate, dry: bool = False) -> dict[str, Any
         release_memory()
 
 
-def _attempts(target: Target, gate: NoiseGate, ours: Call, other: Call, dry: bool) -> dict[str, Any]:
+def _attempts(target: Target[Any], gate: NoiseGate, ours: Call, other: Call, dry: bool) -> dict[str, Any]:
     quiet: list[dict[str, Any]] = []
     attempts = 0
     while attempts < ATTEMPTS and not any(found["status"] != "fail" for found in quiet):
@@ -207,7 +228,7 @@ def _attempts(target: Target, gate: NoiseGate, ours: Call, other: Call, dry: boo
     return better(quiet, key=lambda f: f["value"]) | {"attempts": attempts, "quiet_attempts": len(quiet)}
 
 
-def _judged(target: Target, a: list[float], b: list[float]) -> dict[str, Any]:
+def _judged(target: Target[Any], a: list[float], b: list[float]) -> dict[str, Any]:
     """The ratio of minima, and whether it is within the limit."""
     value = {"at most": min(a) / min(b), "at least": min(b) / min(a), "us": quantile(a, 0.5) * 1e6}[target.sense]
     status = "reported"

@@ -16,7 +16,7 @@ import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 CONDITIONS = {"run", "date", "commit", "isa", "machine", "versions"}
-RESULTS = {"op", "B", "N", "D", "dtype", "k", "threads", "cache", "provider", "check", "min_us", "median_us", "p20_us", "p80_us",
+RESULTS = {"op", "B", "N", "D", "dtype", "k", "threads", "mode", "provider", "check", "min_us", "median_us", "p20_us", "p80_us",
            "rounds", "bytes", "gb_s", "copy_share", "quiet"} | CONDITIONS  # fmt: skip
 TARGETS = {"target", "asserted", "op", "case", "threads", "a", "a_min_us", "b", "b_min_us", "value", "limit", "status"} | CONDITIONS
 # tests/tools/test_bench.py runs in the main process of `make test`, which is the only one without TRITON_INTERPRET.
@@ -45,7 +45,10 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``providers``, ``targets`` and ``harness`` as bench/run.py imports them, and gone afterwards."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("harness", "registry", "verify", "providers", "targets", "suite", "tables", "readme_table", "gpu_floors", "gpu_report")
+    names = (
+        "harness", "registry", "verify", "providers", "targets", "suite", "schema", "tables", "readme_table", "gpu_floors",
+        "gpu_report",
+    )  # fmt: skip
     before = torch.get_num_threads()
     yield type("Modules", (), {name: importlib.import_module(name) for name in names})
     torch.set_num_threads(before)
@@ -201,7 +204,7 @@ def gpu_results(folder: Path, run: str = "full") -> None:
     times = [("drop", "triton", 10, 900), ("drop", "cuda", 8, 1100), ("drop", "copy", 4, 2000), ("drop", "eager", 40, 200),
              ("compile", "triton", 20, 400), ("compile", "compile", 60, 150)]  # fmt: skip
     results = [
-        {"group": f"{kind} B1-N576", "provider": name, "us": us, "p20_us": us, "p80_us": us, "gb_s": speed} | shape | facts
+        {"group": f"{kind} B1-N576", "provider": name, "median_us": us, "p20_us": us, "p80_us": us, "gb_s": speed} | shape | facts
         for kind, name, us, speed in times
     ]
     target = {"group": "drop", "mode": "cold", "unit": "ratio"} | facts
@@ -249,3 +252,18 @@ def test_the_committed_pages_hold_the_committed_results():
 @pytest.mark.parametrize(("us", "words"), [("9.456", "9.46 us"), ("123.4", "123 us"), ("4567", "4.57 ms"), ("45670", "45.7 ms")])
 def test_durations_have_three_digits(modules: Any, us: str, words: str):
     assert modules.tables.duration(us) == words
+
+
+@pytest.mark.parametrize("suite", ["attention", "merge", "soft_topk"])
+def test_the_targets_of_other_ops_run_dry(suite: str, tmp_path: Path):
+    done = run(BENCH / "run.py", "--quick", "--suite", suite, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, committed = rows(tmp_path / f"{suite}.csv"), rows(BENCH / "results" / "cpu" / f"{suite}.csv")
+    assert [file.name for file in tmp_path.iterdir()] == [f"{suite}.csv"]
+    assert found[0].keys() == committed[0].keys() == rows(BENCH / "results" / "cpu" / "targets.csv")[0].keys()
+    assert {row["status"] for row in found} == {"dry run"}
+    assert {row["target"] for row in committed} <= {row["target"] for row in found}
+
+
+def test_results_of_a_cpu_and_of_a_gpu_have_the_columns_of_one_schema(modules: Any):
+    assert list(rows(BENCH / "results" / "cpu" / "results.csv")[0]) == list(modules.schema.RESULTS)

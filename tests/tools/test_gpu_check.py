@@ -50,6 +50,7 @@ MODULES = (
     "gpu_tests",
     "gpu_precompile",
     "gpu_measure",
+    "schema",
     "gpu_check",
     "gpu_verify",
     "gpu_tune",
@@ -165,7 +166,7 @@ def test_no_figure_where_a_test_fails(modules: Any, check: Any, tmp_path: Path, 
     assert targets
     for row in found:
         assert row["check"] == (f"failing: {test}" if forbids else "equal")
-        assert (row["us"] == "") == forbids
+        assert (row["median_us"] == "") == forbids
     for row in targets:
         assert (row["value"] == "") == forbids
         assert (test in row["status"]) == forbids
@@ -207,7 +208,7 @@ def test_a_wrong_result_gets_no_figure(modules: Any, check: Any, tmp_path: Path,
     done.do(group._replace(build=build))
     mine = next(row for row in rows(tmp_path / "results.csv") if row["provider"] == "reference")
     assert mine["check"].startswith("wrong: scores are off" if fault == "score" else "broken: RuntimeError: no result")
-    assert mine["us"] == mine["gb_s"] == ""
+    assert mine["median_us"] == mine["gb_s"] == ""
     targets = [row for row in rows(tmp_path / "targets.csv") if row["backend"] == "reference"]
     assert {row["value"] for row in targets} == {""}
     assert all(mine["check"] in row["status"] for row in targets)
@@ -606,7 +607,7 @@ def test_floors_are_bytes_over_what_was_measured(modules: Any):
         "N": "576",
         "mode": "cold",
         "bytes": "11796480",
-        "us": "12.5",
+        "median_us": "12.5",
         "provider": "triton",
     }
     # (2 * 576 + 144) rows of 8192 bytes: 10.6 MB at 4000 GB/s
@@ -625,10 +626,10 @@ def test_floors_are_bytes_over_what_was_measured(modules: Any):
         "N": "576",
         "mode": "warm",
         "bytes": "5",
-        "us": "3.5",
+        "median_us": "3.5",
         "provider": "cuda",
     }
-    copy = {**row, "provider": "copy", "us": "4.5"}
+    copy = {**row, "provider": "copy", "median_us": "4.5"}
     text = floors.floors_table([row, select, copy], constants)
     line = "| drop one | 2.65 us | 8.27 us | 8.52 us | 9.02 us | 4.50 us | triton | 12.5 us | 21 % |"
     assert line in text
@@ -656,7 +657,7 @@ def test_a_dry_tuning_tries_and_checks_candidates_of_every_kind(modules: Any, tu
     assert tried == {"score", "select", "fused", "gather", "launches"}
     assert {row["check"] for row in results if not row["check"].startswith("missing")} == {"equal"}
     assert {row["mode"] for row in results if row["group"].startswith("versus")} == {"cold", "eager"}
-    assert not any(row["mode"] == "eager" and row["provider"] == "triton-tuned" and row["us"] for row in results)
+    assert not any(row["mode"] == "eager" and row["provider"] == "triton-tuned" and row["median_us"] for row in results)
     table = json.loads((tuned / "tuned.json").read_text())["devices"]
     assert table["none: a dry run on the CPU"]["measured"].keys() >= {"run", "date", "commit", "command", "versions"}
     text = (tuned / "tune.md").read_text()

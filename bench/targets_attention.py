@@ -1,27 +1,18 @@
-"""attention_score and key_norm_score on the CPU: beside one reading of the keys, and beside eager PyTorch.
+"""attention_score and key_norm_score beside one reading of the keys, and beside eager PyTorch: ``bench/run.py --suite attention``.
 
-``python bench/bench_attention.py`` prints a line for each ratio, ``--csv FILE`` writes them with their conditions; ``--dry`` runs
-everything on tiny shapes (no measurement), ``--ungated`` believes noisy attempts too. Measured as the targets are (see targets.py):
-two calls in turns in one process, minima, one thread, only while the machine is quiet. The keys fill four last-level caches.
+The keys fill four last-level caches.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
-import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import harness
 import numpy
-import targets
 import torch
 from harness import ALL_CORES, LLC
-from run import _words
+from targets import Call, Target, Unavailable, fastest
 from verify import WrongResult
 
 import v2drop_kernels as vk
@@ -54,20 +45,16 @@ def cases(dry: bool) -> Iterator[Case]:
             yield Case(heads, kv_heads, 33 if dry else -(-4 * LLC // row_bytes // 1024) * 1024, dtype)
 
 
-def ratios(dry: bool) -> Iterator[targets.Target]:
+def targets(dry: bool = False) -> Iterator[Target[Case]]:
     """The targets of the one-query case, asserted for groups of four heads and, beside the reading, for none: there eager PyTorch
     repeats no keys and reads them once, too. The rest is reported."""
     for case in cases(dry):
         for threads in (1, ALL_CORES) if ALL_CORES > 1 else (1,):
             read = 1.25 if case.kv_heads in (8, 32) else None
             eager = 3.0 if case.kv_heads == 8 else None
-            yield targets.Target(
-                "attention_score against reading the keys once", "attention", case, read, "at most", _read, threads
-            )
-            yield targets.Target(
-                "attention_score over repeat_kv and softmax", "attention", case, eager, "at least", _eager, threads
-            )
-            yield targets.Target("key_norm_score against reading the keys once", "norm", case, None, "at most", _read, threads)
+            yield Target("attention_score against reading the keys once", "attention", case, read, "at most", _read, threads)
+            yield Target("attention_score over repeat_kv and softmax", "attention", case, eager, "at least", _eager, threads)
+            yield Target("key_norm_score against reading the keys once", "norm", case, None, "at most", _read, threads)
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,10 +72,10 @@ def _repeat_kv(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return (q @ k.transpose(2, 3) * d**-0.5).softmax(-1, dtype=torch.float32).mean(1)[:, 0]
 
 
-def _ours(target: targets.Target) -> targets.Call:
-    q, k = _inputs(target.case)  # type: ignore[arg-type]
+def _ours(target: Target[Case]) -> Call:
+    q, k = _inputs(target.case)
     if why := choice.why_not("cpu", "cpu", k.dtype):
-        raise targets.Unavailable(f"native: {why}")
+        raise Unavailable(f"native: {why}")
     if target.op == "norm":
         call, want = functools.partial(vk.key_norm_score, k, norm="l2", backend="cpu"), reference.key_norm(k, "l2")
     else:
@@ -105,46 +92,17 @@ def _same(got: torch.Tensor, want: torch.Tensor, relative: float, name: str) -> 
         raise WrongResult(f"{name}: scores are off by {off:.1e}")
 
 
-def _read(target: targets.Target) -> tuple[str, targets.Call, str, targets.Call]:
-    ours, flat = _ours(target), _inputs(target.case)[1].view(-1)  # type: ignore[arg-type]
+def _read(target: Target[Case]) -> tuple[str, Call, str, Call]:
+    ours, flat = _ours(target), _inputs(target.case)[1].view(-1)
     as_float, as_int = flat.view(torch.float32), flat.view(torch.int64)
-    candidates: dict[str, targets.Call] = {"torch.sum float32": as_float.sum, "torch.sum int64": as_int.sum}
+    candidates: dict[str, Call] = {"torch.sum float32": as_float.sum, "torch.sum int64": as_int.sum}
     if target.threads == 1:  # numpy has one thread
         candidates["numpy.sum int64"] = functools.partial(numpy.add.reduce, as_int.numpy())
-    return "native", ours, *targets._fastest(candidates)
+    return "native", ours, *fastest(candidates)
 
 
-def _eager(target: targets.Target) -> tuple[str, targets.Call, str, targets.Call]:
-    q, k = _inputs(target.case)  # type: ignore[arg-type]
+def _eager(target: Target[Case]) -> tuple[str, Call, str, Call]:
+    q, k = _inputs(target.case)
     # It rounds logits to the dtype of the keys: 2^-9 of a logit of up to 5 or so.
     _same(_repeat_kv(q, k), reference.attention_score(q, k), 1e-4 if k.dtype == torch.float32 else 0.05, "eager")
     return "native", _ours(target), "eager", functools.partial(_repeat_kv, q, k)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="tiny shapes: no measurement")
-    parser.add_argument("--ungated", action="store_true", help="believe noisy attempts too, on a busy machine")
-    parser.add_argument("--csv", type=Path, help="write the rows to this file")
-    parser.add_argument("--assert", dest="strict", action="store_true", help="exit with 1 where an asserted ratio does not pass")
-    options = parser.parse_args()
-    run = "dry" if options.dry else "ungated" if options.ungated else "full"
-    harness.recycle_memory()
-    gate = harness.NoiseGate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if options.dry else 0)
-    rows = []
-    for target in ratios(options.dry):
-        rows.append(targets.measure(target, gate, options.dry))
-        row = rows[-1]
-        print(f"{row['status']:>8}  {row['target']}, {row['case']}, {row['threads']} thread(s): {_words(row)}", flush=True)
-    if options.csv:
-        conditions = harness.conditions(run)
-        with options.csv.open("w", newline="") as file:
-            out = csv.DictWriter(file, targets.COLUMNS, restval="", lineterminator="\n")
-            out.writeheader()
-            out.writerows({**row, **conditions} for row in rows)
-    wrong = [row for row in rows if row["status"].startswith("wrong")]
-    return 1 if wrong or (options.strict and any(row["asserted"] == "yes" and row["status"] != "pass" for row in rows)) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
