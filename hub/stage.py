@@ -18,8 +18,7 @@ from pathlib import Path
 HUB = Path(__file__).resolve().parent
 PACKAGE = HUB.parent / "v2drop_kernels"
 # What needs transformers or only draws, the command line, what needs the compiled library but no torch; the builder writes _ops.py.
-LEFT_OUT = {"__main__.py", "_demo_model.py", "_ops.py", "array.py", "config.py", "demo.py", "interop", "jax.py", "models",
-            "plot.py"}  # fmt: skip
+LEFT_OUT = {"__main__.py", "_ops.py", "array.py", "cli", "interop", "jax.py", "models", "plot.py"}
 GENERATED = "_ops"
 COMPILED = "_C"  # never there: native.py finds that it is not built, and its backends say so
 FOREIGN = sys.stdlib_module_names | {"torch", "triton"}  # all that a kernel on the Hub may import

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import v2drop_kernels as vk
-from v2drop_kernels._steps import step
+from v2drop_kernels.cli.steps import step
 
 from . import data, model
 

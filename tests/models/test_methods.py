@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from v2drop_kernels import __main__ as cli
+from v2drop_kernels.cli import main as cli
 from v2drop_kernels.models import methods, policies
 
 ROOT = Path(__file__).resolve().parents[2]

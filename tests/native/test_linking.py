@@ -139,7 +139,7 @@ class Without:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Without)
-from v2drop_kernels.__main__ import main
+from v2drop_kernels.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
     assert run(sys.executable, "-c", script, "config", "--libdir") == f"{PACKAGE}/lib\n"

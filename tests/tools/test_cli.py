@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import v2drop_kernels
-from v2drop_kernels import __main__ as cli
 from v2drop_kernels import native
+from v2drop_kernels.cli import main as cli
 
 
 def _run(*args, **env):
@@ -76,7 +76,7 @@ def test_help(args, capsys):
 
 
 def test_bench_outside_a_checkout_names_the_command(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "v2drop_kernels" / "__main__.py"))
+    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "site-packages" / "v2drop_kernels")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -87,5 +87,5 @@ def test_bench_passes_arguments_and_exit_code_on(monkeypatch, tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "run.py").write_text("import sys\nsys.exit(7 if sys.argv[1:] == ['--help', '-x', 'a b'] else 1)\n")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "v2drop_kernels" / "__main__.py"))
+    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "v2drop_kernels")
     assert cli.main(["bench", "--help", "-x", "a b"]) == 7

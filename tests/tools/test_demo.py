@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from examples.tiny_vlm import demo as tiny_demo
-from v2drop_kernels import __main__ as cli
-from v2drop_kernels import demo, plot
-from v2drop_kernels._demo_model import Decoder
+from v2drop_kernels import plot
+from v2drop_kernels.cli import demo
+from v2drop_kernels.cli import main as cli
+from v2drop_kernels.cli.demo_model import Decoder
 
 QUICK = ["--width", "128", "--repeats", "1"]
 PHOTO = ["china", *QUICK]

@@ -9,6 +9,7 @@ stderr, results on stdout.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -22,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import plot, reference
-from ._demo_model import GRID, HEAD_DIM, PATCH, SIDE, SYSTEM_TOKENS, Decoder
-from ._steps import step
-from .backends.choice import BACKENDS, backend, explain
-from .core.layout import TokenLayout
-from .ops.drop_tokens import drop_tokens
-from .schedule import Schedule, preset
+from .. import plot, reference
+from ..backends.choice import BACKENDS, backend, explain
+from ..core.layout import TokenLayout
+from ..ops.drop_tokens import drop_tokens
+from ..schedule import Schedule, preset
+from .demo_model import GRID, HEAD_DIM, PATCH, SIDE, SYSTEM_TOKENS, Decoder
+from .steps import step
 
 PRESETS = {budget: preset(f"v2drop-{budget}") for budget in ("192", "128", "64")}
 SAMPLES = ("china", "flower")
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             raise DemoError("--question is for the trained model; the decoder for photos has random weights")
         return run_photo(args)
     missing = [name for name in ("transformers", "sklearn") if importlib.util.find_spec(name) is None]
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if not missing and (checkout / "examples" / "tiny_vlm" / "demo.py").exists():
         sys.path.insert(0, str(checkout))
         return int(importlib.import_module("examples.tiny_vlm.demo").run(args))
@@ -114,6 +115,8 @@ def run_photo(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise DemoError("no GPU was found: torch.cuda.is_available() is False")
+    with backend(args.backend) if args.backend else contextlib.nullcontext():
+        explain(torch.zeros(1, device=device))  # raises where the backend cannot serve, before any work is done
     decoder = Decoder(width=args.width, seed=args.seed, device=device)
     schedule = PRESETS[args.preset]
 

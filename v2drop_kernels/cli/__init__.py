@@ -1,0 +1,1 @@
+"""The command line: its commands, and the demos with what they need."""
