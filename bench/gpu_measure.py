@@ -35,8 +35,8 @@ GROUP_SECONDS = 1.5  # of runs, for one mode of a group at most
 LEAST_SECONDS = 8.0  # no group is begun with less than this: it would have to be compiled, checked and timed
 SHORT_CALL = 20e-6  # seconds; a graph of calls below this holds `many` of them, so that its start is spread over more calls
 MANY_BYTES = 1 << 32  # beyond which a graph holds 3 calls instead of 20
-MODEL = HERE / "bench_model.py"  # prints a JSON list of flat objects, one for a row of the report
-POLICIES = HERE / "bench_policies.py"  # writes policies.csv and policies.md into the folder that it is given
+MODEL = HERE / "model" / "decoders.py"  # prints a JSON list of flat objects, one for a row of the report
+POLICIES = HERE / "model" / "policies.py"  # writes policies.csv and policies.md into the folder that it is given
 REFUSED = "a cooperative drop takes at most"  # what the library says where that launch mode does not apply
 
 
@@ -208,7 +208,7 @@ class Check:
             least = self.timer.calls if group.moved < MANY_BYTES else 3  # no launch gap shows in calls of milliseconds
             count = max(least, len(calls) if mode == "cold" else 0)
             make = self.timer.graph if mode in ("cold", "warm") and c.captured else self.timer.eager
-            if mode in ("eager", "host") and "-" in c.name and c.backend:  # a forced design: a context manager in every call
+            if mode in ("eager", "host") and "-" in c.name and c.backend:  # a forced launch mode: a context manager in every call
                 continue
             try:
                 run = make(calls, count)

@@ -48,9 +48,9 @@ def test_the_smallest_policy_is_short():
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
-    """A dry run of bench/bench_policies.py."""
+    """A dry run of bench/model/policies.py."""
     folder = tmp_path_factory.mktemp("policies")
-    command = [sys.executable, str(ROOT / "bench" / "bench_policies.py"), "--dry", "--out", str(folder)]
+    command = [sys.executable, str(ROOT / "bench" / "model" / "policies.py"), "--dry", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with (folder / "policies.csv").open(newline="") as file:

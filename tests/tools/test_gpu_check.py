@@ -368,14 +368,14 @@ def test_a_design_that_does_not_apply_is_missing_and_not_broken(modules: Any, ch
     ("script", "why"),
     [
         ("import json, sys; print(json.dumps([{'model': 'a', 'args': sys.argv[1:]}]))", "see the model level of the report"),
-        ("import sys; sys.exit('no weights')", "broken: RuntimeError: bench_model.py ended with code 1: no weights"),
+        ("import sys; sys.exit('no weights')", "broken: RuntimeError: decoders.py ended with code 1: no weights"),
         ("import a_package_that_is_not_here", "not there: No module named 'a_package_that_is_not_here'"),
-        ("print('[]')", "broken: RuntimeError: bench_model.py printed no list of rows"),
+        ("print('[]')", "broken: RuntimeError: decoders.py printed no list of rows"),
     ],
 )
 def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path: Path, monkeypatch: Any, script: str, why: str):
-    monkeypatch.setattr(modules.gpu_measure, "MODEL", tmp_path / "bench_model.py")
-    (tmp_path / "bench_model.py").write_text(script)
+    monkeypatch.setattr(modules.gpu_measure, "MODEL", tmp_path / "decoders.py")
+    (tmp_path / "decoders.py").write_text(script)
     check().model(["--batch", "1"], "model-1.json", 60)
     found = [row["status"] for row in rows(tmp_path / "targets.csv") if row["target"] == "model"]
     assert len(found) == 2
@@ -395,7 +395,7 @@ def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path
     ("script", "seconds", "why"),
     [
         ("import pathlib, sys; pathlib.Path(sys.argv[2], 'policies.md').write_text(f'# Title\\n\\n{sys.argv}\\n')", 60, "measured"),
-        ("import sys; sys.exit('no memory')", 60, "broken: RuntimeError: bench_policies.py ended with code 1: no memory"),
+        ("import sys; sys.exit('no memory')", 60, "broken: RuntimeError: policies.py ended with code 1: no memory"),
         ("import a_package_that_is_not_here", 60, "not there: No module named 'a_package_that_is_not_here'"),
         ("import time; time.sleep(60)", 1, "cut after 1 s"),
     ],
@@ -403,7 +403,7 @@ def test_the_model_level_runs_where_it_exists(modules: Any, check: Any, tmp_path
 def test_the_policies_are_measured_in_the_time_that_is_left(
     modules: Any, check: Any, tmp_path: Path, monkeypatch: Any, script: str, seconds: float, why: str
 ):
-    program = tmp_path / "bench_policies.py"
+    program = tmp_path / "policies.py"
     program.write_text(script)
     monkeypatch.setattr(modules.gpu_measure, "POLICIES", program)
     done = check()

@@ -1,4 +1,4 @@
-"""bench/bench_model.py runs dry: every policy and shape, so that a measurement cannot fail on a typo."""
+"""bench/model/decoders.py runs dry: every policy and shape, so that a measurement cannot fail on a typo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parents[2] / "bench" / "bench_model.py"
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "model" / "decoders.py"
 
 
 def test_dry_run():

@@ -1,6 +1,6 @@
 """Every policy on one LLaVA at one budget: prefill time and peak memory beside the undropped model, and what FLOPs predict.
 
-``python bench/bench_policies.py`` prints a Markdown table; ``--out FOLDER`` writes policies.csv and policies.md there; ``--dry``
+``python bench/model/policies.py`` prints a Markdown table; ``--out FOLDER`` writes policies.csv and policies.md there; ``--dry``
 runs everything on tiny shapes (no measurement). A LLaVA-1.5 with random weights, of the true shape on a GPU, an eighth as wide on
 a CPU; or, with ``--small``, the trained model of examples/tiny_vlm. Times are medians of calls taken in turns, the vision tower
 included. Memory is what tensors hold beyond the model and its inputs.
@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[1:1] = [str(HERE), str(HERE / "accuracy"), str(HERE.parent)]
+BENCH = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(BENCH), str(BENCH / "accuracy"), str(BENCH.parent)]
 
 import harness  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
-from bench_model import seconds  # noqa: E402
+from decoders import seconds  # noqa: E402
 from peak import Peak  # noqa: E402
 
 from v2drop_kernels.models import TokenDropper, policies  # noqa: E402
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     import transformers
 
     run = {**harness.conditions("dry" if args.dry else "full"), "transformers": transformers.__version__, "batch": str(args.batch)}
-    text = report(args, rows, run, " ".join(["python bench/bench_policies.py", *(sys.argv[1:] if argv is None else argv)]))
+    text = report(args, rows, run, " ".join(["python bench/model/policies.py", *(sys.argv[1:] if argv is None else argv)]))
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

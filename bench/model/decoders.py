@@ -1,6 +1,6 @@
 """Whole models: prefill, time per new token, end to end and memory, undropped, with V2Drop and with attention scores.
 
-``python bench/bench_model.py`` prints a table, ``--json`` the same as a list of flat objects; ``--dry`` runs everything on tiny
+``python bench/model/decoders.py`` prints a table, ``--json`` the same as a list of flat objects; ``--dry`` runs everything on tiny
 shapes (no measurement). Decoders of the true shapes with random weights on a GPU, an eighth as wide on a CPU, as transformers
 builds them; the vision tower is left out, since no policy changes it. ``predicted`` is the speed-up that the papers' FLOPs
 formula gives for the schedule and the whole prompt, ``reached`` the share of it that was measured.
@@ -17,13 +17,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
-import torch
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[1:1] = [str(ROOT / "bench"), str(ROOT)]
 
-from v2drop_kernels.models import TokenDropper
-from v2drop_kernels.schedule import Schedule, Stage, preset, solve
+import harness  # noqa: E402
+import torch  # noqa: E402
+
+from v2drop_kernels.models import TokenDropper  # noqa: E402
+from v2drop_kernels.schedule import Schedule, Stage, preset, solve  # noqa: E402
 
 SYSTEM, QUESTION = 35, 29  # text tokens around the vision tokens
 POLICIES = ("none", "variation", "fastv")
