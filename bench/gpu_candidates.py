@@ -22,9 +22,7 @@ from v2drop_kernels.backends import choice
 from v2drop_kernels.backends.native import launch_mode
 
 LAUNCH_MODES = ("cooperative", "fused", "separate")
-
-
-LAUNCH_MODE_ROWS = 2048  # kFusedSelect of csrc/core/tuning_cuda.h: beyond it there is one design
+LAUNCH_MODE_ROWS = 2048  # kFusedSelect of csrc/core/tuning_cuda.h: beyond it there is one launch mode
 
 
 class Candidate(NamedTuple):

@@ -56,7 +56,7 @@ def floor_us(row: Row, c: Constants) -> float:
 
 
 def models(row: Row, c: Constants, select: float) -> dict[str, float]:
-    """GPU time of a drop per design; ``select`` is what a select of this size took, in a kernel of its own."""
+    """GPU time of a drop per launch mode; ``select`` is what a select of this size took, in a kernel of its own."""
     b, n, k, width = int(row["B"]), int(row["N"]), int(row["k"]), int(row["D"]) * SIZES[row["dtype"]]
     read, write, again = us(2 * b * n * width, c.read), us(b * k * width, c.copy), us(b * k * width, c.again(b * n * width))
     exposed = select - c.plain  # the launch of the select is an edge of its own below
@@ -91,7 +91,7 @@ def floors_table(results: list[Row], constants: Mapping[str, Mapping[str, Any]])
         copy = min((float(r["median_us"]) for name, r in by.items() if name in ("copy", "copy-kernel")), default=math.nan)
         model = models(row, c, selects.get((row["B"], row["N"]), math.nan)) if row["op"] == "drop" else {}
         lines.append([
-            group, _us(floor), *(_us(model.get(design, math.nan)) for design in ("one launch", "two launches", "three launches")),
+            group, _us(floor), *(_us(model.get(mode, math.nan)) for mode in ("one launch", "two launches", "three launches")),
             _us(copy), best, _us(mine[best]), "-" if math.isnan(floor) else f"{100 * floor / mine[best]:.0f} %",
         ])  # fmt: skip
     if not lines:

@@ -51,6 +51,8 @@ MODULES = (
     "gpu_precompile",
     "gpu_measure",
     "schema",
+    "gpu_options",
+    "gpu_launch_sizes",
     "gpu_check",
     "gpu_verify",
     "gpu_tune",
@@ -352,7 +354,7 @@ def test_a_problem_that_does_not_fit_is_named_and_nothing_is_run(modules: Any, c
     assert done.broken == 0
 
 
-def test_a_design_that_does_not_apply_is_missing_and_not_broken(modules: Any, check: Any):
+def test_a_launch_mode_that_does_not_apply_is_missing_and_not_broken(modules: Any, check: Any):
     def refuse() -> None:
         raise RuntimeError("on: a cooperative drop takes at most 2048 competing rows a stretch")
 
