@@ -10,10 +10,11 @@ import ctypes
 import gc
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its worker processes would run beside what is measured
 
@@ -114,6 +115,7 @@ def conditions(run: str, native: bool = True) -> dict[str, str]:
     }
 
 
+T = TypeVar("T")
 CONDITIONS = ("run", "date", "commit", "isa", "machine", "versions")
 
 
@@ -237,3 +239,18 @@ def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int = 50, secon
 def quantile(times: Sequence[float], q: float) -> float:
     """The value below which a share ``q`` of the times lies."""
     return float(numpy.quantile(numpy.asarray(times), q))
+
+
+def progress(items: Iterable[T], what: str) -> Iterator[T]:
+    """The items, with a progress bar where both outputs are a terminal and rich is installed."""
+    items = list(items)
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        yield from items
+        return
+    console = Console(stderr=True)
+    # While the bar is shown, rich sends what is printed to its console: a redirected output would lose it.
+    shown = console.is_terminal and sys.stdout.isatty()
+    yield from track(items, description=what, console=console, disable=not shown, transient=True)

@@ -43,7 +43,7 @@ def measure_targets(
     with path.open("w", newline="") as file:
         out = csv.DictWriter(file, targets.COLUMNS, restval="", lineterminator="\n")
         out.writeheader()
-        for target in suite.progress(chosen(dry), "targets"):
+        for target in harness.progress(chosen(dry), "targets"):
             row = targets.measure(target, gate, dry)
             out.writerow({**row, **conditions})
             passed &= not target.asserted or row["status"] == "pass"

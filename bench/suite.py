@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import harness
 import torch
@@ -18,7 +18,6 @@ from verify import WrongResult, verified
 
 SETTING = ("op", "B", "N", "D", "dtype", "k", "threads", "mode")  # the columns that a row shares with its copy
 SECONDS, LEAST, MOST = 0.5, 5, 300  # of one measurement: seconds that are aimed at, rounds at least and at most
-T = TypeVar("T")
 
 
 class Setting(NamedTuple):
@@ -51,7 +50,7 @@ def measure(path: Path, run: str, chosen: Sequence[Setting] | None = None) -> in
     gate = harness.NoiseGate(copied=1 << 16 if dry else 0)
     threads, skipped = torch.get_num_threads(), dict[tuple[str, str], None]()
     try:
-        for setting in progress(listed(dry) if chosen is None else chosen, "suite"):
+        for setting in harness.progress(listed(dry) if chosen is None else chosen, "suite"):
             row = one(setting, gate, dry)
             if "skipped" in row:
                 skipped[setting.provider.name, row["skipped"]] = None
@@ -126,16 +125,3 @@ def write(path: Path, rows: list[dict[str, Any]], run: str) -> None:
             copy = copies.get(setting(row))
             share = {"copy_share": round(copy / row["median_us"], 3)} if copy and row.get("median_us") else {}
             out.writerow({**row, **share, **conditions})
-
-
-def progress(items: Iterable[T], what: str) -> Iterator[T]:
-    """The items, with a progress bar where the output is a terminal and rich is installed."""
-    items = list(items)
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        yield from items
-        return
-    console = Console(stderr=True)
-    yield from track(items, description=what, console=console, disable=not console.is_terminal, transient=True)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{100 * sum(undropped.right) / len(undropped.right):6.1f}  nothing dropped: {task.about}", flush=True)
     chosen = list(measure.methods(args.policies, args.shapes, args.positions, args.budgets, args.seeds, args.papers))
     runs = []
-    for number, method in enumerate(chosen, 1):
+    for number, method in enumerate(harness.progress(chosen, "methods"), 1):
         began = time.perf_counter()
         try:
             done = measure.run(task, method)
