@@ -22,11 +22,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             others = tuple(sorted((name, str(value)) for name, value in callspec.params.items() if name != "target"))
             cases[item.location[0], item.originalname, others].append(item)
     left_out = set()
-    turn = 0
-    for alike in cases.values():
+    for turn, alike in enumerate(cases.values()):
         others = [item for item in alike if ALWAYS not in item.callspec.id.split("-")]
         left_out.update(item for i, item in enumerate(others) if i != turn % len(others))
-        turn += 1
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
