@@ -22,6 +22,7 @@ from . import implementations
 from .protocol import Op, Placement, Runner
 
 BACKENDS = tuple(implementations.BACKENDS)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # other types are subclasses, whose calls the dispatcher must see
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("v2drop_backend", default=None)
 
@@ -156,7 +157,7 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
 
 def is_traced(x: torch.Tensor) -> bool:
     """Whether a call on ``x`` must be a node of the dispatcher: it is being traced, or ``x`` is a tensor subclass."""
-    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS
 
 
 def resolve_name(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> str:
@@ -172,18 +173,17 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
 
     An eager call reaches the implementation directly, which saves the microseconds of the dispatcher.
     """
-    kind, dtype = tensor.device.type, dtype or tensor.dtype
     if not is_traced(tensor):
-        return _chosen_runner(op, kind, dtype, forced_name(argument))
-    name = traced_choice(kind, dtype, argument)
+        return _chosen_runner(op, tensor.device, dtype or tensor.dtype, forced_name(argument))
+    name = traced_choice(tensor.device.type, dtype or tensor.dtype, argument)
     if op.traced is not None and name in op.kernels:
         return Runner(name, functools.partial(op.traced, name), True)
     return runner_of(op, name)
 
 
 @functools.lru_cache(maxsize=1024)
-def _chosen_runner(op: Op, kind: str, dtype: torch.dtype, forced: str | None) -> Runner:
-    return runner_of(op, choose_name(kind, dtype, forced))
+def _chosen_runner(op: Op, device: torch.device, dtype: torch.dtype, forced: str | None) -> Runner:
+    return runner_of(op, choose_name(device.type, dtype, forced))
 
 
 @functools.lru_cache(maxsize=256)

@@ -99,27 +99,26 @@ def unit_stride(h: Tensor) -> Tensor:
     return h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
 
 
-def readable(source: Source) -> Source:
-    """A source that the library can read; the caller holds it until the call is made, for its tensors may be copies."""
-    h_prev, h_cur = source.h_prev, source.h_cur
-    if h_prev is None or h_cur is None or (h_prev.stride(-1) == 1 and h_cur.stride(-1) == 1):
-        return source
-    return source._replace(h_prev=unit_stride(h_prev), h_cur=unit_stride(h_cur))
-
-
-def source_view(source: Source) -> tuple[Any, ...]:
-    """A source as the library reads it."""
+def read_source(source: Source) -> tuple[tuple[Any, ...], Source]:
+    """A source as the library reads it, and the source to hold until the call is made, for its tensors may be copies."""
     scores, h_prev, h_cur, mask, metric, score_dtype = source
+    strides_prev = strides_cur = None
+    if h_prev is not None and h_cur is not None:
+        strides_prev, strides_cur = h_prev.stride(), h_cur.stride()
+        if strides_prev[-1] != 1 or strides_cur[-1] != 1:
+            h_prev, h_cur = unit_stride(h_prev), unit_stride(h_cur)
+            source = source._replace(h_prev=h_prev, h_cur=h_cur)
+            strides_prev, strides_cur = h_prev.stride(), h_cur.stride()
     code, rounding = score_code(metric, score_dtype)
     # Written out, for this is on the way of every call.
     return (
         None if scores is None else (scores.data_ptr(), _DTYPES[scores.dtype], scores.shape, scores.stride()),
-        None if h_prev is None else (h_prev.data_ptr(), _DTYPES[h_prev.dtype], h_prev.shape, h_prev.stride()),
-        None if h_cur is None else (h_cur.data_ptr(), _DTYPES[h_cur.dtype], h_cur.shape, h_cur.stride()),
+        None if h_prev is None else (h_prev.data_ptr(), _DTYPES[h_prev.dtype], h_prev.shape, strides_prev),
+        None if h_cur is None else (h_cur.data_ptr(), _DTYPES[h_cur.dtype], h_cur.shape, strides_cur),
         None if mask is None else (mask.data_ptr(), _DTYPES[mask.dtype], mask.shape, mask.stride()),
         code,
         rounding,
-    )
+    ), source
 
 
 def _fill_bits(dtype: torch.dtype, fill: int) -> int:
@@ -133,14 +132,18 @@ def outputs(gathers: Sequence[GatherSpec], rows: int) -> tuple[list[Tensor], lis
     """The results with ``rows`` rows, fresh unless given, and the gathers that fill them as the library reads them."""
     results, views = [], []
     for tensor, batch_dim, row_dim, fill, result in gathers:
+        size, dtype = tensor.shape, tensor.dtype
+        code = _DTYPES[dtype]
         if result is None:
-            shape = list(tensor.shape)
+            shape = list(size)
             shape[row_dim] = rows
-            result = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            result = tensor.new_empty(shape)
             if result.is_cpu and result.nbytes >= library.HUGE_BYTES:
                 library.lib().prefer_huge_pages(result.data_ptr(), result.nbytes)
         results.append(result)
-        views.append((view(tensor), view(result), batch_dim, row_dim, _fill_bits(tensor.dtype, fill) if fill else 0))
+        source = (tensor.data_ptr(), code, size, tensor.stride())
+        target = (result.data_ptr(), code, result.shape, result.stride())
+        views.append((source, target, batch_dim, row_dim, _fill_bits(dtype, fill) if fill else 0))
     return results, views
 
 
@@ -154,38 +157,7 @@ def _function(name: str) -> Any:
     return getattr(library.lib(), name)
 
 
-@functools.cache
-def _place(name: str) -> int:
-    return int(library.PLACES[name])
-
-
-def call(
-    name: str, place: str, device: torch.device, *arguments: Any, segments: int = 0, workspace: int = 0,
-    rows: int = 0, groups: int = 0, width: int = 0,
-) -> None:  # fmt: skip
-    """Call a function of the library with its arguments and a context.
-
-    On CUDA the scratch memory has ``workspace`` bytes, or what so many rows, groups and ranked results need; ``segments`` is the
-    address of a copy of the segments on the device.
-    """
-    if place == "cpu":
-        _function(name)(*arguments, (_place(place), torch.get_num_threads(), 0, 0, 0, 0, 0))
-        return
-    if rows or groups:
-        workspace = _workspace_bytes(rows, groups, width)
-    start = 0
-    if workspace:
-        # Memory of the CPU is aligned to 64 bytes only. The allocator gives this piece to nobody before the kernels are done.
-        memory = torch.empty(workspace + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
-        start = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    context = (_place(place), 0, stream, start, workspace, _forced_mode.get(), segments)
-    # The library launches on the current device, whatever the tensors say.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _function(name)(*arguments, context)
-    else:
-        _function(name)(*arguments, context)
+_cpu_context = functools.cache(library.cpu_context)
 
 
 @functools.lru_cache(maxsize=256)
@@ -196,17 +168,44 @@ def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
     return table
 
 
-def segments(plan: Plan | CuPlan, place: str, device: torch.device) -> tuple[tuple[int, int], dict[str, int]]:
-    """The segments of a plan as the library reads them, and what :func:`call` must know of the plan."""
+def segments(plan: Plan | CuPlan) -> tuple[int, int]:
+    """The segments of a plan as the library reads them."""
+    return (_counts(plan.ks, plan.rows).data_ptr(), len(plan.ks)) if isinstance(plan, CuPlan) else plan.host_segments
+
+
+def call(
+    name: str, place: str, device: torch.device, *arguments: Any, plan: Plan | CuPlan | None = None, workspace: int = 0,
+    rows: int = 0, width: int = 0,
+) -> None:  # fmt: skip
+    """Call a function of the library with its arguments and a context.
+
+    On CUDA the scratch memory has ``workspace`` bytes, or what the plan, or so many rows, and the ranked results need.
+    """
     if place == "cpu":
-        return plan.host_segments, {}  # type: ignore[union-attr]
-    if isinstance(plan, CuPlan):
-        return (_counts(plan.ks, plan.rows).data_ptr(), plan.groups), {"rows": plan.rows, "groups": plan.groups}
-    known = {"rows": plan.batch * plan.rows, "groups": plan.groups}
-    # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
-    if plan.uniform is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        known["segments"] = plan.device_table(device).data_ptr()
-    return plan.host_segments, known
+        _function(name)(*arguments, _cpu_context(torch.get_num_threads()))
+        return
+    groups = table = 0
+    if plan is not None:
+        rows, groups = (plan.rows if isinstance(plan, CuPlan) else plan.batch * plan.rows), plan.groups
+        # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if isinstance(plan, Plan) and plan.uniform is None and not capturing:
+            table = plan.device_table(device).data_ptr()
+    if rows or groups:
+        workspace = _workspace_bytes(rows, groups, width)
+    start = 0
+    if workspace:
+        # Memory of the CPU is aligned to 64 bytes only. The allocator gives this piece to nobody before the kernels are done.
+        memory = torch.empty(workspace + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
+        start = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    context = library.cuda_context(stream, start, workspace, _forced_mode.get(), table)
+    # The library launches on the current device, whatever the tensors say.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _function(name)(*arguments, context)
+    else:
+        _function(name)(*arguments, context)
 
 
 def device_offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Tensor | None:

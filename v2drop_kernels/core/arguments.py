@@ -46,7 +46,7 @@ def same_device(name: str, x: torch.Tensor, device: torch.device, of: str) -> No
 
 def dtype_in(name: str, x: Any, dtypes: tuple[str, ...]) -> None:
     """Raise unless ``x`` has one of these dtypes."""
-    if dtype_name(x.dtype) not in dtypes:
+    if str(x.dtype).removeprefix("torch.") not in dtypes:  # dtype_name, without a call on the way of every op
         raise TypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {x.dtype}")
 
 
@@ -64,11 +64,12 @@ def hidden_array(name: str, h: Any, packed: bool | None, dtypes: tuple[str, ...]
 def array_pair(h_prev: Any, h_cur: Any, packed: bool | None, dtypes: tuple[str, ...]) -> None:
     """Raise unless both are hidden states of the same shape and dtype."""
     hidden_array("h_cur", h_cur, packed, dtypes)
+    if h_prev.shape == h_cur.shape and h_prev.dtype == h_cur.dtype:
+        return
     hidden_array("h_prev", h_prev, packed, dtypes)
     if h_prev.shape != h_cur.shape:
         raise ValueError(f"h_prev must have the shape of h_cur {list(h_cur.shape)}, got {list(h_prev.shape)}")
-    if h_prev.dtype != h_cur.dtype:
-        raise TypeError(f"h_prev must have the dtype of h_cur {h_cur.dtype}, got {h_prev.dtype}")
+    raise TypeError(f"h_prev must have the dtype of h_cur {h_cur.dtype}, got {h_prev.dtype}")
 
 
 def score_shape(scores: Any, h_cur: Any) -> None:
@@ -112,6 +113,8 @@ def pair(h_prev: Any, h_cur: Any, packed: bool | None) -> tuple[torch.Tensor, to
 def score_options(metric: Any, score_dtype: Any) -> None:
     """Raise unless the metric and the rounding of a torch op are known."""
     one_of("metric", metric, METRICS)
+    if score_dtype is None:
+        return
     if isinstance(score_dtype, str):
         raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
     score_dtype_name(score_dtype)
@@ -252,7 +255,7 @@ def is_int(x: Any) -> bool:
 
 def is_pair(x: Any) -> bool:
     """Whether ``x`` is one (start, stop)."""
-    return isinstance(x, list | tuple) and len(x) == 2 and all(isinstance(y, int) for y in x)
+    return isinstance(x, list | tuple) and len(x) == 2 and isinstance(x[0], int) and isinstance(x[1], int)
 
 
 def check_spans(item: int, spans: tuple[tuple[int, int], ...], lo: int, hi: int) -> None:
@@ -290,6 +293,8 @@ def is_packed(droppable: Any, cu_seqlens: Any) -> bool:
 
 def check_device(droppable: Any, device: torch.device, of: str) -> None:
     """Raise unless a mask, or that of a layout, is on the device of the argument ``of``."""
+    if droppable is None or isinstance(droppable, list | tuple):
+        return
     mask = droppable if is_tensor(droppable) else getattr(droppable, "mask", None)
     if is_tensor(mask) and mask.device != device:
         raise ValueError(f"droppable must be on the device of {of} ({device}), got {mask.device}")

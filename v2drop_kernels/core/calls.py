@@ -42,10 +42,12 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
     With ``traced``, sizes may be symbolic and tensors cannot be read, so nothing is cached or counted.
     """
     packed = is_packed(droppable, cu_seqlens)
-    everywhere_alike = not packed and h.shape[0] > 0 and (droppable is None or (op == "drop" and arguments.is_pair(droppable)))
+    shape = h.shape
+    everywhere_alike = not packed and shape[0] > 0 and (droppable is None or (op == "drop" and arguments.is_pair(droppable)))
     if everywhere_alike and arguments.is_int(k):
-        arguments.require_int("k", k)
-        batch, rows = h.shape[0], h.shape[1]
+        if type(k) is not int or k < 0:
+            arguments.require_int("k", k)
+        batch, rows = shape[0], shape[1]
         start, stop = (0, rows) if droppable is None else droppable
         if droppable is not None:
             arguments.check_spans(0, ((start, stop),), 0, rows)
@@ -107,8 +109,10 @@ def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seql
     return Resolved(CuPlan(rows, ks, out_rows, op == "drop"), None, cu_seqlens, None, None)
 
 
-# The dimensions of every argument: N are the rows, B the batch entries (none when packed), other letters are free.
+# The dimensions of every argument: N are the rows, B the batch entries (none when packed), other letters are free. Hidden states
+# may have any number of dimensions after B and N.
 _FORMS = {
+    "hidden": ("BN", *("BN" + "D" * n for n in range(1, 63))),
     "position_ids": ("BN", "PBN"),
     "attention_mask": ("BN",),
     "rope": ("BNR", "NR", "PBNR"),
@@ -119,6 +123,19 @@ _FORMS = {
 }
 KV_LAYOUTS = ("BHSD", "BSHD")
 _ONE_FOR_ALL = ("position_ids", "rope")  # an extent of 1 at B, or no B at all, stands for every batch entry
+
+
+def _packed_form(form: str) -> str:
+    return form.replace("B", "").replace("N", "T")
+
+
+# Where an array of a form with so many dimensions has B (-1: nowhere) and N, or T when packed.
+_DIMENSIONS = {
+    (name, packed, len(form)): (form.find("B"), form.index("T" if packed else "N"))
+    for name, forms in _FORMS.items()
+    for packed in (False, True)
+    for form in (map(_packed_form, forms) if packed else forms)
+}
 
 
 class BatchShape(NamedTuple):
@@ -172,26 +189,18 @@ def flatten(
     gathers: list[GatherSpec] = []
     structures: dict[str, Any] = {}
 
-    def add(name: str, value: Any) -> None:
+    given = (
+        ("hidden", hidden), ("position_ids", position_ids), ("kv", kv), ("attention_mask", attention_mask), ("rope", rope),
+        ("labels", labels), ("extra", extra),
+    )  # fmt: skip
+    for name, value in given:
         if value is None:
-            return
+            continue
         structures[name], leaves = flatten_leaves(name, value, read)
         specs = [_gather_spec(name, leaf, kv_layout, at, broadcast) for leaf in leaves]
         if out is not None and name != "extra":
-            given = getattr(out, name)
-            structure, targets = (None, []) if given is None else flatten_leaves(f"out.{name}", given)
-            if structure != structures[name] or len(targets) != len(specs):
-                raise ValueError(f"out.{name} must have the structure of {name}")
-            specs = [_into(f"out.{name}", spec, target, out_rows) for spec, target in zip(specs, targets, strict=True)]
-        gathers.extend(specs)
-
-    add("hidden", hidden)
-    add("position_ids", position_ids)
-    add("kv", kv)
-    add("attention_mask", attention_mask)
-    add("rope", rope)
-    add("labels", labels)
-    add("extra", extra)
+            specs = _outs(name, getattr(out, name), structures[name], specs, out_rows)
+        gathers += specs
 
     def unflatten(results: list[Any]) -> dict[str, Any]:
         found = iter(results)
@@ -232,29 +241,32 @@ def _gather_spec(name: str, x: Any, kv_layout: str, at: BatchShape, broadcast: C
         raise ValueError(f"attention_mask must be None where cu_seqlens is given, got shape {list(x.shape)}")
     if name == "labels" and not arguments.dtype_name(x.dtype).startswith("int"):
         raise TypeError(f"labels must be signed integers (padding is filled with -100), got {x.dtype}")
-    if name == "hidden":
-        forms: tuple[str, ...] = ("BN" + "D" * (x.ndim - (1 if packed else 2)),)
-    else:
-        forms = _FORMS[kv_layout if name == "kv" else name]
-    choices = [form.replace("B", "").replace("N", "T") if packed else form for form in forms]
-    rows, form = ("T" if packed else "N"), ""
-    for choice in choices:
-        if len(choice) == x.ndim:
-            form = choice
-            break
-    if form and not packed and name in _ONE_FOR_ALL:
-        if "B" not in form:
-            form, x = "B" + form, x[None]
-        if x.shape[form.index("B")] == 1:
+    form = kv_layout if name == "kv" else name
+    dimensions = _DIMENSIONS.get((form, packed, x.ndim))
+    if dimensions is None:
+        raise _disagreement(name, form, x, at)
+    batch_dim, row_dim = dimensions
+    if not packed and name in _ONE_FOR_ALL:
+        if batch_dim < 0:
+            x, batch_dim, row_dim = x[None], 0, row_dim + 1
+        if x.shape[batch_dim] == 1:
             shape = list(x.shape)
-            shape[form.index("B")] = at.batch
+            shape[batch_dim] = at.batch
             x = x.expand(shape) if broadcast is None else broadcast(x, shape)
-    if not form or x.shape[form.index(rows)] != at.rows or (not packed and x.shape[form.index("B")] != at.batch):
-        want = " or ".join(f"[{', '.join(choice)}]" for choice in dict.fromkeys(choices))
-        size = f"T = {at.rows}" if packed else f"B = {at.batch}, N = {at.rows}"
-        hint = f" (S = {rows}; see kv_layout)" if name == "kv" else ""
-        raise ValueError(f"{name} must be {want} with {size} to agree with {at.of}, got {list(x.shape)}{hint}")
-    return GatherSpec(x, form.find("B"), form.index(rows), -100 if name == "labels" else 0)
+    shape = x.shape
+    if shape[row_dim] != at.rows or (not packed and shape[batch_dim] != at.batch):
+        raise _disagreement(name, form, x, at)
+    return GatherSpec(x, batch_dim, row_dim, -100 if name == "labels" else 0)
+
+
+def _disagreement(name: str, form: str, x: Any, at: BatchShape) -> ValueError:
+    packed = at.batch is None
+    forms = ("BN" + "D" * (x.ndim - (1 if packed else 2)),) if name == "hidden" else _FORMS[form]
+    choices = dict.fromkeys(map(_packed_form, forms) if packed else forms)
+    want = " or ".join(f"[{', '.join(choice)}]" for choice in choices)
+    size = f"T = {at.rows}" if packed else f"B = {at.batch}, N = {at.rows}"
+    hint = f" (S = {'T' if packed else 'N'}; see kv_layout)" if name == "kv" else ""
+    return ValueError(f"{name} must be {want} with {size} to agree with {at.of}, got {list(x.shape)}{hint}")
 
 
 def check_out(out: Any, kind: type, traced: bool) -> None:
@@ -265,6 +277,13 @@ def check_out(out: Any, kind: type, traced: bool) -> None:
         raise TypeError(f"out must be a {kind.__name__}, got {type(out).__name__}")
     if traced:
         raise ValueError("out cannot be given under torch.compile or torch.export, which plan memory themselves")
+
+
+def _outs(name: str, given: Any, structure: Any, specs: list[GatherSpec], out_rows: int) -> list[GatherSpec]:
+    found, targets = (None, []) if given is None else flatten_leaves(f"out.{name}", given)
+    if found != structure or len(targets) != len(specs):
+        raise ValueError(f"out.{name} must have the structure of {name}")
+    return [_into(f"out.{name}", spec, target, out_rows) for spec, target in zip(specs, targets, strict=True)]
 
 
 def _into(name: str, spec: GatherSpec, target: torch.Tensor, out_rows: int) -> GatherSpec:

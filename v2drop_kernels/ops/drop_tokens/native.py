@@ -13,7 +13,7 @@ from ...core.plan import CuPlan
 
 def drop_tokens(request: DropRequest, place: str) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The kept rows ``[B, out_rows]``, the gathered tensors, and new offsets ``[groups + 1]`` for a CuPlan."""
-    source, plan = native.readable(request.source), request.plan
+    (source_view, source), plan = native.read_source(request.source), request.plan
     ranked = source.h_cur if source.scores is None else source.scores
     assert ranked is not None
     device = ranked.device
@@ -22,9 +22,8 @@ def drop_tokens(request: DropRequest, place: str) -> tuple[Tensor, list[Tensor],
     offsets = native.device_offsets(request.cu_seqlens, plan)
     new_cu = None if offsets is None else torch.empty(plan.groups + 1, dtype=torch.int32, device=device)
     results, gathers = native.outputs(request.gathers, plan.out_rows)
-    segments, known = native.segments(plan, place, device)
     native.call(
-        "drop_tokens", place, device, native.source_view(source), segments, native.maybe_view(offsets), native.view(keep),
-        native.maybe_view(new_cu), gathers, **known,
+        "drop_tokens", place, device, source_view, native.segments(plan), native.maybe_view(offsets), native.view(keep),
+        native.maybe_view(new_cu), gathers, plan=plan,
     )  # fmt: skip
     return keep, results, new_cu

@@ -87,8 +87,7 @@ def segmented_topk(
     resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=is_traced(scores))
     grad = torch.is_grad_enabled() and scores.requires_grad
     source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
-    budget = (k, droppable, cu_seqlens)
-    values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget))
+    values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, (k, droppable, cu_seqlens)))
     return TopK(_gathered(scores, resolved.plan, values, indices) if grad else values, indices)
 
 

@@ -12,17 +12,17 @@ from ...backends.requests import ScoreBackwardRequest, Source
 
 def variation_score(source: Source, place: str) -> Tensor:
     """Float32 scores ``[B, N]`` or ``[T]``."""
-    source = native.readable(source)
+    source_view, source = native.read_source(source)
     h_cur = source.h_cur
     assert h_cur is not None
     scores = torch.empty(h_cur.shape[:-1], dtype=torch.float32, device=h_cur.device)
-    native.call("variation_score", place, h_cur.device, native.source_view(source), native.view(scores))
+    native.call("variation_score", place, h_cur.device, source_view, native.view(scores))
     return scores
 
 
 def variation_score_backward(request: ScoreBackwardRequest, place: str) -> tuple[Tensor | None, Tensor | None]:
     """Gradients in ``h_prev`` and ``h_cur``, None where not needed."""
-    grad, source = request.grad, native.readable(request.source)
+    grad, (source_view, source) = request.grad, native.read_source(request.source._replace(score_dtype=None))
     h_cur = source.h_cur
     assert h_cur is not None
     d_prev, d_cur = (
@@ -30,6 +30,5 @@ def variation_score_backward(request: ScoreBackwardRequest, place: str) -> tuple
         for needed in (request.need_prev, request.need_cur)
     )
     gradients = native.maybe_view(d_prev), native.maybe_view(d_cur)
-    view = native.source_view(source._replace(score_dtype=None))
-    native.call("variation_score_backward", place, h_cur.device, native.view(grad), view, *gradients)
+    native.call("variation_score_backward", place, h_cur.device, native.view(grad), source_view, *gradients)
     return d_prev, d_cur
