@@ -65,7 +65,7 @@ def next_power_of_2(n: int) -> int:
 TABLE = Path(__file__).with_name("tuned.json")
 
 # A table: device to kind to entries. An entry is its key, then what it sets; n, kept: the power of two that holds the competing
-# rows of a stretch, or the kept rows of all of them. "gain" may say how many times faster than the rules it was.
+# rows of a segment, or the kept rows of all of them. "gain" may say how many times faster than the rules it was.
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "score": (("itemsize", "d"), ("rows", "block_d", "num_warps")),
     "select": (("n",), ("keys", "block", "num_warps")),
@@ -170,7 +170,7 @@ def score_tile(d: int, itemsize: int) -> tuple[int, int, int]:
 def select_blocks(n: int, lean: bool) -> tuple[int, int, int]:
     """``(KEYS, BLOCK, num_warps)`` of the select kernel: keys held (or read) at a time, keys placed at a time.
 
-    ``lean``: with a mask, or where n is only a bound and most stretches are far shorter.
+    ``lean``: with a mask, or where n is only a bound and most segments are far shorter.
     """
     if lean and n > SELECT_BLOCK_MAX:
         return SELECT_BLOCK_MAX, SELECT_BLOCK_MAX // 2, 8
@@ -189,7 +189,7 @@ def fused_select_block(n: int, masked: bool) -> tuple[int, int]:
 
 
 def fuses_select(n: int, batch: int) -> bool:
-    """Whether a drop of at most ``n`` competing rows a stretch selects inside its gather: two launches instead of three."""
+    """Whether a drop of at most ``n`` competing rows a segment selects inside its gather: two launches instead of three."""
     tuned = _entry("launches", next_power_of_2(n), batch)
     return tuned[0] == 2 if tuned else n <= FUSED_SELECT_MAX
 

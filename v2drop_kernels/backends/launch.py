@@ -66,7 +66,7 @@ def row_strides(tensor: torch.Tensor | None) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=256)
 def slot_starts(plan: Plan, device: torch.device) -> torch.Tensor:
-    """Exclusive prefix sum ``[G + 1]`` of the stretches' competing rows."""
+    """Exclusive prefix sum ``[G + 1]`` of the segments' competing rows."""
     n = plan.host_table()[:, COLUMNS.n]
     return torch.cat([n.new_zeros(1), n.cumsum(0)]).to(device)
 

@@ -22,8 +22,8 @@ from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
 from ...backends.requests import CompactBackwardRequest, CompactRequest
 from ...core.plan import Plan
 from ...core.types import GatherSpec
-from ..topk.triton import kept_up_to, load_keys, stretch, threshold
-from ..variation_score.triton import stretch_of
+from ..topk.triton import kept_up_to, load_keys, segment, threshold
+from ..variation_score.triton import segment_of
 
 # Triton compiles anew for every integer of a tuple that is 1 or a multiple of 16, or outgrows 32 bits, and do_not_specialize
 # does not reach into tuples. Odd 64-bit numbers are none of these: x travels as 2 x + 1 with bit 62 set.
@@ -65,7 +65,7 @@ def _select_rows(
 ):  # fmt: skip
     """Source rows (-1: empty) of the output rows ``row`` of batch entry ``b``; they are written to ``keep`` as well.
 
-    Walks the stretches that make these rows. The lane that holds a survivor knows its output row, not the other way round, so
+    Walks the segments that make these rows. The lane that holds a survivor knows its output row, not the other way round, so
     survivors reach the rows through ``keep``: all programs of a tile write the same values, and each reads its own.
     """
     source = tl.full([ROWS], -1, tl.int64)
@@ -76,18 +76,18 @@ def _select_rows(
     if table is None:
         g = b
     else:
-        g = stretch_of(table + COL_DST_START, first, groups, TABLE_FIELDS, SEARCH_STEPS)
+        g = segment_of(table + COL_DST_START, first, groups, TABLE_FIELDS, SEARCH_STEPS)
     done = first
     while done < end:
-        row0, g_pre, g_n, g_post, g_k, out0, pad_pre, pad_post = stretch(g, table, rows, out_rows, pre, n, post, k)
-        position = row0 - b * rows + g_pre  # of the first competing row
+        src_start, g_pre, g_n, g_post, g_k, dst_start, pad_before, pad_after = segment(g, table, rows, out_rows, pre, n, post, k)
+        position = src_start - b * rows + g_pre  # of the first competing row
         g_mask = mask
         if mask is not None:
             g_mask = mask + b * mask_b + position * mask_r
         keys = load_keys(scores + b * rows + position, 1, g_mask, mask_r, lanes, lanes < g_n, True)
         t, quota, _ = threshold(keys, g_k)
         kept, upto, _, _ = kept_up_to(keys, t, quota, quota * 0, quota * 0)
-        first_kept = out0 + pad_pre + g_pre
+        first_kept = dst_start + pad_before + g_pre
         # In 32 bits: 64-bit row numbers of all lanes would cost 16 more registers.
         mine = kept & (upto > (first - first_kept).to(tl.int32)) & (upto <= (end - first_kept).to(tl.int32))
         tl.store((keep + first_kept) + (upto - 1), (position.to(tl.int32) + lanes).to(tl.int64), mask=mine)
@@ -96,7 +96,7 @@ def _select_rows(
         source = tl.where((survivor >= -g_pre) & (survivor < 0), position + survivor, source)
         source = tl.where((after >= 0) & (after < g_post), position + g_n + after, source)
         source = tl.where((survivor >= 0) & (after < 0), _SURVIVOR, source)
-        done = out0 + pad_pre + g_pre + g_k + g_post + pad_post
+        done = dst_start + pad_before + g_pre + g_k + g_post + pad_after
         g += 1
     tl.store(keep + flat, source, mask=(flat < end) & (source != _SURVIVOR))
     # Other threads wrote the survivors. Past L1, where a neighbour may have left an older line.
@@ -159,7 +159,7 @@ def _gather_fwd_kernel(
         gdc_wait()
 
     if SELECT:
-        # Every program repeats the select of its stretch: cheaper than a launch in between, as long as the keys are few.
+        # Every program repeats the select of its segment: cheaper than a launch in between, as long as the keys are few.
         source = _select_rows(
             keep, row, first_row, b, scores, mask, mask_b, mask_r, table, pre, n, post, k, groups, rows,
             out_rows, ROWS, BLOCK, SEARCH_STEPS,
@@ -408,20 +408,20 @@ def _launch_gather(
         groups += -(-total // per_program)
 
     scores = mask = table = None
-    pre = n = post = k = stretches = block = steps = 0
+    pre = n = post = k = segments = block = steps = 0
     num_warps = 4
     if selection is not None:
         scores, mask, plan = selection
-        stretches = plan.groups
+        segments = plan.groups
         block, num_warps = configs.fused_select_block(plan.max_n, masked=mask is not None)
         if plan.uniform is None:
-            table, steps = plan.device_table(keep.device), max(stretches - 1, 0).bit_length()
+            table, steps = plan.device_table(keep.device), max(segments - 1, 0).bit_length()
         else:
             pre, n, post, k = plan.uniform
     launch.start(
         _gather_fwd_kernel, max(groups, 1 if selection else 0) * tiles, keep.device,
         keep, tuple(addresses), tuple(facts), scores, mask, *row_strides(mask), table,
-        pre, n, post, k, stretches, rows, out_rows, tiles_per_batch, tiles,
+        pre, n, post, k, segments, rows, out_rows, tiles_per_batch, tiles,
         CLASSES=tuple(classes), NUM_CLASSES=len(classes), ROWS=tile_rows,
         SELECT=selection is not None, BLOCK=block, SEARCH_STEPS=steps, WAITS=waits, num_warps=num_warps,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from ..variation_score.triton import plan_scores
 def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
     """``(keep, gathered tensors, new cu_seqlens)``; the last for a ``CuPlan`` only.
 
-    Where ``configs.fuses_select`` says so (few competing rows in a stretch): score, then a gather whose programs each repeat the
-    select of their stretch. Elsewhere, and where only the device knows the lengths: score, select, gather. Given ``scores`` take
+    Where ``configs.fuses_select`` says so (few competing rows in a segment): score, then a gather whose programs each repeat the
+    select of their segment. Elsewhere, and where only the device knows the lengths: score, select, gather. Given ``scores`` take
     select and gather. More than ``configs.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
     """
     source, plan, cu_seqlens, gathers, _ = request

@@ -159,6 +159,6 @@ def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: to
     elif plan.uniform is not None:
         found = scores.gather(1, rows)
     else:
-        items = torch.tensor([row0 // plan.rows for row0 in plan.column("src_start")], device=scores.device)
+        items = torch.tensor([start // plan.rows for start in plan.column("src_start")], device=scores.device)
         found = scores[items].gather(1, rows)
     return torch.where(indices >= 0, found, values)

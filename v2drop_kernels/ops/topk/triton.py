@@ -1,4 +1,4 @@
-"""Exact selection without a sort: the k largest (score, then smaller index) of every stretch, in position order.
+"""Exact selection without a sort: the k largest (score, then smaller index) of every segment, in position order.
 
 Scores become signed integers of the same order. T = k-th largest key is found by bisection between the smallest and the
 largest key, ending as soon as a threshold keeps exactly k; R = k - #{key > T} of the keys equal to T still fit. With
@@ -33,7 +33,7 @@ from ..variation_score.triton import plan_scores
 
 _FORCED = tl.constexpr(0x7FFFFFFF)  # kept before any score
 _NAN = tl.constexpr(0x7FFFFFFE)  # above +inf
-_EXCLUDED = tl.constexpr(-0x80000000)  # below -inf; also lanes outside the stretch
+_EXCLUDED = tl.constexpr(-0x80000000)  # below -inf; also lanes outside the segment
 
 
 @triton.jit
@@ -149,24 +149,24 @@ def kept_up_to(keys, t, quota, above, equal):
 
 
 @triton.jit
-def stretch(g, table, rows, out_rows, pre, n, post, k):
-    """Fields of stretch ``g`` of a table, or of the uniform plan that the scalars describe; counts in 32 bits."""
+def segment(g, table, rows, out_rows, pre, n, post, k):
+    """Fields of segment ``g`` of a table, or of the uniform plan that the scalars describe; counts in 32 bits."""
     if table is None:
-        row0 = g * rows
-        out0 = g * out_rows
-        pad_pre = 0
-        pad_post = out_rows - pre - k - post
+        src_start = g * rows
+        dst_start = g * out_rows
+        pad_before = 0
+        pad_after = out_rows - pre - k - post
     else:
         row = table + g * TABLE_FIELDS
-        row0 = tl.load(row + COL_SRC_START)
+        src_start = tl.load(row + COL_SRC_START)
         pre = tl.load(row + COL_N_PREFIX).to(tl.int32)
         n = tl.load(row + COL_N).to(tl.int32)
         post = tl.load(row + COL_N_SUFFIX).to(tl.int32)
         k = tl.load(row + COL_K).to(tl.int32)
-        out0 = tl.load(row + COL_DST_START)
-        pad_pre = tl.load(row + COL_PAD_BEFORE).to(tl.int32)
-        pad_post = tl.load(row + COL_PAD_AFTER).to(tl.int32)
-    return row0, pre, n, post, k, out0, pad_pre, pad_post
+        dst_start = tl.load(row + COL_DST_START)
+        pad_before = tl.load(row + COL_PAD_BEFORE).to(tl.int32)
+        pad_after = tl.load(row + COL_PAD_AFTER).to(tl.int32)
+    return src_start, pre, n, post, k, dst_start, pad_before, pad_after
 
 
 @triton.jit
@@ -191,33 +191,33 @@ def _select_fwd_kernel(
         gdc_launch_dependents()
     g = tl.program_id(0).to(tl.int64)
     if cu is None:
-        row0, pre, n, post, k, out0, pad_pre, pad_post = stretch(g, table, rows, out_rows, pre, n, post, k)
+        src_start, pre, n, post, k, dst_start, pad_before, pad_after = segment(g, table, rows, out_rows, pre, n, post, k)
     else:
-        row0, n = _cu_length(cu, g, True, rows)
+        src_start, n = _cu_length(cu, g, True, rows)
         k = tl.minimum(tl.load(ks + g).to(tl.int32), n)
         pre = 0
         post = 0
-        pad_pre = 0
-        out0 = g * out_rows
-        pad_post = out_rows - k
+        pad_before = 0
+        dst_start = g * out_rows
+        pad_after = out_rows - k
         if new_cu is not None:
             others = tl.arange(0, GROUPS).to(tl.int64)
             before = others < g
             lengths = _cu_length(cu, others, before, rows)[1]
-            out0 = tl.sum(tl.minimum(tl.load(ks + others, mask=before, other=0), lengths.to(tl.int64)))
-            pad_post = tl.where(g == groups - 1, out_rows - out0.to(tl.int32) - k, 0)
+            dst_start = tl.sum(tl.minimum(tl.load(ks + others, mask=before, other=0), lengths.to(tl.int64)))
+            pad_after = tl.where(g == groups - 1, out_rows - dst_start.to(tl.int32) - k, 0)
     if WAITS:
         gdc_wait()
     if new_cu is not None:
-        tl.store(new_cu + g, out0.to(tl.int32))
-        tl.store(new_cu + groups, (out0 + k).to(tl.int32), mask=g == groups - 1)
+        tl.store(new_cu + g, dst_start.to(tl.int32))
+        tl.store(new_cu + groups, (dst_start + k).to(tl.int32), mask=g == groups - 1)
 
-    b = row0 // rows
-    position = row0 - b * rows + pre  # of the first competing row in its batch entry
+    b = src_start // rows
+    position = src_start - b * rows + pre  # of the first competing row in its batch entry
     scores += b * scores_b + position * scores_r
     if mask is not None:
         mask += b * mask_b + position * mask_r
-    kept_to = keep + (out0 + pad_pre + pre)
+    kept_to = keep + (dst_start + pad_before + pre)
     lanes = tl.arange(0, BLOCK)
 
     if CHUNKED:
@@ -235,25 +235,25 @@ def _select_fwd_kernel(
         else:
             keys = held
         kept, upto, above, equal = kept_up_to(keys, t, quota, above, equal)
-        # Lanes outside the stretch carry the excluded key, which no threshold keeps.
+        # Lanes outside the segment carry the excluded key, which no threshold keeps.
         tl.store(kept_to + (upto - 1), (position.to(tl.int32) + at).to(tl.int64), mask=kept)
         if values is not None:
             value = tl.load(scores + at.to(tl.int64) * scores_r, mask=kept, other=0.0)
-            tl.store(values + (out0 + pad_pre + pre) + (upto - 1), value, mask=kept)
+            tl.store(values + (dst_start + pad_before + pre) + (upto - 1), value, mask=kept)
         first += BLOCK
 
-    # The rows around the survivors: padding, rows before, rows after, padding; j counts from out0.
-    total = pad_pre + pre + k + post + pad_post
+    # The rows around the survivors: padding, rows before, rows after, padding; j counts from dst_start.
+    total = pad_before + pre + k + post + pad_after
     first = total * 0
     while first < total:
         j = first + lanes
-        after = j - (pad_pre + pre + k)
-        source = tl.where(after >= 0, position + n + after, position - pre + j - pad_pre)
-        source = tl.where((j >= pad_pre) & (after < post) & ((j < pad_pre + pre) | (after >= 0)), source, -1)
-        around = (j < total) & ((j < pad_pre + pre) | (j >= pad_pre + pre + found))
-        tl.store(keep + out0 + j, source, mask=around)
+        after = j - (pad_before + pre + k)
+        source = tl.where(after >= 0, position + n + after, position - pre + j - pad_before)
+        source = tl.where((j >= pad_before) & (after < post) & ((j < pad_before + pre) | (after >= 0)), source, -1)
+        around = (j < total) & ((j < pad_before + pre) | (j >= pad_before + pre + found))
+        tl.store(keep + dst_start + j, source, mask=around)
         if values is not None:
-            tl.store(values + out0 + j, float("-inf"), mask=around)
+            tl.store(values + dst_start + j, float("-inf"), mask=around)
         first += BLOCK
 
 
@@ -298,7 +298,7 @@ def launch_select(
     waits: bool,
     triggers: bool,
 ) -> None:
-    """Start the select kernel: one program per stretch writes ``keep`` and what else is given."""
+    """Start the select kernel: one program per segment writes ``keep`` and what else is given."""
     device = scores.device
     table = ks = None
     pre = n = post = k = 0

@@ -1,7 +1,7 @@
 """Token variation scores: how far each row of ``cur`` moved from ``prev``.
 
 One read of both tensors, float32 accumulation, no second pass. Rows are visited in *slot* order: the competing rows of all
-stretches, end to end, so that kept-anyway rows cost nothing and ragged batches launch no idle programs. ``l2`` is the correctly
+segments, end to end, so that kept-anyway rows cost nothing and ragged batches launch no idle programs. ``l2`` is the correctly
 rounded root of sum d^2. ``cosine`` is 1 - cos from aa = sum a^2, bb = sum b^2, dd = sum (a - b)^2, by
 ``dd - (|a| - |b|)^2 = 2 |a| |b| (1 - cos)``, which does not cancel near cos = 1 as 1 - ab/(|a| |b|) would.
 """
@@ -27,8 +27,8 @@ _ROUNDINGS = {None: tl.float32, torch.float32: tl.float32, torch.float16: tl.flo
 
 
 @triton.jit
-def stretch_of(starts, x, groups, STRIDE: tl.constexpr, STEPS: tl.constexpr):
-    """Index of the last stretch that starts at or before ``x`` (so an empty one never), by bisection."""
+def segment_of(starts, x, groups, STRIDE: tl.constexpr, STEPS: tl.constexpr):
+    """Index of the last segment that starts at or before ``x`` (so an empty one never), by bisection."""
     low = x * 0
     high = low + (groups - 1)
     for _ in tl.static_range(STEPS):
@@ -87,7 +87,7 @@ def _variation_score_fwd_kernel(
         b = slot // n
         r = pre + slot % n
     else:
-        g = stretch_of(starts, slot, groups, 1, SEARCH_STEPS)
+        g = segment_of(starts, slot, groups, 1, SEARCH_STEPS)
         row = table + g * TABLE_FIELDS
         flat = tl.load(row + COL_SRC_START) + tl.load(row + COL_N_PREFIX) + slot - tl.load(starts + g)
         b = flat // rows
