@@ -150,6 +150,6 @@ docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis v2drop_demo.png
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks v2drop_demo.png
 	rm -rf v2drop_kernels/_C*.so v2drop_kernels/_xla*.so v2drop_kernels/lib v2drop_kernels/include
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
