@@ -60,9 +60,9 @@ def rule_of(kind: str, case: Case) -> Values:
     """What holds without a table."""
     from v2drop_kernels.backends import configs
 
-    with configs.using({}):
+    with configs.override_configs({}):
         found = {
-            "score": configs.score_tile(case.d, case.dtype.itemsize),
+            "score": configs.score_config(case.d, case.dtype.itemsize),
             "select": configs.select_blocks(case.n, False),
             "fused": configs.fused_select_block(case.n, False)[1:],
             "gather": (configs.gather_rows(case.batch * case.k), 1024, 8),
@@ -83,7 +83,7 @@ def under(entries: Entries, run: Callable[[], Any]) -> Any:
     """A call with these entries and no others."""
     from v2drop_kernels.backends import configs
 
-    with configs.using(entries):
+    with configs.override_configs(entries):
         return run()
 
 

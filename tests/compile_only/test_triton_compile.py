@@ -188,7 +188,7 @@ def test_launches_of_many_tensors():
 
 @pytest.mark.parametrize("plan", [uniform, table])
 def test_new_lengths_do_not_recompile(plan):
-    """Lengths of one ladder step compile to the same kernels, whatever divides them."""
+    """Lengths that share a configuration compile to the same kernels, whatever divides them."""
     sources = []
     for n in (576, 640, 1000):
         with recorded(SM90) as launches:

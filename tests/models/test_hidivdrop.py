@@ -305,7 +305,7 @@ def test_a_method_is_one_file(tmp_path, monkeypatch):
 
 
 def test_scores_from_outside():
-    """The callable sees the stop and ranks; a stage that keeps nothing asks nobody."""
+    """The callable gets the context and ranks; a stage that keeps nothing does not call it."""
     found = Schedule((Stage(0, 6, policy="given"), Stage(2, 3, policy="given"), Stage(3, 0, policy="given")))
     model, inputs, _ = tiny.batch("llava", ROUNDS)
     asked = []

@@ -57,7 +57,7 @@ def test_positions_with_mrope(family, compact_earlier_kv):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padding_on_both_sides_and_in_between(attention):
-    """Left padding already; then item 0 gets a hole, and item 1 an end, that nobody sees."""
+    """Left padding already; then item 0 gets a hole, and item 1 an end, that no query sees."""
     schedule = Schedule((Stage(2, 0.5), Stage(3, 3, policy="fastv")))
     for unseen in ([(0, -3)], [(1, slice(-2, None))], [(0, -3), (1, slice(-2, None))]):
         check_prefill("llava", ITEMS, HALF_THEN_3, "left", attention, unseen)
@@ -686,7 +686,7 @@ def test_loss_and_gradients_equal_the_slow_reference(family, schedule, positions
     for name, p in decoder.items():
         if name in want:
             close(p.grad, want[name])
-    if family == "llava":  # through the kept rows to the eyes
+    if family == "llava":  # through the kept rows to the vision tower
         assert any("vision_tower" in name and g.abs().max() > 0 for name, g in grads.items())
 
 

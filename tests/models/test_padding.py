@@ -48,6 +48,6 @@ def test_a_batch_that_is_padded_on_both_sides(policy):
 
 
 def test_all_text_tokens_of_an_item_without_text():
-    """The last row asks, as in the other modes; scores of nobody would keep the first rows."""
+    """The query is the last row, as in the other modes; scores without a query would keep the first rows."""
     model, inputs, _ = tiny.batch("llava", [tiny.item("image", seed=3), tiny.item(2, "image", 4, seed=4)])
     assert kept(model, inputs, "hidivdrop", tokens="all")[0] == kept(model, inputs, "hidivdrop", tokens="last")[0]

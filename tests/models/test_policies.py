@@ -190,12 +190,12 @@ def dart(model, layer, item, k, pivots, text_pivots):
     norms = [float(keys[:, r].abs().sum()) for r in range(item.n)]
     top = lambda rows, n: sorted(sorted(rows, key=lambda r: (-norms[r], r))[:n])
     x = model.get_decoder().norm(item.hidden)
-    eyes, asking = top(item.vision, pivots), top(item.text, text_pivots)
-    if k <= len(eyes):
-        return eyes[:k]
-    kept, pool = set(eyes), [r for r in item.vision if r not in eyes]
-    each = -(-(k - len(eyes)) // (len(eyes) + len(asking)))
-    for pivot in eyes + asking:
+    chosen_vision, chosen_text = top(item.vision, pivots), top(item.text, text_pivots)
+    if k <= len(chosen_vision):
+        return chosen_vision[:k]
+    kept, pool = set(chosen_vision), [r for r in item.vision if r not in chosen_vision]
+    each = -(-(k - len(chosen_vision)) // (len(chosen_vision) + len(chosen_text)))
+    for pivot in chosen_vision + chosen_text:
         alike = {r: float(torch.nn.functional.cosine_similarity(x[pivot], x[r], dim=0)) for r in pool}
         taken = sorted(pool, key=lambda r: (alike[r], r))[: min(each, k - len(kept))]
         kept |= set(taken)

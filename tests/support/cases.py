@@ -179,7 +179,7 @@ def to(x: Any, device: str) -> Any:
 
 @contextlib.contextmanager
 def untouched_memory():
-    """``vast`` tensors only: reading them gives zeros, and pages that nobody touches cost nothing."""
+    """``vast`` tensors only: reading them gives zeros, and pages that are not touched cost nothing."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -290,7 +290,7 @@ def test_cuda_timer_runs_through_with_a_gpu_that_does_nothing(modules: Any):
 
 
 def test_steps_name_only_candidates_that_exist(modules: Any):
-    """A target whose name is misspelt would find no time on the GPU, and nobody would know why."""
+    """A target whose name is misspelt would find no time on the GPU, without an explanation."""
     timer, seen = modules.gpu_timer.HostTimer(), set()
     for step in listed(modules):
         if isinstance(step, modules.gpu_trials.Trial) or (key := (step.build, step.targets)) in seen:
@@ -356,7 +356,7 @@ def test_a_problem_that_does_not_fit_is_named_and_nothing_is_run(modules: Any, c
 
 def test_a_launch_mode_that_does_not_apply_is_missing_and_not_broken(modules: Any, check: Any):
     def refuse() -> None:
-        raise RuntimeError("on: a cooperative drop takes at most 2048 competing rows a stretch")
+        raise RuntimeError("on: a cooperative drop takes at most 2048 competing rows a segment")
 
     done = check()
     assert done._fault(modules.gpu_candidates.Candidate("cuda-cooperative", [refuse]), "drop").startswith("missing: on: a coop")
@@ -734,12 +734,12 @@ TABLE = {
 def test_a_table_is_read_for_its_device_and_by_exact_key(tmp_path: Path, monkeypatch: Any):
     configs = importlib.import_module("v2drop_kernels.backends.configs")
     functions = {
-        "score": lambda: configs.score_tile(48, 4), "select": lambda: configs.select_blocks(50, False),
+        "score": lambda: configs.score_config(48, 4), "select": lambda: configs.select_blocks(50, False),
         "fused": lambda: configs.fused_select_block(50, False), "rows": lambda: configs.gather_rows(51),
         "items": lambda: configs.gather_items(12, 51), "launches": lambda: configs.fuses_select(50, 3),
     }  # fmt: skip
     others = [
-        lambda: configs.score_tile(48, 2), lambda: configs.score_tile(50, 4), lambda: configs.select_blocks(65, False),
+        lambda: configs.score_config(48, 2), lambda: configs.score_config(50, 4), lambda: configs.select_blocks(65, False),
         lambda: configs.fused_select_block(50, True), lambda: configs.gather_rows(65), lambda: configs.fuses_select(50, 2),
     ]  # fmt: skip
     rule, elsewhere = {name: f() for name, f in functions.items()}, [f() for f in others]
@@ -823,7 +823,7 @@ def results():
     return [score, chosen, step.keep, step.hidden, rows], sizes
 
 rule, sizes = results()
-with configs.using(json.loads(sys.argv[1])):
+with configs.override_configs(json.loads(sys.argv[1])):
     tuned, other = results()
 assert all(map(torch.equal, rule, tuned)), "results differ"
 assert results()[1] == sizes, "the rule came back"

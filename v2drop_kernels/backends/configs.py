@@ -137,7 +137,7 @@ _forced: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar("v2drop_t
 
 
 @contextlib.contextmanager
-def using(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[None]:
+def override_configs(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[None]:
     """Launch with these entries and no others inside a ``with`` block, for tests and for tuning."""
     token = _forced.set(parse(entries, "entries"))
     try:
@@ -151,7 +151,7 @@ def _entry(*key: Any) -> tuple[int, ...] | None:
     return (_shipped() if forced is None else forced).get(key)
 
 
-def score_tile(d: int, itemsize: int) -> tuple[int, int, int]:
+def score_config(d: int, itemsize: int) -> tuple[int, int, int]:
     """``(ROWS, BLOCK_D, num_warps)``: BLOCK_D columns are one 16-byte load per thread and tensor.
 
     As many warps share a row as leave at most SCORE_STEPS such loads each, quack's threads per row (32 up to D = 3072, 128 up to

@@ -50,9 +50,9 @@ def has_pdl(device: torch.device) -> bool:
 
 
 def all_registers(device: torch.device, num_warps: int) -> dict[str, int]:
-    """Options for a kernel that has its SM to itself: up to 8 warps, ptxas spills for an occupancy that nobody needs.
+    """Options for a kernel that has its SM to itself. Without this cap ptxas spills, to raise an occupancy that is not needed.
 
-    With 16 warps the same limit, 128 then, makes it schedule so greedily that it spills.
+    For up to 8 warps only: with 16 warps the cap would be 128 registers, and ptxas then schedules so that it spills.
     """
     return {"maxnreg": 255} if is_nvidia(device) and num_warps <= 8 else {}
 

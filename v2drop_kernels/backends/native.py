@@ -195,7 +195,7 @@ def call(
         workspace = _workspace_bytes(rows, groups, width)
     start = 0
     if workspace:
-        # Memory of the CPU is aligned to 64 bytes only. The allocator gives this piece to nobody before the kernels are done.
+        # Memory of the CPU is aligned to 64 bytes only. The allocator does not reuse this piece before the kernels have run.
         memory = torch.empty(workspace + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
         start = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0

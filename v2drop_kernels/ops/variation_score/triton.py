@@ -19,10 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ...backends import configs, launch
 from ...backends.launch import COL_N_PREFIX, COL_SRC_START, TABLE_FIELDS, row_strides, slot_starts
 from ...backends.requests import ScoreBackwardRequest, Source
-from ...core.arguments import unit_stride
+from ...core.arguments import METRICS, unit_stride
 from ...core.plan import CuPlan, Plan
 
-METRICS = {"l2": 0, "l1": 1, "cosine": 2}
 _ROUNDINGS = {None: tl.float32, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -236,13 +235,13 @@ def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch
     else:
         n, slots = plan.max_n, sum(plan.column("n"))
         table, starts = plan.device_table(cur.device), slot_starts(plan, cur.device)
-    tile_rows, block_d, num_warps = configs.score_tile(d, cur.element_size())
+    tile_rows, block_d, num_warps = configs.score_config(d, cur.element_size())
     stays_in_l2 = triggers and cur.numel() * cur.element_size() <= configs.L2_RESIDENT_BYTES
     launch.start(
         _variation_score_fwd_kernel, -(-slots // tile_rows), cur.device,
         scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), table, starts,
         slots, plan.rows, pre, n, groups,
-        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS[metric], ROUND=_ROUNDINGS[score_dtype],
+        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROUND=_ROUNDINGS[score_dtype],
         ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, CUR_POLICY="evict_last" if stays_in_l2 else "",
         SEARCH_STEPS=0 if table is None else max(groups - 1, 0).bit_length(),
         TRIGGERS=triggers and launch.has_pdl(cur.device), num_warps=num_warps,
@@ -258,11 +257,11 @@ def variation_score_backward(request: ScoreBackwardRequest) -> tuple[torch.Tenso
     grad_cur = torch.empty(cur.shape, dtype=cur.dtype, device=cur.device) if need_cur else None
     rows, d = cur.shape[-2:]
     total = math.prod(cur.shape[:-1])
-    tile_rows, block_d, num_warps = configs.score_tile(d, cur.element_size())
+    tile_rows, block_d, num_warps = configs.score_config(d, cur.element_size())
     launch.start(
         _variation_score_bwd_kernel, -(-total // tile_rows) if need_prev or need_cur else 0, cur.device,
         grad_prev, grad_cur, grad, *row_strides(grad), prev, *_strides(prev), cur, *_strides(cur), total, rows,
-        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS[metric], ROWS=tile_rows, BLOCK_D=block_d, num_warps=num_warps,
+        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROWS=tile_rows, BLOCK_D=block_d, num_warps=num_warps,
     )  # fmt: skip
     return grad_prev, grad_cur
 
