@@ -177,8 +177,9 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
         return _chosen_runner(op, tensor.device, dtype or tensor.dtype, forced_name(argument))
     name = traced_choice(tensor.device.type, dtype or tensor.dtype, argument)
     if op.traced is not None and name in op.kernels:
-        return Runner(name, functools.partial(op.traced, name), True)
-    return runner_of(op, name)
+        return Runner(name, functools.partial(op.traced, name), True, True)
+    plain = runner_of(op, name)
+    return Runner(plain.name, plain.run, plain.differentiable, True)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -66,8 +66,11 @@ class Runner(NamedTuple):
         A request to its result.
     differentiable : bool
         Whether autograd differentiates ``run`` without further help: plain PyTorch, and traced ops.
+    traced : bool
+        Whether the call is a node of the dispatcher, where sizes may be symbolic and tensors cannot be read.
     """
 
     name: str
     run: Run
     differentiable: bool
+    traced: bool = False

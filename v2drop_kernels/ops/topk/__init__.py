@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...backends.choice import is_traced, resolve_backend
+from ...backends.choice import resolve_backend
 from ...backends.requests import Source, TopKRequest
 from ...core import arguments
 from ...core.arguments import check_device, is_packed
@@ -84,7 +84,7 @@ def segmented_topk(
     if droppable is not None:
         check_device(droppable, scores.device, "scores")
     runner = resolve_backend(OP, scores, backend)
-    resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=is_traced(scores))
+    resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=runner.traced)
     grad = torch.is_grad_enabled() and scores.requires_grad
     source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
     values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, (k, droppable, cu_seqlens)))
@@ -143,7 +143,7 @@ def variation_topk(
         # The values carry a gradient: score and select apart, so that autograd sees both.
         scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=runner.name)
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=runner.name)
-    resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=is_traced(h_cur))
+    resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=runner.traced)
     source = Source(None, h_prev, h_cur, resolved.mask, metric, score_dtype)
     budget = (k, droppable, cu_seqlens)
     return TopK(*runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget)))
