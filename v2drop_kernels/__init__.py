@@ -14,7 +14,8 @@ if typing.TYPE_CHECKING:
     from . import reference, schedule
     from .backends.choice import Explanation, backend, explain
     from .core import positions
-    from .core.layout import TokenLayout, n_keep
+    from .core.counts import n_keep
+    from .core.layout import TokenLayout
     from .core.schedule import Schedule, Stage
     from .core.types import Compacted, Dropped, TopK
     from .ops.attention_score import attention_score, cls_attention_score, cross_modal_score, text_rater_score, text_raters
@@ -72,7 +73,8 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "ops.attention_score": ("attention_score", "cls_attention_score", "cross_modal_score", "text_rater_score", "text_raters"),
         "ops.compact": ("compact", "compact_"),
         "ops.drop_tokens": ("drop_tokens",),
-        "core.layout": ("TokenLayout", "n_keep"),
+        "core.counts": ("n_keep",),
+        "core.layout": ("TokenLayout",),
         "ops.bipartite_merge": ("bipartite_merge",),
         "ops.merge_dropped": ("merge_dropped",),
         "ops.weighted_merge": ("weighted_merge",),

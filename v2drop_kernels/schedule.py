@@ -6,7 +6,7 @@
 
 from .core.arguments import METRICS
 from .core.budgets import pyramid, solve
-from .core.layout import n_keep
+from .core.counts import n_keep
 from .core.presets import preset, presets
 from .core.schedule import LAYER_OFFSETS, Schedule, Stage, layer_of, model_sizes, prefill_flops
 

@@ -11,7 +11,7 @@ from support.cases import BATCHES, LARGE, same, strided
 import v2drop_kernels as vk
 from v2drop_kernels.core import plan as plans
 from v2drop_kernels.core.arguments import per_segment_k
-from v2drop_kernels.core.layout import as_layout
+from v2drop_kernels.core.droppable import as_layout
 
 EVERY = pytest.mark.parametrize("b", [*BATCHES, *LARGE], ids=str)
 

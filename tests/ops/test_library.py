@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import v2drop_kernels as vk
 from v2drop_kernels.core import plan as plans
-from v2drop_kernels.core.layout import as_layout
+from v2drop_kernels.core.droppable import as_layout
 from v2drop_kernels.ops import registration
 
 ops = torch.ops.v2drop

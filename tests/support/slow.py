@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from v2drop_kernels.core.layout import n_keep
+from v2drop_kernels.core.counts import n_keep
 from v2drop_kernels.ops.soft_topk import soft_topk
 
 

@@ -193,7 +193,7 @@ def test_staging_again_replaces_the_package_and_nothing_else(stage: Any, tmp_pat
     ("code", "fault"),
     [
         ("import v2drop_kernels", "imports v2drop_kernels"),
-        ("from v2drop_kernels.core.layout import n_keep", "imports v2drop_kernels"),
+        ("from v2drop_kernels.core.counts import n_keep", "imports v2drop_kernels"),
         ("import numpy as np", "imports numpy"),
         ("from .plot import keep_picture", "imports plot, which is not staged"),
         ("from . import demo", "imports demo, which is not staged"),
@@ -201,7 +201,7 @@ def test_staging_again_replaces_the_package_and_nothing_else(stage: Any, tmp_pat
         ('torch.library.register_fake(f"v2drop::{name}")', "add_op_namespace_prefix"),
         ("torch.ops.v2drop.drop(x)", "ops from ._ops"),
         ('importlib.import_module("v2drop_kernels.ops")', "names the module"),
-        ("from ._ops import ops\nfrom . import _C\nfrom .core.layout import n_keep\nimport torch, math", None),
+        ("from ._ops import ops\nfrom . import _C\nfrom .core.counts import n_keep\nimport torch, math", None),
     ],
 )
 def test_staging_refuses_what_would_not_work_on_the_hub(stage: Any, project: Path, code: str, fault: str | None):

@@ -25,11 +25,6 @@ LIMITS = (
     Limit("ops/*/triton*.py", None, None, "a kernel is one function: Triton inlines helpers, and splitting hides the data flow"),
     Limit("**/*.py", 350, 50, "a file has one subject, and a function one step"),
 )
-# Files that are longer and are being cut. An entry that is no longer needed fails the test.
-EXCEPTIONS = {
-    "core/layout.py": "TokenLayout and the rules of its arguments",
-    "ops/drop_tokens/__init__.py": "drop_tokens itself",
-}
 
 
 def limit_of(path: Path) -> Limit:
@@ -59,15 +54,7 @@ def too_long(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_lengths(path):
-    found, name = too_long(path), path.relative_to(PACKAGE).as_posix()
-    if name in EXCEPTIONS:
-        assert found, f"{name} is short enough: remove it from EXCEPTIONS"
-    else:
-        assert not found, f"{name}: {'; '.join(found)}"
-
-
-def test_exceptions_exist():
-    assert not [name for name in EXCEPTIONS if not (PACKAGE / name).is_file()]
+    assert not too_long(path), f"{path.relative_to(PACKAGE).as_posix()}: {'; '.join(too_long(path))}"
 
 
 def test_what_is_counted(tmp_path, monkeypatch):

@@ -120,8 +120,12 @@ def score_options(metric: Any, score_dtype: Any) -> None:
     score_dtype_name(score_dtype)
 
 
-def given_scores(scores: Any, h_cur: torch.Tensor) -> None:
-    """Raise unless ``scores`` is a floating-point tensor with one value per row of ``h_cur``, on its device."""
+def ranked(h_prev: Any, h_cur: Any, scores: Any, packed: bool) -> None:
+    """Raise unless ``scores`` has one floating-point value per row of ``h_cur``, on its device; where None, as :func:`pair`."""
+    if scores is None:
+        pair(h_prev, h_cur, packed)
+        return
+    hidden("h_cur", h_cur, packed)
     tensor("scores", scores)
     score_shape(scores, h_cur)
     if not scores.is_floating_point():

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import arguments, positions
 from .arguments import check_offsets, host_cu_seqlens, is_packed, is_tensor, per_segment_k
-from .layout import TokenLayout, as_layout
+from .droppable import as_layout
+from .layout import TokenLayout
 from .plan import CuPlan, Plan, drop_plan, offsets_on, topk_plan
 from .types import Compacted, Dropped, GatherSpec
 

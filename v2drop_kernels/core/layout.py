@@ -1,4 +1,4 @@
-"""Where the droppable tokens of a batch are, and how many of them are kept, as integers on the host.
+"""Where the droppable tokens of a batch are, as integers on the host.
 
 A *segment* is a contiguous run of tokens that shares one budget: a batch item, or one image of an item. Everything here is
 integers on the host, so that the shapes of results need no synchronisation. torch is imported only where a tensor is at hand.
@@ -6,10 +6,8 @@ integers on the host, so that the shapes of results need no synchronisation. tor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arguments import check_padding_side, check_spans, host_cu_seqlens, is_pair, is_tensor, kind, per_segment_k, require_int
@@ -18,49 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 Spans = tuple[tuple[int, int], ...]
-
-
-def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> int:
-    """Turn a keep ratio into a count. Every ratio in this package is converted here.
-
-    Parameters
-    ----------
-    n : int
-        Tokens in the segment.
-    ratio : float
-        Share that is kept, in [0, 1]. It is read as the decimal that it prints as, so ``n_keep(100, 0.29)`` is 29
-        although ``int(100 * 0.29)`` is 28.
-    rounding : {"floor", "round", "ceil"}
-        ``"round"`` sends halves to the even count, as Python's ``round``.
-    at_least : int
-        Lower bound of the result, itself bounded by ``n``. The released V2Drop code keeps one token at "drop 100 %":
-        ``at_least=1``.
-
-    Returns
-    -------
-    int
-        The number of tokens to keep, ``0 <= result <= n``.
-
-    Raises
-    ------
-    ValueError
-        ``n`` or ``at_least`` is not an int >= 0, ``ratio`` lies outside [0, 1], or ``rounding`` is unknown.
-
-    Examples
-    --------
-    >>> n_keep(576, 0.28), n_keep(576, 0.0, at_least=1)
-    (161, 1)
-    """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"n must be an int >= 0, got {n!r}")
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float | Fraction) or not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be a number in [0, 1], got {ratio!r}")
-    if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
-        raise ValueError(f"at_least must be an int >= 0, got {at_least!r}")
-    ways: dict[str, Any] = {"floor": math.floor, "round": round, "ceil": math.ceil}
-    if rounding not in ways:
-        raise ValueError(f"rounding must be 'floor', 'round' or 'ceil', got {rounding!r}")
-    return min(n, max(at_least, ways[rounding](n * Fraction(str(ratio)))))
 
 
 class DroppableSpan(NamedTuple):
@@ -338,48 +293,6 @@ class TokenLayout:
             base = lo if self.is_packed else i * self.rows
             found += [DroppableSpan(i, base + start, stop - start, stop - start) for start, stop in self.spans[i]]
         return found
-
-
-def whole(batch: int, rows: int) -> TokenLayout:
-    """Layout of a padded batch in which every token is droppable."""
-    return TokenLayout((((0, rows),),) * batch, rows, ((0, rows),) * batch)
-
-
-def as_layout(droppable: Any, batch: int, rows: int, cu_seqlens: Sequence[int] | None) -> TokenLayout:
-    """Normalise ``droppable=``; ``cu_seqlens`` are host ints for a packed batch, None for a padded one."""
-    if isinstance(droppable, TokenLayout):
-        shape = ("packed", droppable.rows) if droppable.is_packed else (droppable.batch, droppable.rows)
-        want = ("packed", rows) if cu_seqlens is not None else (batch, rows)
-        if shape != want:
-            raise ValueError(f"droppable is a layout of (batch, rows) = {shape}, but h_cur has {want}")
-        if cu_seqlens is not None and droppable.bounds != tuple(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
-            raise ValueError("droppable is a layout of other cu_seqlens than the ones given")
-        return droppable
-    if is_tensor(droppable):
-        import torch
-
-        want_shape = (rows,) if cu_seqlens is not None else (batch, rows)
-        if droppable.dtype != torch.bool or tuple(droppable.shape) != want_shape:
-            raise ValueError(
-                f"droppable as a tensor must be bool {list(want_shape)}, got {droppable.dtype} {list(droppable.shape)}"
-            )
-        return TokenLayout.from_mask(droppable, cu_seqlens=cu_seqlens)
-    if cu_seqlens is not None:
-        if droppable is None:
-            droppable = [(0, b - a) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
-        return TokenLayout.packed(droppable, cu_seqlens)
-    if droppable is None:
-        return whole(batch, rows)
-    return TokenLayout.padded(droppable, rows, batch=batch)
-
-
-def layout_of(droppable: Any, batch: int | None, rows: int, cu_seqlens: Any) -> TokenLayout:
-    """Normalise ``droppable=`` and ``cu_seqlens=`` together; ``batch`` is None for a packed batch. Reads the offsets."""
-    if batch is not None:
-        return as_layout(droppable, batch, rows, None)
-    if cu_seqlens is None:
-        return as_layout(droppable, 0, rows, droppable.cu_seqlens)
-    return as_layout(droppable, 0, rows, host_cu_seqlens(cu_seqlens, rows))
 
 
 def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str) -> tuple[tuple[int, int], ...]:

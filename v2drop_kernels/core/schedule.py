@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from .arguments import METRICS, one_of, require_int
-from .layout import n_keep
+from .counts import n_keep
 
 # From the number that a paper prints to "before 0-based block L"; read in the released code of each.
 LAYER_OFFSETS = {

@@ -16,7 +16,8 @@ import numpy as np
 from .. import native
 from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, is_packed, kind, score_dims, score_shape
 from ..core.calls import batch_shape, flatten
-from ..core.layout import TokenLayout, n_keep
+from ..core.counts import n_keep
+from ..core.layout import TokenLayout
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, GatherSpec, TopK
 from . import arrays

@@ -10,7 +10,8 @@ from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import CompactRequest
 from ...core import arguments, calls
 from ...core.arguments import check_device, is_packed, per_segment_k
-from ...core.layout import TokenLayout, layout_of
+from ...core.droppable import layout_of
+from ...core.layout import TokenLayout
 from ...core.types import Compacted, TopK
 from .gradient import recorded
 from .torch_op import INPLACE, OP

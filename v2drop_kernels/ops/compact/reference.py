@@ -9,7 +9,7 @@ import torch
 from ...backends.requests import CompactRequest
 from ...core import calls
 from ...core.arguments import is_packed
-from ...core.layout import layout_of
+from ...core.droppable import layout_of
 from ...core.types import Compacted, GatherSpec, TopK
 
 

@@ -10,7 +10,7 @@ from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import DropRequest, Source
 from ...core import arguments, calls
 from ...core.arguments import check_device, is_packed
-from ...core.layout import layout_of
+from ...core.droppable import layout_of
 from ...core.plan import offsets_on
 from ...core.types import Dropped
 from ..compact.gradient import recorded
@@ -93,11 +93,7 @@ def drop_tokens(
     tensor([[0, 2, 3, 4]])
     """
     packed = is_packed(droppable, cu_seqlens)
-    if scores is None:
-        arguments.pair(h_prev, h_cur, packed)
-    else:
-        arguments.hidden("h_cur", h_cur, packed)
-        arguments.given_scores(scores, h_cur)
+    arguments.ranked(h_prev, h_cur, scores, packed)
     arguments.score_options(metric, score_dtype)
     check_device(droppable, h_cur.device, "h_cur")
     runner = resolve_backend(OP, h_cur if scores is None else scores, backend)

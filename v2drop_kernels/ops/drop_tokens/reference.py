@@ -9,7 +9,8 @@ import torch
 from ...backends.requests import Budget, DropRequest
 from ...core import calls
 from ...core.arguments import is_packed, per_segment_k
-from ...core.layout import TokenLayout, layout_of
+from ...core.droppable import layout_of
+from ...core.layout import TokenLayout
 from ...core.plan import drop_plan
 from ...core.types import Dropped, GatherSpec
 from ..compact.reference import gather, pad_rows

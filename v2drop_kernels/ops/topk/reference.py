@@ -8,7 +8,8 @@ import torch
 
 from ...backends.requests import Budget, TopKRequest
 from ...core.arguments import is_packed, per_segment_k
-from ...core.layout import TokenLayout, layout_of
+from ...core.droppable import layout_of
+from ...core.layout import TokenLayout
 from ...core.types import TopK
 from ..variation_score.reference import ranked_by, variation_score
 

@@ -1,0 +1,50 @@
+"""Ratios to counts: the one place where a share of tokens becomes a number of tokens."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+
+def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> int:
+    """Turn a keep ratio into a count. Every ratio in this package is converted here.
+
+    Parameters
+    ----------
+    n : int
+        Tokens in the segment.
+    ratio : float
+        Share that is kept, in [0, 1]. It is read as the decimal that it prints as, so ``n_keep(100, 0.29)`` is 29
+        although ``int(100 * 0.29)`` is 28.
+    rounding : {"floor", "round", "ceil"}
+        ``"round"`` sends halves to the even count, as Python's ``round``.
+    at_least : int
+        Lower bound of the result, itself bounded by ``n``. The released V2Drop code keeps one token at "drop 100 %":
+        ``at_least=1``.
+
+    Returns
+    -------
+    int
+        The number of tokens to keep, ``0 <= result <= n``.
+
+    Raises
+    ------
+    ValueError
+        ``n`` or ``at_least`` is not an int >= 0, ``ratio`` lies outside [0, 1], or ``rounding`` is unknown.
+
+    Examples
+    --------
+    >>> n_keep(576, 0.28), n_keep(576, 0.0, at_least=1)
+    (161, 1)
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"n must be an int >= 0, got {n!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float | Fraction) or not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be a number in [0, 1], got {ratio!r}")
+    if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
+        raise ValueError(f"at_least must be an int >= 0, got {at_least!r}")
+    ways: dict[str, Any] = {"floor": math.floor, "round": round, "ceil": math.ceil}
+    if rounding not in ways:
+        raise ValueError(f"rounding must be 'floor', 'round' or 'ceil', got {rounding!r}")
+    return min(n, max(at_least, ways[rounding](n * Fraction(str(ratio)))))
