@@ -130,6 +130,7 @@ lint: setup
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python tools/mutants.py --list >/dev/null  # every mutant still fits the code
 
 format: setup
 	$(BIN)/ruff check --fix .
