@@ -63,7 +63,7 @@ test: setup
 	+@$(MAKE) --no-print-directory test-compile-only
 	+@$(MAKE) --no-print-directory test-main
 
-# Every combination of parameters, where `make test` takes all pairs. This takes hours.
+# Every combination of parameters, where `make test` takes all pairs.
 test-full:
 	+@V2DROP_TEST_FULL=1 $(MAKE) --no-print-directory test
 
