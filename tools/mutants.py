@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         "padding holds zero, not the fill", f"{OPS}/compact/reference.py",
-        "masked_fill(empty, part.fill)", "masked_fill(empty, 0)", COMPACT,
+        "masked_fill(empty, spec.fill)", "masked_fill(empty, 0)", COMPACT,
     ),
     # Triton kernels.
     Mutant(

@@ -100,7 +100,7 @@ def compact(
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     rows = call.xp.ascontiguousarray(rows, dtype=np.int64)
-    parts, unflatten = flatten(
+    gathers, unflatten = flatten(
         at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=call.read, broadcast=call.broadcast,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def compact(
     if packed:
         old = call.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), np.int64)
         cu = ((rows >= 0) & (rows < old[:, None])).sum(1).astype(np.int32)
-    results, described = call.outputs(parts, rows.shape[-1])
+    results, described = call.outputs(gathers, rows.shape[-1])
     call("compact", call.view(rows), described, scratch=((at.batch or 1) * at.rows, 0, 0))
     return Compacted(keep=rows, cu_seqlens=cu, **unflatten(results))
 
@@ -148,12 +148,12 @@ def drop_tokens(
         ranked = call.numbers(given, unit_stride=False), None, None
     options = code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
-    parts, unflatten = flatten(
+    gathers, unflatten = flatten(
         batch_shape("h_cur", h, packed, call.read), hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=call.read, broadcast=call.broadcast,
     )  # fmt: skip
     keep = call.empty((plan.out_rows,) if packed else (plan.batch, plan.out_rows), np.int64)
-    results, described = call.outputs(parts, plan.out_rows)
+    results, described = call.outputs(gathers, plan.out_rows)
     scratch = plan.batch * plan.rows, plan.groups, 0
     source = *ranked, None, *options
     call("drop_tokens", source, call.segments(plan), None, call.view(keep), None, described, scratch=scratch)
@@ -225,10 +225,10 @@ class _Call:
     def broadcast(self, x: Any, shape: Any) -> Any:
         return self.xp.broadcast_to(x, shape)
 
-    def outputs(self, parts: list[GatherSpec], rows: int) -> tuple[list[Any], list[Any]]:
-        """The results with ``rows`` rows, and the descriptions of the parts that fill them."""
+    def outputs(self, gathers: list[GatherSpec], rows: int) -> tuple[list[Any], list[Any]]:
+        """The results with ``rows`` rows, and the descriptions of the tensors that fill them."""
         results, described = [], []
-        for x, batch_dim, row_dim, fill, _ in parts:
+        for x, batch_dim, row_dim, fill, _ in gathers:
             result = self.empty((*x.shape[:row_dim], rows, *x.shape[row_dim + 1 :]), x.dtype)
             results.append(result)
             described.append((self.view(x), self.view(result), batch_dim, row_dim, fill))

@@ -102,7 +102,7 @@ def compact(
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     rows = rows.astype(jnp.int32)
-    parts, unflatten = flatten(
+    gathers, unflatten = flatten(
         at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=_read, broadcast=jnp.broadcast_to,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def compact(
     if packed:
         old = jnp.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), jnp.int32)
         cu = ((rows >= 0) & (rows < old[:, None])).sum(1, dtype=jnp.int32)
-    results = _gather(_Move.of(parts, at.rows, at.batch or 1), rows, tuple(part.tensor for part in parts))
+    results = _gather(_Move.of(gathers, at.rows, at.batch or 1), rows, tuple(spec.tensor for spec in gathers))
     return Compacted(keep=rows, cu_seqlens=cu, **unflatten(list(results)))
 
 
@@ -146,12 +146,12 @@ def drop_tokens(
         ranked = (given,)
     options = code("metric", metric, native.METRICS), rounding(score_dtype)
     plan, found = arrays.planned("drop", h, k, droppable, cu_seqlens)
-    parts, unflatten = flatten(
+    gathers, unflatten = flatten(
         batch_shape("h_cur", h, packed, _read), hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=_read, broadcast=jnp.broadcast_to,
     )  # fmt: skip
-    move = _Move.of(parts, plan.rows, plan.batch)
-    keep, results = _drop(_Select(plan, 0, *options), move, ranked, tuple(part.tensor for part in parts))
+    move = _Move.of(gathers, plan.rows, plan.batch)
+    keep, results = _drop(_Select(plan, 0, *options), move, ranked, tuple(spec.tensor for spec in gathers))
     keep = keep[0] if packed else keep
     fields = unflatten(list(results))
     if plan.ragged and not packed:
@@ -183,8 +183,10 @@ class _Move(NamedTuple):
     batch: int
 
     @classmethod
-    def of(cls, parts: list[GatherSpec], rows: int, batch: int) -> _Move:
-        return cls(tuple(p.batch_dim for p in parts), tuple(p.row_dim for p in parts), tuple(p.fill for p in parts), rows, batch)
+    def of(cls, gathers: list[GatherSpec], rows: int, batch: int) -> _Move:
+        return cls(
+            tuple(p.batch_dim for p in gathers), tuple(p.row_dim for p in gathers), tuple(p.fill for p in gathers), rows, batch
+        )
 
     def attributes(self) -> dict[str, Any]:
         return {name: np.array(getattr(self, name), np.int64) for name in ("batch_dims", "row_dims", "fills")}
@@ -197,7 +199,7 @@ class _Move(NamedTuple):
         ]
 
     def of_gradients(self, which: list[int]) -> _Move:
-        """The same for some of the parts, with zeros in rows that were not kept."""
+        """The same for some of the tensors, with zeros in rows that were not kept."""
         batch_dims, row_dims = (tuple(dims[i] for i in which) for dims in (self.batch_dims, self.row_dims))
         return self._replace(batch_dims=batch_dims, row_dims=row_dims, fills=(0,) * len(which))
 

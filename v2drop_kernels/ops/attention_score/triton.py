@@ -46,7 +46,7 @@ def sizes(rows: int, s: int, d: int, itemsize: int) -> tuple[int, int, int, int,
                                "items", "n", "s", "blocks"])  # fmt: skip
 def _attention_logits_fwd_kernel(
     logits,  # float32 [B, H, Q, S]: invisible keys hold -inf, without SOFTMAX 0; what is not droppable is not written
-    parts,  # float32 [3, B, H, Q, blocks]: the maximum, the sum of exponentials below it, and the droppable keys' share; or None
+    partials,  # float32 [3, B, H, Q, blocks]: the maximum, the sum of exponentials below it, and the droppable keys' share; or None
     q, q_b, q_h, q_n,
     k, k_b, k_h, k_s,
     query_rows, rows_b, rows_n,
@@ -118,21 +118,21 @@ def _attention_logits_fwd_kernel(
         elif SHARES:
             share += tl.sum(tl.where(counted[:, None], x, 0.0), axis=0)
 
-    part = parts + flat * blocks + block if parts is not None else logits
+    partial = partials + flat * blocks + block if partials is not None else logits
     stride = items * H_KV * GROUP * n * blocks
     if SOFTMAX:
-        tl.store(part, top, mask=inside)
-        tl.store(part + stride, total, mask=inside)
+        tl.store(partial, top, mask=inside)
+        tl.store(partial + stride, total, mask=inside)
     if SHARES:
-        tl.store(part + 2 * stride, share, mask=inside)
+        tl.store(partial + 2 * stride, share, mask=inside)
 
 
 @triton.jit
-def _statistics(parts, flat, stride, blocks, inside, BLOCKS: tl.constexpr):
+def _statistics(partials, flat, stride, blocks, inside, BLOCKS: tl.constexpr):
     """The maximum of every row, 0 where it sees nothing, and the reciprocal of its sum of exponentials, 0 there too."""
     block = tl.arange(0, BLOCKS)[None, :]
     mask = inside[:, None] & (block < blocks)
-    at = parts + flat[:, None] * blocks + block
+    at = partials + flat[:, None] * blocks + block
     tops = tl.load(at, mask=mask, other=float("-inf"))
     totals = tl.load(at + stride, mask=mask, other=0.0)
     top = tl.max(tops, axis=1)
@@ -145,7 +145,7 @@ def _statistics(parts, flat, stride, blocks, inside, BLOCKS: tl.constexpr):
 @triton.jit(do_not_specialize=["total", "stride", "blocks"])
 def _attention_shares_fwd_kernel(
     shares,  # float32 [B, H, Q]: what each head gives to the droppable keys
-    parts, total, stride, blocks,
+    partials, total, stride, blocks,
     SOFTMAX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WAITS: tl.constexpr, TRIGGERS: tl.constexpr,
 ):  # fmt: skip
     if TRIGGERS:
@@ -155,22 +155,22 @@ def _attention_shares_fwd_kernel(
     flat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = flat < total
     block = tl.arange(0, BLOCKS)[None, :]
-    part = tl.load(
-        parts + 2 * stride + flat[:, None] * blocks + block, mask=inside[:, None] & (block < blocks), other=0.0
+    partial = tl.load(
+        partials + 2 * stride + flat[:, None] * blocks + block, mask=inside[:, None] & (block < blocks), other=0.0
     )  # [ROWS, BLOCKS]
     if SOFTMAX:
-        _, weight, fade = _statistics(parts, flat, stride, blocks, inside, BLOCKS)
-        part = part * fade
-        share = tl.sum(part, axis=1) * weight
+        _, weight, fade = _statistics(partials, flat, stride, blocks, inside, BLOCKS)
+        partial = partial * fade
+        share = tl.sum(partial, axis=1) * weight
     else:
-        share = tl.sum(part, axis=1)
+        share = tl.sum(partial, axis=1)
     tl.store(shares + flat, share, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows_b", "rows_n", "drop_b", "drop_s", "first", "n", "queries", "s", "stride", "blocks"])
 def _attention_score_fwd_kernel(
     scores,  # float32 [B, S]
-    logits, parts, shares,
+    logits, partials, shares,
     query_rows, rows_b, rows_n,
     droppable, drop_b, drop_s,
     first, n, queries,  # this chunk: n of all the queries, from the first on
@@ -202,7 +202,7 @@ def _attention_score_fwd_kernel(
                 at = logits + flat[:, None] * s + key[None, :]
                 mask = (head < H)[:, None] & counted[None, :]
                 if SOFTMAX:
-                    top, weight, _ = _statistics(parts, flat, stride, blocks, head < H, BLOCKS)
+                    top, weight, _ = _statistics(partials, flat, stride, blocks, head < H, BLOCKS)
                     x = tl.load(at, mask=mask, other=float("-inf"))
                     # Where the query sees no key, also if NaN among those that it sees spoils the sum.
                     x = tl.where(x == float("-inf"), 0.0, tl.exp(x - top[:, None]) * weight[:, None])  # [HEADS, BLOCK_S]
@@ -254,16 +254,16 @@ def attention_score(request: AttentionRequest) -> torch.Tensor:
     scores = torch.empty(batch, s, dtype=torch.float32, device=k.device)
     pdl = launch.has_pdl(k.device)
     score_block = 1024 if INTERPRETED else 64 if s <= 8192 else 256
-    for part in chunks(q, k):
-        n = part.stop - part.start
-        some, rows = q[:, :, part], query_rows[:, part]
+    for chunk in chunks(q, k):
+        n = chunk.stop - chunk.start
+        some, rows = q[:, :, chunk], query_rows[:, chunk]
         tile_rows, keys, block_s, block_d, steps = sizes(h // h_kv * all_queries, s, d, k.element_size())
         blocks, tiles = -(-s // keys), -(-(h // h_kv * n) // tile_rows)
         logits = torch.empty(batch, h, n, s, dtype=torch.float32, device=k.device)
-        parts = torch.empty(3, batch, h, n, blocks, dtype=torch.float32, device=k.device) if softmax or top else None
+        partials = torch.empty(3, batch, h, n, blocks, dtype=torch.float32, device=k.device) if softmax or top else None
         launch.start(
             _attention_logits_fwd_kernel, batch * h_kv * blocks * tiles, k.device,
-            logits, parts, some, *some.stride()[:3], k, *k.stride()[:3], rows, *row_strides(rows),
+            logits, partials, some, *some.stride()[:3], k, *k.stride()[:3], rows, *row_strides(rows),
             key_mask, *row_strides(key_mask), droppable, *row_strides(droppable), batch, n, s, blocks, scale,
             H_KV=h_kv, GROUP=h // h_kv, D=d, ALIGN=alignment(some, k), CAUSAL=causal, SOFTMAX=softmax, SHARES=top > 0,
             ROWS=tile_rows, KEYS=keys, BLOCK_S=block_s, BLOCK_D=block_d,
@@ -276,13 +276,13 @@ def attention_score(request: AttentionRequest) -> torch.Tensor:
             shares = torch.empty(batch, h, n, dtype=torch.float32, device=k.device)
             launch.start(
                 _attention_shares_fwd_kernel, -(-shares.numel() // HEADS_AT_ONCE), k.device,
-                shares, parts, shares.numel(), stride, blocks,
+                shares, partials, shares.numel(), stride, blocks,
                 SOFTMAX=softmax, ROWS=HEADS_AT_ONCE, BLOCKS=held, WAITS=pdl, TRIGGERS=pdl, num_warps=4,
             )  # fmt: skip
         launch.start(
             _attention_score_fwd_kernel, batch * -(-s // score_block), k.device,
-            scores, logits, parts, shares, query_rows, *row_strides(query_rows), droppable, *row_strides(droppable),
-            part.start, n, all_queries, s, stride, blocks,
+            scores, logits, partials, shares, query_rows, *row_strides(query_rows), droppable, *row_strides(droppable),
+            chunk.start, n, all_queries, s, stride, blocks,
             H=h, REDUCTION=_REDUCTIONS["mean" if top else str(heads)], TOP=top, HEADS=min(HEADS_AT_ONCE, next_power_of_2(h)),
             ALL_HEADS=next_power_of_2(h), L2=queries == "l2", SOFTMAX=softmax, BLOCK_S=score_block, BLOCKS=held,
             WAITS=pdl, num_warps=4, **launch.all_registers(k.device, 4),

@@ -107,15 +107,15 @@ def compact(
     traced = is_traced(hidden)
     ids = calls.input_positions(positions, position_ids, layout, at.device)
     calls.check_out(out, Compacted, traced)
-    parts, unflatten = calls.flatten(
+    gathers, unflatten = calls.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     runner = resolve_backend(OP, hidden, backend, torch.float32)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
-    request = CompactRequest(rows, parts)
-    if not runner.differentiable and torch.is_grad_enabled() and any(part.tensor.requires_grad for part in parts):
-        _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, parts, at.rows)
+    request = CompactRequest(rows, gathers)
+    if not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
+        _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, gathers, at.rows)
     else:
         outs = runner.run(request)
     return calls.build_result(
@@ -188,11 +188,11 @@ def compact_(
             raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
         if any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
             raise ValueError(f"kv must not share memory between elements, got strides {list(leaf.stride())}")
-    parts, _ = calls.flatten(
+    gathers, _ = calls.flatten(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
     runner = resolve_backend(INPLACE, first, backend, torch.float32)
-    runner.run(CompactRequest(keep.contiguous(), parts))
+    runner.run(CompactRequest(keep.contiguous(), gathers))
 
 
 def _check_keep(keep: Any, at: calls.BatchShape, groups: bool) -> None:

@@ -41,25 +41,25 @@ def _check_rows(request: CompactRequest, *, ascending: bool) -> None:
                 raise ValueError(f"keep must ascend strictly within each item, got {kept.tolist()}")
 
 
-def gather(keep: torch.Tensor, parts: list[GatherSpec]) -> list[torch.Tensor]:
-    """Rows ``keep [Bt, S]`` of every part; rows of ``fill`` where ``keep`` is negative."""
-    found = [_gather(part, keep) for part in parts]
-    return [x if part.out is None else part.out.copy_(x) for x, part in zip(found, parts, strict=True)]
+def gather(keep: torch.Tensor, gathers: list[GatherSpec]) -> list[torch.Tensor]:
+    """Rows ``keep [Bt, S]`` of every tensor; rows of ``fill`` where ``keep`` is negative."""
+    found = [_gather(spec, keep) for spec in gathers]
+    return [x if spec.out is None else spec.out.copy_(x) for x, spec in zip(found, gathers, strict=True)]
 
 
-def _gather(part: GatherSpec, keep: torch.Tensor) -> torch.Tensor:
-    x = part.tensor
+def _gather(spec: GatherSpec, keep: torch.Tensor) -> torch.Tensor:
+    x = spec.tensor
     if x.element_size() == 1 and x.is_floating_point():  # float8: few ops know it, and a gather only moves bytes
-        return _gather(part._replace(tensor=x.view(torch.uint8)), keep).view(x.dtype)
-    if part.batch_dim < 0:
-        return _gather(GatherSpec(x.unsqueeze(0), 0, part.row_dim + 1, part.fill), keep).squeeze(0)
-    x = x.movedim((part.batch_dim, part.row_dim), (0, 1))
+        return _gather(spec._replace(tensor=x.view(torch.uint8)), keep).view(x.dtype)
+    if spec.batch_dim < 0:
+        return _gather(GatherSpec(x.unsqueeze(0), 0, spec.row_dim + 1, spec.fill), keep).squeeze(0)
+    x = x.movedim((spec.batch_dim, spec.row_dim), (0, 1))
     if x.shape[1] == 0:  # nothing to index; every row of the result is empty
-        x = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), part.fill)], dim=1)
+        x = torch.cat([x, x.new_full((x.shape[0], 1, *x.shape[2:]), spec.fill)], dim=1)
     rows = x[torch.arange(x.shape[0], device=x.device)[:, None], keep.clamp(min=0)]
     empty = (keep < 0).view(*keep.shape, *[1] * (x.dim() - 2))
-    out = rows.masked_fill(empty, part.fill)
-    return out.movedim((0, 1), (part.batch_dim, part.row_dim)).contiguous()
+    out = rows.masked_fill(empty, spec.fill)
+    return out.movedim((0, 1), (spec.batch_dim, spec.row_dim)).contiguous()
 
 
 def compact(
@@ -88,11 +88,11 @@ def compact(
         keep = _with_all_others(keep, layout)
         cu_seqlens = layout.cu_seqlens
     ids = calls.input_positions(positions, position_ids, layout, at.device)
-    parts, unflatten = calls.flatten(
+    gathers, unflatten = calls.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
-    outs = gather(keep[None] if packed else keep, parts)
+    outs = gather(keep[None] if packed else keep, gathers)
     return calls.build_result(
         Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
         cu_seqlens=calls.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,

@@ -31,16 +31,16 @@ INPLACE = Op(__package__, "compact_", reference.run_inplace, call_inplace)
 BACKWARD = Op(__package__, "compact_backward")
 
 
-def _compact(keep: Any, parts: Any, dims: Any, fills: Any, backend: str) -> list[torch.Tensor]:
-    return runner_of(OP, backend).run(CompactRequest(keep, registration.unpack_gathers(parts, dims, fills)))
+def _compact(keep: Any, tensors: Any, dims: Any, fills: Any, backend: str) -> list[torch.Tensor]:
+    return runner_of(OP, backend).run(CompactRequest(keep, registration.unpack_gathers(tensors, dims, fills)))
 
 
-def _compact_fake(keep: Any, parts: Any, dims: Any, fills: Any, backend: str) -> list[torch.Tensor]:
-    return registration.resized(parts, dims, keep.shape[1])
+def _compact_fake(keep: Any, tensors: Any, dims: Any, fills: Any, backend: str) -> list[torch.Tensor]:
+    return registration.resized(tensors, dims, keep.shape[1])
 
 
-def _inplace(keep: Any, parts: Any, dims: Any, backend: str) -> None:
-    runner_of(INPLACE, backend).run(CompactRequest(keep, registration.unpack_gathers(parts, dims)))
+def _inplace(keep: Any, tensors: Any, dims: Any, backend: str) -> None:
+    runner_of(INPLACE, backend).run(CompactRequest(keep, registration.unpack_gathers(tensors, dims)))
 
 
 def _backward(keep: Any, grads: Any, dims: Any, rows: int, backend: str) -> list[torch.Tensor]:
@@ -51,12 +51,12 @@ def _backward_fake(keep: Any, grads: Any, dims: Any, rows: Any, backend: str) ->
     return registration.resized(grads, dims, rows)
 
 
-def save_gathers(ctx: Any, keep: torch.Tensor, parts: Any, dims: Any, fills: Any, backend: str) -> None:
+def save_gathers(ctx: Any, keep: torch.Tensor, tensors: Any, dims: Any, fills: Any, backend: str) -> None:
     """Keep what :func:`gradients` needs."""
     ctx.save_for_backward(keep)
     ctx.dims, ctx.backend = dims, backend
-    ctx.rows = [t.shape[dims[2 * i + 1]] for i, t in enumerate(parts)]
-    ctx.differentiable = [t.is_floating_point() for t in parts]
+    ctx.rows = [t.shape[dims[2 * i + 1]] for i, t in enumerate(tensors)]
+    ctx.differentiable = [t.is_floating_point() for t in tensors]
 
 
 def gradients(ctx: Any, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -82,12 +82,14 @@ def _gradient(ctx: Any, grads: Any) -> tuple[Any, ...]:
 
 
 registration.define(
-    "compact(Tensor keep, Tensor[] parts, int[] dims, int[] fills, str backend) -> Tensor[]", _compact_fake, _compact
+    "compact(Tensor keep, Tensor[] tensors, int[] dims, int[] fills, str backend) -> Tensor[]", _compact_fake, _compact
 )
 registration.define(
     "compact_backward(Tensor keep, Tensor[] grads, int[] dims, SymInt rows, str backend) -> Tensor[]", _backward_fake, _backward
 )
 registration.define(
-    "compact_(Tensor keep, Tensor(a!)[] parts, int[] dims, str backend) -> ()", lambda keep, parts, dims, backend: None, _inplace
+    "compact_(Tensor keep, Tensor(a!)[] tensors, int[] dims, str backend) -> ()",
+    lambda keep, tensors, dims, backend: None,
+    _inplace,
 )
 registration.define_gradient("compact", _gradient, _setup)

@@ -60,7 +60,7 @@ def _pick(addresses, which, FIRST: tl.constexpr, COUNT: tl.constexpr, BYTES: tl.
 
 @triton.jit
 def _select_rows(
-    keep, row, first_row, b, scores, mask, mask_b, mask_r, table, pre, n, post, k, groups, rows, out_rows,
+    keep, row, first_row, b, scores, mask, mask_b, mask_r, table, n_prefix, n, n_suffix, k, groups, rows, out_rows,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Source rows (-1: empty) of the output rows ``row`` of batch entry ``b``; they are written to ``keep`` as well.
@@ -79,24 +79,26 @@ def _select_rows(
         g = segment_of(table + COL_DST_START, first, groups, TABLE_FIELDS, SEARCH_STEPS)
     done = first
     while done < end:
-        src_start, g_pre, g_n, g_post, g_k, dst_start, pad_before, pad_after = segment(g, table, rows, out_rows, pre, n, post, k)
-        position = src_start - b * rows + g_pre  # of the first competing row
+        src_start, g_prefix, g_n, g_suffix, g_k, dst_start, pad_before, pad_after = segment(
+            g, table, rows, out_rows, n_prefix, n, n_suffix, k
+        )
+        position = src_start - b * rows + g_prefix  # of the first competing row
         g_mask = mask
         if mask is not None:
             g_mask = mask + b * mask_b + position * mask_r
         keys = load_keys(scores + b * rows + position, 1, g_mask, mask_r, lanes, lanes < g_n, True)
         t, quota, _ = threshold(keys, g_k)
         kept, upto, _, _ = kept_up_to(keys, t, quota, quota * 0, quota * 0)
-        first_kept = dst_start + pad_before + g_pre
+        first_kept = dst_start + pad_before + g_prefix
         # In 32 bits: 64-bit row numbers of all lanes would cost 16 more registers.
         mine = kept & (upto > (first - first_kept).to(tl.int32)) & (upto <= (end - first_kept).to(tl.int32))
         tl.store((keep + first_kept) + (upto - 1), (position.to(tl.int32) + lanes).to(tl.int64), mask=mine)
         survivor = flat - first_kept  # [ROWS] negative: rows before the competition
         after = survivor - g_k
-        source = tl.where((survivor >= -g_pre) & (survivor < 0), position + survivor, source)
-        source = tl.where((after >= 0) & (after < g_post), position + g_n + after, source)
+        source = tl.where((survivor >= -g_prefix) & (survivor < 0), position + survivor, source)
+        source = tl.where((after >= 0) & (after < g_suffix), position + g_n + after, source)
         source = tl.where((survivor >= 0) & (after < 0), _SURVIVOR, source)
-        done = dst_start + pad_before + g_pre + g_k + g_post + pad_after
+        done = dst_start + pad_before + g_prefix + g_k + g_suffix + pad_after
         g += 1
     tl.store(keep + flat, source, mask=(flat < end) & (source != _SURVIVOR))
     # Other threads wrote the survivors. Past L1, where a neighbour may have left an older line.
@@ -135,7 +137,7 @@ def _move_rows(
 
 
 @triton.jit(do_not_specialize=[
-    "mask_b", "rows", "out_rows", "pre", "n", "post", "k", "groups", "tiles_per_batch", "tiles",
+    "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups", "tiles_per_batch", "tiles",
 ])  # fmt: skip
 def _gather_fwd_kernel(
     keep,  # [Bt, out_rows] int64: read, or if SELECT written
@@ -143,7 +145,7 @@ def _gather_fwd_kernel(
     scores,  # float32 [Bt * rows]; from here to groups: SELECT only
     mask, mask_b, mask_r,
     table,  # [G, 8]; None for uniform plans
-    pre, n, post, k, groups,
+    n_prefix, n, n_suffix, k, groups,
     rows, out_rows, tiles_per_batch, tiles,
     CLASSES: tl.constexpr,  # per class: first tensor, tensors, bytes of an element, elements of a load, COLS, fill
     NUM_CLASSES: tl.constexpr,
@@ -161,7 +163,7 @@ def _gather_fwd_kernel(
     if SELECT:
         # Every program repeats the select of its segment: cheaper than a launch in between, as long as the keys are few.
         source = _select_rows(
-            keep, row, first_row, b, scores, mask, mask_b, mask_r, table, pre, n, post, k, groups, rows,
+            keep, row, first_row, b, scores, mask, mask_b, mask_r, table, n_prefix, n, n_suffix, k, groups, rows,
             out_rows, ROWS, BLOCK, SEARCH_STEPS,
         )  # fmt: skip
     else:
@@ -320,18 +322,18 @@ class _Class(NamedTuple):
         return min(self.align, 8)
 
 
-def _classes(parts: Sequence[GatherSpec], outs: Sequence[torch.Tensor]) -> dict[_Class, list[tuple[int, int]]]:
+def _classes(gathers: Sequence[GatherSpec], outs: Sequence[torch.Tensor]) -> dict[_Class, list[tuple[int, int]]]:
     """The (source, destination) addresses of every class."""
     classes: dict[_Class, list[tuple[int, int]]] = {}
-    for part, out in zip(parts, outs, strict=True):
+    for spec, out in zip(gathers, outs, strict=True):
         if out.numel() == 0:
             continue
-        tensor = part.tensor
-        geometry = _geometry(tensor.shape, tensor.stride(), out.stride(), tensor.element_size(), part.batch_dim, part.row_dim)
+        tensor = spec.tensor
+        geometry = _geometry(tensor.shape, tensor.stride(), out.stride(), tensor.element_size(), spec.batch_dim, spec.row_dim)
         addresses = tensor.data_ptr(), out.data_ptr()
         bits = geometry.bits | addresses[0] | addresses[1]
         align = bits & -bits
-        key = _Class(geometry, align, _fill_pattern(tensor.dtype, part.fill, min(align, 8)))
+        key = _Class(geometry, align, _fill_pattern(tensor.dtype, spec.fill, min(align, 8)))
         members = classes.setdefault(key, [])
         members += [(addresses[0] + a, addresses[1] + b) for a, b in geometry.unrolled]
     return classes
@@ -367,19 +369,19 @@ class Selection(NamedTuple):
 
 
 def gather(
-    keep: torch.Tensor, parts: Sequence[GatherSpec], rows: int, *, selection: Selection | None = None, waits: bool = False
+    keep: torch.Tensor, gathers: Sequence[GatherSpec], rows: int, *, selection: Selection | None = None, waits: bool = False
 ) -> list[torch.Tensor]:
-    """Rows ``keep`` of every part, in its ``out`` or a new contiguous tensor; with ``selection``, ``keep`` is an output."""
-    outs = [_empty_out(part, keep.shape[1]) if part.out is None else part.out for part in parts]
-    for portion in _portions(_classes(parts, outs)):
+    """Rows ``keep`` of every tensor, in its ``out`` or a new contiguous tensor; with ``selection``, ``keep`` is an output."""
+    outs = [_empty_out(spec, keep.shape[1]) if spec.out is None else spec.out for spec in gathers]
+    for portion in _portions(_classes(gathers, outs)):
         _launch_gather(keep, portion, rows, selection, waits)
         selection, waits = None, False
     return outs
 
 
-def _empty_out(part: GatherSpec, out_rows: int) -> torch.Tensor:
-    shape = [out_rows if dim == part.row_dim else size for dim, size in enumerate(part.tensor.shape)]
-    return torch.empty(shape, dtype=part.tensor.dtype, device=part.tensor.device)
+def _empty_out(spec: GatherSpec, out_rows: int) -> torch.Tensor:
+    shape = [out_rows if dim == spec.row_dim else size for dim, size in enumerate(spec.tensor.shape)]
+    return torch.empty(shape, dtype=spec.tensor.dtype, device=spec.tensor.device)
 
 
 def _launch_gather(
@@ -408,7 +410,7 @@ def _launch_gather(
         groups += -(-total // per_program)
 
     scores = mask = table = None
-    pre = n = post = k = segments = block = steps = 0
+    n_prefix = n = n_suffix = k = segments = block = steps = 0
     num_warps = 4
     if selection is not None:
         scores, mask, plan = selection
@@ -417,29 +419,29 @@ def _launch_gather(
         if plan.uniform is None:
             table, steps = plan.device_table(keep.device), max(segments - 1, 0).bit_length()
         else:
-            pre, n, post, k = plan.uniform
+            n_prefix, n, n_suffix, k = plan.uniform
     launch.start(
         _gather_fwd_kernel, max(groups, 1 if selection else 0) * tiles, keep.device,
         keep, tuple(addresses), tuple(facts), scores, mask, *row_strides(mask), table,
-        pre, n, post, k, segments, rows, out_rows, tiles_per_batch, tiles,
+        n_prefix, n, n_suffix, k, segments, rows, out_rows, tiles_per_batch, tiles,
         CLASSES=tuple(classes), NUM_CLASSES=len(classes), ROWS=tile_rows,
         SELECT=selection is not None, BLOCK=block, SEARCH_STEPS=steps, WAITS=waits, num_warps=num_warps,
     )  # fmt: skip
 
 
 def compact(request: CompactRequest) -> list[torch.Tensor]:
-    """Rows ``keep`` ``[Bt, out_rows]`` of every part, in its ``out`` or a new tensor; empty rows hold the part's fill.
+    """Rows ``keep`` ``[Bt, out_rows]`` of every tensor, in its ``out`` or a new tensor; empty rows hold the fill of their tensor.
 
     One launch for up to ``configs.TENSORS_PER_LAUNCH`` tensors.
     """
-    keep, parts = request
-    if not parts:
+    keep, gathers = request
+    if not gathers:
         return []
-    return gather(keep, parts, parts[0].tensor.shape[parts[0].row_dim])
+    return gather(keep, gathers, gathers[0].tensor.shape[gathers[0].row_dim])
 
 
 def compact_backward(request: CompactBackwardRequest) -> list[torch.Tensor]:
-    """Gradients of the parts (``rows`` rows) from those of the compacted ones: zero where a row was dropped.
+    """Gradients of the tensors (``rows`` rows) from those of the compacted ones: zero where a row was dropped.
 
     Two launches: the inverse of ``keep``, and the gather through it. A row kept twice gets one of its gradients.
     """
@@ -455,10 +457,10 @@ def compact_backward(request: CompactBackwardRequest) -> list[torch.Tensor]:
 
 
 def compact_(request: CompactRequest) -> None:
-    """Move the valid rows of ``keep``, ascending, to the front of every part; one launch, no second buffer."""
-    keep, parts = request
+    """Move the valid rows of ``keep``, ascending, to the front of every tensor; one launch, no second buffer."""
+    keep, gathers = request
     batch, slots = keep.shape
-    for portion in _portions(_classes(parts, [part.tensor for part in parts])) if slots else ():
+    for portion in _portions(_classes(gathers, [spec.tensor for spec in gathers])) if slots else ():
         addresses: list[tuple[int, int]] = []
         facts, classes = [], []
         first_item = 0
@@ -471,6 +473,6 @@ def compact_(request: CompactRequest) -> None:
             first_item += len(members) * key.geometry.planes * pieces
         launch.start(
             _compact_inplace_kernel, first_item * batch, keep.device,
-            keep, tuple(addresses), tuple(facts), parts[0].tensor.shape[parts[0].row_dim], slots, batch,
+            keep, tuple(addresses), tuple(facts), gathers[0].tensor.shape[gathers[0].row_dim], slots, batch,
             CLASSES=tuple(classes), NUM_CLASSES=len(classes), num_warps=4,
         )  # fmt: skip

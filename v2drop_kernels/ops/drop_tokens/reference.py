@@ -31,16 +31,16 @@ def kept_rows(scores: torch.Tensor, layout: TokenLayout, ks: tuple[int, ...]) ->
 
 
 def select_and_gather(
-    scores: torch.Tensor, k: Any, layout: TokenLayout, parts: list[GatherSpec]
+    scores: torch.Tensor, k: Any, layout: TokenLayout, gathers: list[GatherSpec]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The step once the scores are known: ``keep [Bt, S]`` and every part with the kept rows."""
+    """The step once the scores are known: ``keep [Bt, S]`` and every tensor with the kept rows."""
     rows = kept_rows(scores, layout, per_segment_k(k, layout.groups))
     if layout.is_packed:
         keep = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])[None]
     else:
         keep = pad_rows(rows, layout.padding_side)
     keep = keep.to(scores.device)
-    return keep, gather(keep, parts)
+    return keep, gather(keep, gathers)
 
 
 def drop_tokens(
@@ -71,11 +71,11 @@ def drop_tokens(
     after = drop_plan(layout, per_segment_k(k, layout.groups)).layout
     ids = calls.input_positions(positions, position_ids, layout, at.device)
     calls.check_out(out, Dropped, traced=False)
-    parts, unflatten = calls.flatten(
+    gathers, unflatten = calls.flatten(
         at, hidden=h_cur, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
         labels=labels, extra=layout.mask, out=out, out_rows=after.rows,
     )  # fmt: skip
-    keep, outs = select_and_gather(scores, k, layout, parts)
+    keep, outs = select_and_gather(scores, k, layout, gathers)
     if packed:
         keep = keep[0]
     return calls.build_result(

@@ -28,12 +28,12 @@ OP = Op(__package__, "drop_tokens", reference.run, call)
 
 
 def _drop(
-    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, parts: Any, dims: Any, fills: Any, plan: Any, batch: int,
+    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, tensors: Any, dims: Any, fills: Any, plan: Any, batch: int,
     rows: int, out_rows: int, metric: str, score_dtype: torch.dtype | None, backend: str,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
     source = Source(scores, h_prev, h_cur, mask, metric, score_dtype)
     unpacked = registration.unpack_plan(plan, batch, rows, out_rows, cu_seqlens, pack=True)
-    gathers = registration.unpack_gathers(parts, dims, fills)
+    gathers = registration.unpack_gathers(tensors, dims, fills)
     keep, outs, cu = runner_of(OP, backend).run(DropRequest(source, unpacked, cu_seqlens, gathers))
     if cu is None:
         cu = torch.empty(0, dtype=torch.int32, device=keep.device)
@@ -44,17 +44,17 @@ def _drop(
 
 
 def _drop_fake(
-    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, parts: Any, dims: Any, fills: Any, plan: Any, batch: Any,
+    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, tensors: Any, dims: Any, fills: Any, plan: Any, batch: Any,
     rows: Any, out_rows: Any, *options: Any,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
     like = h_cur if scores is None else scores
     cu = like.new_empty(0 if cu_seqlens is None else cu_seqlens.shape[0], dtype=torch.int32)
-    return registration.resized(parts, dims, out_rows), like.new_empty((batch, out_rows), dtype=torch.int64), cu
+    return registration.resized(tensors, dims, out_rows), like.new_empty((batch, out_rows), dtype=torch.int64), cu
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    parts, dims, fills = inputs[5:8]
-    save_gathers(ctx, output[1], parts, dims, fills, inputs[-1])
+    tensors, dims, fills = inputs[5:8]
+    save_gathers(ctx, output[1], tensors, dims, fills, inputs[-1])
     ctx.unanswered = registration.unanswered(inputs)
 
 
@@ -63,7 +63,7 @@ def _gradient(ctx: Any, grads: Any, _keep: Any, _cu: Any) -> tuple[Any, ...]:
 
 
 registration.define(
-    f"drop(Tensor? scores, Tensor? h_prev, Tensor? h_cur, Tensor? mask, Tensor? cu_seqlens, Tensor[] parts, "
+    f"drop(Tensor? scores, Tensor? h_prev, Tensor? h_cur, Tensor? mask, Tensor? cu_seqlens, Tensor[] tensors, "
     f"int[] dims, int[] fills, {registration.PLAN}, str metric, ScalarType? score_dtype, str backend) "
     "-> (Tensor[], Tensor, Tensor)",
     _drop_fake, _drop,

@@ -149,24 +149,24 @@ def kept_up_to(keys, t, quota, above, equal):
 
 
 @triton.jit
-def segment(g, table, rows, out_rows, pre, n, post, k):
+def segment(g, table, rows, out_rows, n_prefix, n, n_suffix, k):
     """Fields of segment ``g`` of a table, or of the uniform plan that the scalars describe; counts in 32 bits."""
     if table is None:
         src_start = g * rows
         dst_start = g * out_rows
         pad_before = 0
-        pad_after = out_rows - pre - k - post
+        pad_after = out_rows - n_prefix - k - n_suffix
     else:
         row = table + g * TABLE_FIELDS
         src_start = tl.load(row + COL_SRC_START)
-        pre = tl.load(row + COL_N_PREFIX).to(tl.int32)
+        n_prefix = tl.load(row + COL_N_PREFIX).to(tl.int32)
         n = tl.load(row + COL_N).to(tl.int32)
-        post = tl.load(row + COL_N_SUFFIX).to(tl.int32)
+        n_suffix = tl.load(row + COL_N_SUFFIX).to(tl.int32)
         k = tl.load(row + COL_K).to(tl.int32)
         dst_start = tl.load(row + COL_DST_START)
         pad_before = tl.load(row + COL_PAD_BEFORE).to(tl.int32)
         pad_after = tl.load(row + COL_PAD_AFTER).to(tl.int32)
-    return src_start, pre, n, post, k, dst_start, pad_before, pad_after
+    return src_start, n_prefix, n, n_suffix, k, dst_start, pad_before, pad_after
 
 
 @triton.jit
@@ -177,13 +177,13 @@ def _cu_length(cu, g, valid, rows):
     return first, tl.maximum(last - first, 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["scores_b", "mask_b", "rows", "out_rows", "pre", "n", "post", "k", "groups"])
+@triton.jit(do_not_specialize=["scores_b", "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups"])
 def _select_fwd_kernel(
     keep, values, new_cu,  # [., out_rows] int64; the chosen scores or None; int32 [G + 1] or None
     scores, scores_b, scores_r,
     mask, mask_b, mask_r,
     table, cu, ks,  # [G, 8] or None; int32 [G + 1] and [G], or None
-    rows, out_rows, pre, n, post, k, groups,
+    rows, out_rows, n_prefix, n, n_suffix, k, groups,
     FORCE: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
     GROUPS: tl.constexpr, WAITS: tl.constexpr, TRIGGERS: tl.constexpr,
 ):  # fmt: skip
@@ -191,12 +191,14 @@ def _select_fwd_kernel(
         gdc_launch_dependents()
     g = tl.program_id(0).to(tl.int64)
     if cu is None:
-        src_start, pre, n, post, k, dst_start, pad_before, pad_after = segment(g, table, rows, out_rows, pre, n, post, k)
+        src_start, n_prefix, n, n_suffix, k, dst_start, pad_before, pad_after = segment(
+            g, table, rows, out_rows, n_prefix, n, n_suffix, k
+        )
     else:
         src_start, n = _cu_length(cu, g, True, rows)
         k = tl.minimum(tl.load(ks + g).to(tl.int32), n)
-        pre = 0
-        post = 0
+        n_prefix = 0
+        n_suffix = 0
         pad_before = 0
         dst_start = g * out_rows
         pad_after = out_rows - k
@@ -213,11 +215,11 @@ def _select_fwd_kernel(
         tl.store(new_cu + groups, (dst_start + k).to(tl.int32), mask=g == groups - 1)
 
     b = src_start // rows
-    position = src_start - b * rows + pre  # of the first competing row in its batch entry
+    position = src_start - b * rows + n_prefix  # of the first competing row in its batch entry
     scores += b * scores_b + position * scores_r
     if mask is not None:
         mask += b * mask_b + position * mask_r
-    kept_to = keep + (dst_start + pad_before + pre)
+    kept_to = keep + (dst_start + pad_before + n_prefix)
     lanes = tl.arange(0, BLOCK)
 
     if CHUNKED:
@@ -239,18 +241,18 @@ def _select_fwd_kernel(
         tl.store(kept_to + (upto - 1), (position.to(tl.int32) + at).to(tl.int64), mask=kept)
         if values is not None:
             value = tl.load(scores + at.to(tl.int64) * scores_r, mask=kept, other=0.0)
-            tl.store(values + (dst_start + pad_before + pre) + (upto - 1), value, mask=kept)
+            tl.store(values + (dst_start + pad_before + n_prefix) + (upto - 1), value, mask=kept)
         first += BLOCK
 
     # The rows around the survivors: padding, rows before, rows after, padding; j counts from dst_start.
-    total = pad_before + pre + k + post + pad_after
+    total = pad_before + n_prefix + k + n_suffix + pad_after
     first = total * 0
     while first < total:
         j = first + lanes
-        after = j - (pad_before + pre + k)
-        source = tl.where(after >= 0, position + n + after, position - pre + j - pad_before)
-        source = tl.where((j >= pad_before) & (after < post) & ((j < pad_before + pre) | (after >= 0)), source, -1)
-        around = (j < total) & ((j < pad_before + pre) | (j >= pad_before + pre + found))
+        after = j - (pad_before + n_prefix + k)
+        source = tl.where(after >= 0, position + n + after, position - n_prefix + j - pad_before)
+        source = tl.where((j >= pad_before) & (after < n_suffix) & ((j < pad_before + n_prefix) | (after >= 0)), source, -1)
+        around = (j < total) & ((j < pad_before + n_prefix) | (j >= pad_before + n_prefix + found))
         tl.store(keep + dst_start + j, source, mask=around)
         if values is not None:
             tl.store(values + dst_start + j, float("-inf"), mask=around)
@@ -301,7 +303,7 @@ def launch_select(
     """Start the select kernel: one program per segment writes ``keep`` and what else is given."""
     device = scores.device
     table = ks = None
-    pre = n = post = k = 0
+    n_prefix = n = n_suffix = k = 0
     if isinstance(plan, CuPlan):
         ks, n_max = device_ints(plan.ks, device), plan.rows
     else:
@@ -309,12 +311,12 @@ def launch_select(
         if plan.uniform is None:
             table = plan.device_table(device)
         else:
-            pre, n, post, k = plan.uniform
+            n_prefix, n, n_suffix, k = plan.uniform
     keys, block, num_warps = configs.select_blocks(n_max, lean=mask is not None or isinstance(plan, CuPlan))
     launch.start(
         _select_fwd_kernel, plan.groups, device,
         keep, values, new_cu, scores, *row_strides(scores), mask, *row_strides(mask), table, cu_seqlens, ks,
-        max(plan.rows, 1), plan.out_rows, pre, n, post, k, plan.groups,
+        max(plan.rows, 1), plan.out_rows, n_prefix, n, n_suffix, k, plan.groups,
         FORCE=force, KEYS=keys, DEPTH=keys // (32 * num_warps), CHUNKED=n_max > keys, BLOCK=block,
         GROUPS=configs.next_power_of_2(plan.groups) if new_cu is not None else 1,
         WAITS=waits, TRIGGERS=triggers, num_warps=num_warps, **launch.all_registers(device, num_warps),

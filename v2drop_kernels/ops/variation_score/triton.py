@@ -65,14 +65,16 @@ def _round(x, TYPE: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["prev_b", "prev_r", "cur_b", "cur_r", "mask_b", "mask_r", "slots", "rows", "pre", "n", "groups"])
+@triton.jit(
+    do_not_specialize=["prev_b", "prev_r", "cur_b", "cur_r", "mask_b", "mask_r", "slots", "rows", "n_prefix", "n", "groups"]
+)
 def _variation_score_fwd_kernel(
     scores,  # float32 [Bt * rows]
     prev, prev_b, prev_r,
     cur, cur_b, cur_r,
     mask, mask_b, mask_r,  # None, or True where a row competes
     table, starts,  # [G, 8], [G + 1]; None for uniform plans
-    slots, rows, pre, n, groups,
+    slots, rows, n_prefix, n, groups,
     D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, SEARCH_STEPS: tl.constexpr, CUR_POLICY: tl.constexpr,
     TRIGGERS: tl.constexpr,
@@ -84,7 +86,7 @@ def _variation_score_fwd_kernel(
     slot = tl.where(inside, slot, 0)
     if table is None:
         b = slot // n
-        r = pre + slot % n
+        r = n_prefix + slot % n
     else:
         g = segment_of(starts, slot, groups, 1, SEARCH_STEPS)
         row = table + g * TABLE_FIELDS
@@ -226,11 +228,11 @@ def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch
     scores = torch.empty(batch * plan.rows, dtype=torch.float32, device=cur.device)
     d = cur.shape[-1]
     table = starts = None
-    pre, groups = 0, plan.groups
+    n_prefix, groups = 0, plan.groups
     if isinstance(plan, CuPlan):
         n = slots = plan.rows
     elif plan.uniform is not None:
-        pre, n = plan.uniform[:2]
+        n_prefix, n = plan.uniform[:2]
         slots = batch * n
     else:
         n, slots = plan.max_n, sum(plan.column("n"))
@@ -240,7 +242,7 @@ def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch
     launch.start(
         _variation_score_fwd_kernel, -(-slots // tile_rows), cur.device,
         scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), table, starts,
-        slots, plan.rows, pre, n, groups,
+        slots, plan.rows, n_prefix, n, groups,
         D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROUND=_ROUNDINGS[score_dtype],
         ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, CUR_POLICY="evict_last" if stays_in_l2 else "",
         SEARCH_STEPS=0 if table is None else max(groups - 1, 0).bit_length(),
