@@ -240,7 +240,7 @@ def slow_tower(model, pixels, lose):
             edges.append((-near[best], a, 2 * best + 1))
         into = {a: b for _, a, b in sorted(edges)[:r]}
         rows, new = [], []
-        for j in range(len(x)):
+        for j in (*range(0, len(x), 2), *range(1, len(x), 2)):  # the released order: even rows first
             if j not in into:
                 parts = [j, *(a for a, b in into.items() if b == j)]
                 total = sum(len(groups[p]) for p in parts)

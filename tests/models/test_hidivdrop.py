@@ -89,6 +89,28 @@ def test_rounds_are_of_the_training():
     assert kept[0] == kept[1] != kept[2]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pdrop_in_training_ranks_by_the_tokens_before_the_answers(side):
+    """As its released code; without labels, and where an item has no answer, by the last row."""
+    items = [*ROUNDS, item(2, "image", 5, seed=4)]
+    model, inputs, spans = tiny.batch("llava", items, side)
+    embeds, ids = slow.captured(model, inputs)
+    labels = labelled(inputs)
+    sets, stages_of = {}, lambda policy: Schedule((Stage(2, 7, policy=policy), Stage(4, 3, policy=policy)))
+    with torch.no_grad(), TokenDropper(stages_of("pdrop"))(model) as session:
+        for given in (labels, None):
+            logits = model(**inputs, labels=given).logits
+            for i in range(len(items)):
+                real, vision = rows_of(inputs, spans, i)
+                score = scored("last" if given is None else "rounds", "mean", vision, asking(labels[i, real]))
+                found = stages_of("hidivdrop")  # for which the slow forward ranks by `score`
+                want, rows, stages = slow.run(model, embeds[i, real], ids[:, i, real], found, vision, score=score)
+                close(logits[i, real][rows], want)
+                sets[i, given is None] = [[vision[j] for j in kept] for kept in session.kept(i).stages]
+                assert sets[i, given is None] == stages
+    assert sets[0, True] != sets[0, False]
+
+
 def test_decoding_through_late_injection_pyramid_and_exit(monkeypatch):
     run = slow.run
 

@@ -32,6 +32,36 @@ def test_every_compared_method_is_there():
 
 
 @pytest.mark.parametrize("name", sorted(policies.known()))
+def test_deviations_stand_in_one_place(name):
+    """The docstring of the policy, the table and docs/methods.md repeat ``Method.deviations``; module docstrings hold none."""
+    policy = policies.find(name)
+    stated = policy.method.deviations
+    assert policy.__doc__.count("Not as in the published code") == bool(stated)
+    assert stated in policy.__doc__
+    lines = (ROOT / "docs" / "methods.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith(f"- `{name}`:")] == ([f"- `{name}`: {stated}."] if stated else [])
+    assert "deviation" not in sys.modules[policy.__module__].__doc__.lower()
+
+
+@pytest.mark.parametrize("name", ["fastv", "hidivdrop", "sparsevlm", "pdrop", "variation"])
+def test_rounding_to_the_dtype_of_the_model_is_a_stated_deviation(name):
+    assert "float32, where the code rounds" in policies.find(name).method.deviations
+
+
+def test_the_cross_modal_share_of_flops_says_what_it_counts():
+    """The paper's table 3 counts the text: with 96 text tokens its percentages are met to 0.6 points."""
+    llava = (576, 32, 4096, 11008)
+    stated = policies.find("cross_modal_flash").method.deviations
+    for tokens, paper in ((192, 42.9), (128, 33.7), (64, 23.2)):
+        preset = policies.preset(f"cross-modal-flash-{tokens}")
+        with_text = 100 * preset.flops_share(*llava, text=96)
+        assert abs(with_text - paper) < 1
+        assert f"{with_text:.1f}" in stated
+        assert f"{paper}" in stated
+        assert 100 * preset.flops_share(*llava) < with_text - 9
+
+
+@pytest.mark.parametrize("name", sorted(policies.known()))
 def test_presets_name_their_policy_and_source(name):
     for preset in policies.known()[name].method.presets:
         assert preset.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 
 import hypothesis
 import pytest
@@ -646,6 +647,31 @@ def test_a_stage_that_drops_nothing_is_reported_all_the_same():
     stages = dropping.kept(0).stages
     assert [len(stage) for stage in stages] == [16, 4, 4]
     assert dropping.kept(0).grid == (4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_score_dtype_keeps_the_released_set_up_to_ties(dtype):
+    """V2Drop's code: ``torch.norm`` of the difference in the model's dtype, then ``torch.topk``, which keeps any of equals."""
+    model, inputs, _ = tiny.batch("llava", [item(4, "image", 9, seed=seed) for seed in range(6)], dtype=dtype)
+    entering = {}
+
+    def note(layer, module, args, kwargs):
+        entering[layer] = args[0] if args else kwargs["hidden_states"]
+
+    layers = model.get_decoder().layers
+    handles = [layers[i].register_forward_pre_hook(functools.partial(note, i), with_kwargs=True) for i in (1, 2)]
+    with torch.no_grad(), TokenDropper(Schedule((Stage(2, 7),)), score_dtype=dtype)(model) as session:
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    for i in range(6):
+        vision = (inputs["input_ids"][i] == model.config.image_token_id).nonzero()[:, 0]
+        assert len(vision) > 7
+        scores = torch.norm((entering[2] - entering[1])[i, vision], p=2, dim=-1)
+        best, kept = scores.topk(7), session.kept(i).stages[0]
+        cut = best.values[-1]
+        assert set(kept) >= set((scores > cut).nonzero()[:, 0].tolist()), "a token above the cut was dropped"
+        assert all(scores[j] == cut for j in {*best.indices.tolist()} ^ {*kept}), "a token differs that is no tie at the cut"
 
 
 def trained(model, inputs, labels):

@@ -227,7 +227,7 @@ def cosine(a, b):
     return float(a @ b / product) if product else 0.0
 
 
-def naive_bipartite(x, metric, r, size, protected):
+def naive_bipartite(x, metric, r, size, protected, order):
     """One item: proposals as (cosine descending, row ascending), one merge after the other."""
     n = len(x)
     proposals = []
@@ -235,8 +235,16 @@ def naive_bipartite(x, metric, r, size, protected):
         partners = [(-cosine(metric[a], metric[b]), b) for b in range(1, n, 2) if b >= protected]
         if a >= protected and partners:
             proposals.append((*min(partners), a))
-    into = {a: b for _, b, a in sorted(proposals, key=lambda p: (p[0], p[2]))[: min(r, max(n - protected, 0) // 2)]}
+    r = min(r, max(n - protected, 0) // 2)
+    best = sorted(proposals, key=lambda p: (p[0], p[2]))
+    into = {a: b for _, b, a in best[:r]}
     keep = [i for i in range(n) if i not in into]
+    if order == "released" and r:
+        even, odd = [i for i in keep if i % 2 == 0], [i for i in keep if i % 2]
+        if not protected:
+            even = [a for _, _, a in best if a in even]
+        first = [i for i in sorted(keep) if i < protected]
+        keep = first + [i for i in even + odd if i not in first]
     members = [[i] + [a for a, b in into.items() if b == i] for i in keep]
     total = [sum(float(size[i]) for i in m) for m in members]
     hidden = [sum(float(size[i]) * x[i].double() for i in m) / t for m, t in zip(members, total, strict=True)]
@@ -245,8 +253,11 @@ def naive_bipartite(x, metric, r, size, protected):
 
 
 @backends
-@cross(together="n r protected", n=[1, 2, 9, 50], r=[0, 1, 7, 100], protected=[0, 1, 2], ties=[False, True])
-def test_bipartite_merge(on, n, r, protected, ties):
+@cross(
+    together="n r protected", n=[1, 2, 9, 50], r=[0, 1, 7, 100], protected=[0, 1, 2], ties=[False, True],
+    order=["position", "released"],
+)  # fmt: skip
+def test_bipartite_merge(on, n, r, protected, ties, order):
     x = normal((2, n, 6), torch.float32, "x")
     metric = normal((2, n, 5), torch.float32, "m")
     if ties:  # four directions, of lengths that are powers of two: cosines are exact, and tie
@@ -254,9 +265,10 @@ def test_bipartite_merge(on, n, r, protected, ties):
         metric = torch.eye(5)[pick] * 2.0 ** torch.randint(-2, 3, (2, n, 1), generator=seeded("s", n))
         metric[:, n // 2] = 0
     size = torch.randint(1, 5, (2, n), generator=seeded("size", n)).float()
-    got = bipartite_merge(*moved(on, x, metric), r, size=size.to(on.device), protected=protected, backend=on.backend)
+    options = {"protected": protected, "order": order, "backend": on.backend}
+    got = bipartite_merge(*moved(on, x, metric), r, size=size.to(on.device), **options)
     for b in range(2):
-        hidden, total, keep, row = naive_bipartite(x[b], metric[b], r, size[b], protected)
+        hidden, total, keep, row = naive_bipartite(x[b], metric[b], r, size[b], protected, order)
         assert got.keep[b].tolist() == keep
         assert got.row[b].tolist() == row
         assert got.size[b].tolist() == total
@@ -394,7 +406,7 @@ def test_visionzip(on, n, dominant, count, masked):
 def naive_clusters(x, scores, dropped, share, neighbours):
     """DPC-KNN of one item, as the docstring has it."""
     pool = [i for i in range(len(x)) if dropped[i]]
-    count = int(share * len(pool))
+    count = min(int(share * len(pool)) + 1, len(pool)) if share else 0
     pool = sorted(sorted(pool, key=lambda i: (-float(scores[i]), i))[:count])
     found = torch.full((len(x),), -1)
     if not pool:
@@ -453,7 +465,7 @@ def test_sparsevlm(on):
     dropped[:, -6:] = False  # text
     clusters = recycled_clusters(x, scores, dropped)
     centres = clusters == torch.arange(n)
-    assert centres.sum(1).tolist() == [int(0.3 * d) // 10 + 1 for d in dropped.sum(1).tolist()]
+    assert centres.sum(1).tolist() == [(int(0.3 * d) + 1) // 10 + 1 for d in dropped.sum(1).tolist()]
     rows = [row.nonzero()[:, 0].tolist() for row in ~dropped | centres]
     width = max(map(len, rows)) + 1
     keep = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
@@ -581,6 +593,7 @@ INDEX, MASK, SCORES = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dt
         (lambda: bipartite_merge(X, X[:, :3], 1), ValueError, r"metric must be \[B, N, C\]"),
         (lambda: bipartite_merge(X, INDEX, 1), TypeError, "metric must be floating point"),
         (lambda: bipartite_merge(X, X, -1), ValueError, "r must be an integer of at least 0"),
+        (lambda: bipartite_merge(X, X, 1, order="score"), ValueError, "order must be 'position' or 'released'"),
         (lambda: bipartite_merge(X, X, 1, protected=-1), ValueError, "protected must be"),
         (lambda: bipartite_merge(X, X, 1, size=SCORES[:1]), ValueError, "size must be"),
         (lambda: merge_dropped(X, INDEX, "any"), ValueError, "how must be one of"),

@@ -52,7 +52,9 @@ class TokenDropper:
     seed : int
         Of the policy "random"; draws depend on it, the layer and the item's tokens, not on the batch.
     score_dtype : dtype, optional
-        As in :func:`v2drop_kernels.drop_tokens`: round scores as published code does.
+        For stages of the policy "variation": round the change and its norm to this dtype as eager PyTorch does, which with the
+        model's own dtype gives the scores of V2Drop's released code. Rounded scores are often equal; of equal ones at the cut
+        the first tokens are kept, where ``torch.topk`` of the released code keeps any of them.
     backend : str, optional
         Force a backend of this package.
 
@@ -99,6 +101,8 @@ class TokenDropper:
             raise ValueError(f"positions must be one of {', '.join(position_modes.MODES)}, got {self.positions!r}")
         for stage in self.schedule.stages:
             policies.make(stage.policy, stage.options)
+        if self.score_dtype is not None and all(stage.policy != "variation" for stage in self.schedule.stages):
+            raise ValueError("score_dtype must be None where no stage has the policy 'variation': other policies score in float32")
 
     @contextlib.contextmanager
     def __call__(self, model: Any) -> Iterator[DropSession]:

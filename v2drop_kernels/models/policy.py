@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .ranking import Ranking
 
 
+# Part of the deviations of methods whose code rounds to float16 or bfloat16 where this implementation does not.
+FLOAT32 = "scores stay in float32, where the code rounds them to the model's dtype"
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of ``python -m v2drop_kernels methods``.
@@ -37,7 +41,8 @@ class Method:
     order, positions : str
         Of the kept tokens, as published.
     deviations : str
-        Where this implementation differs from the published code; "" when it does not.
+        Where this implementation differs from the published code; "" when it does not. The docstring of the policy and the
+        documentation repeat this text.
     presets : tuple of Schedule
         Published budgets; the first one stands in the table.
     """
@@ -68,6 +73,8 @@ class Policy:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
+        if "method" in own and cls.method.deviations and cls.__doc__:
+            cls.__doc__ += f"\n\n    Not as in the published code: {cls.method.deviations}.\n    "
         if "watch" in own and "register_hooks" not in own:
             _deprecated.warn(f"{cls.__name__}.watch()", f"{cls.__name__}.register_hooks()")
             cls.register_hooks = own["watch"]  # type: ignore[method-assign]

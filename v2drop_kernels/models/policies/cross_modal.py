@@ -26,7 +26,7 @@ from ..context import DropContext
 from ..policy import Method, Policy
 from ..text import numbers, prompt_rows, text_rows
 from ..tiles import Tiles
-from .cross_modal_flash import BUDGETS, solved
+from .cross_modal_flash import BUDGETS, FLOPS, solved
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CrossModal(Policy):
         where="decoder",
         score="text's attention, at the first layer weighed against the tower's [CLS] attention",
         needs_weights=True,
-        deviations="I(V, T), reductions, later stages and layers, which the paper does not give",
+        deviations=f"I(V, T), reductions, later stages and layers, which the paper does not give; {FLOPS}",
         presets=tuple(solved("cross_modal", "cross-modal", *budget) for budget in BUDGETS),
     )
 

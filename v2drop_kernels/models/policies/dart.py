@@ -6,10 +6,6 @@ norms are pivots. In ascending row order each pivot takes from the vision tokens
 to it: ``m = floor((k - pivots) / (pivots + text_pivots))``. Kept: the vision pivots and what was taken, which is ``pivots + m
 (pivots + text_pivots)`` and may be a few less than asked (124 for 128); of a budget below ``pivots``, the first pivots. Equal
 norms and cosines: the lower row first. Source: DART, EMNLP 2025 (as ports of its code compute it): L = 2 for LLaVA-1.5-7B.
-
-Deviations: the code iterates over a Python set of pivots, whose order is arbitrary; ours ascends. It reads ids on the host
-about 120 times and handles one item; this implementation reads none and handles batches. An item with fewer text tokens than
-``text_pivots`` splits its budget among the pivots that it has.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from ...core.schedule import Schedule, Stage
 from ...ops.similarity import cosine_to_pivots, key_norm_score
 from ...ops.topk.order import ranked
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..text import text_rows
 
@@ -45,7 +41,8 @@ class DART(Policy):
         score="least cosine to pivots of large key norm",
         needs_weights=False,
         order="pivot by pivot",
-        deviations="pivots in ascending order, where the code's is arbitrary",
+        deviations="pivots in ascending order, where the code iterates over a Python set, whose order is arbitrary; an item with "
+        "fewer text tokens than text_pivots splits its budget among the pivots that it has; " + FLOAT32,
         presets=(_preset(192, 188), _preset(128, 124), _preset(64, 60)),
     )
 

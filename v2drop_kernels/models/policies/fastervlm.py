@@ -15,7 +15,7 @@ from ...core.schedule import Schedule, Stage
 from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..tiles import Tiles
 
@@ -30,7 +30,7 @@ class FasterVLM(Policy):
         score="attention of the tower's CLS token, mean over heads",
         needs_weights=True,
         positions="compacted",
-        deviations="newlines of LLaVA-NeXT stay, as published, but count; patches that it unpads never compete",
+        deviations="newlines of LLaVA-NeXT stay, as published, but count; patches that it unpads never compete; " + FLOAT32,
         presets=tuple(
             Schedule(
                 (Stage(0, n / 576, "fastervlm", rounding="round"),), f"fastervlm-{n}", f"FasterVLM, {n} of 576 tokens per picture"

@@ -14,7 +14,7 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class FastV(Policy):
         where="decoder",
         score="last token's attention in the block before, mean over heads",
         needs_weights=True,
+        deviations=FLOAT32,
         presets=(
             Schedule(
                 (Stage(3, 0.5, policy="fastv"),),

@@ -15,7 +15,7 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 
 
 def _preset(average: int, *counts: int, layers: tuple[int, ...] = (10, 14, 16, 18)) -> Schedule:
@@ -45,7 +45,8 @@ class HiDivDrop(Policy):
         where="decoder",
         score="last token's attention by the next block's projections, mean over heads and rounds",
         needs_weights=False,
-        deviations="the published top-k passes no gradient on; soft=True does",
+        deviations="the published top-k passes no gradient on, soft=True does; in training, an item without an answer drops by its "
+        "last row, where the code drops nothing of it; " + FLOAT32,
         presets=(
             _preset(64, 215, 10, 5, 1),
             _preset(48, 87, 10, 5, 1),

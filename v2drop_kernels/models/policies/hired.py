@@ -20,7 +20,7 @@ from ...ops.topk.order import ranked
 from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..tiles import Tiles
 
@@ -40,7 +40,9 @@ class HiRED(Policy):
         needs_weights=False,
         positions="compacted",
         deviations="k is a share of the prompt's tokens, not of all tiles'; what rounding leaves over, or a tile lacks, goes to "
-        "the best ranks that are left; several images share the item's k by their tiles",
+        "the best ranks that are left; several images share the item's k by their tiles; a tile's budget counts the patches of the "
+        "whole image that lie where the tile lies, where the code counts strips of consecutive rows, which is the same for one "
+        "column of tiles only; " + FLOAT32,
         presets=(
             _preset(0.2, "hired-20", "20 % of the tokens, the released default"),
             *(_preset(n / 576, f"hired-{n}", f"{n} of LLaVA-1.5's 576 tokens") for n in (192, 128, 64)),

@@ -1,9 +1,10 @@
-"""PyramidDrop: attention of the last prompt token, with the projections of the stage's own block.
+"""PyramidDrop: attention of the last instruction token, with the projections of the stage's own block.
 
 ``s_i = 1/H sum_h softmax(q_last K^T / sqrt(d))[i]`` with block ``L``'s norm and projections on its own input; the drop is before
-block ``L``. Source: PyramidDrop (CVPR 2025), section 3, and its released code: half of what is left before blocks 8, 16 and 24
-of 32. Published with compacted ids, which here are ``TokenDropper("pdrop", positions="compacted")``: positions are the
-dropper's option, persistent by default for all methods, so that rankings alone can be compared.
+block ``L``. The query is the last token of the prompt; in training, where ``labels`` are given, the token before each answer, and
+``s`` is the mean over these. Source: PyramidDrop (CVPR 2025), section 3, and its released code: half of what is left before
+blocks 8, 16 and 24 of 32. Published with compacted ids, which here are ``TokenDropper("pdrop", positions="compacted")``:
+positions are the dropper's option, persistent by default for all methods, so that rankings alone can be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from ...core.schedule import Schedule, Stage
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class PDrop(Policy):
     method = Method(
         paper="PyramidDrop, CVPR 2025, section 3",
         where="decoder",
-        score="last token's attention by the next block's projections, mean over heads",
+        score="last instruction token's attention by the next block's projections, mean over heads and rounds",
         needs_weights=False,
         positions="compacted",
-        deviations="weights stay in float32, where the code rounds them to the model's dtype",
+        deviations="in training, an item without an answer drops by its last row, where the code drops nothing of it; " + FLOAT32,
         presets=(
             Schedule(
                 tuple(Stage(layer, 0.5, policy="pdrop") for layer in (8, 16, 24)),
@@ -38,4 +39,5 @@ class PDrop(Policy):
     )
 
     def score(self, context: DropContext) -> torch.Tensor:
-        return context.attention(context.layer, context.hidden)
+        rows = context.last if context.labels is None else context.answers()
+        return context.attention(context.layer, context.hidden, rows)

@@ -23,7 +23,7 @@ from ...ops.merge_dropped.visionzip import contextual_targets
 from ..adapters import ModelAdapter
 from ..adapters.tower import TOWER, record_cls
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..tiles import Tiles, check_entry
 
@@ -47,7 +47,9 @@ class PruMerge(Policy):
         order="score, the extra token last",
         positions="compacted",
         deviations="position order, the extra token at the best dropped patch; by default a fixed budget, split evenly over "
-        "pictures; PruMerge+ samples among the patches that are left; newlines of LLaVA-NeXT stay and count",
+        "pictures; PruMerge+ samples among the patches that are left, with adaptive=True three per outlier, where the code takes "
+        "every int(int(1 / share of outliers) / 3)-th patch (24 outliers: 97 tokens here, 94 there); newlines of LLaVA-NeXT stay "
+        "and count; " + FLOAT32,
         presets=(
             *(_preset("prumerge", n, "LLaVA-PruMerge", 0.0) for n in (192, 128, 64, 32)),
             _preset("prumerge-plus", 144, "LLaVA-PruMerge+, three uniform samples per token of high attention", 0.75),

@@ -6,16 +6,14 @@ raters lie before what is left, they are chosen anew. *Score*, before block ``L`
 weights of the raters, mean over heads and raters. The papers' layers 2, 6 and 15 are
 blocks whose **output** is dropped: stages before blocks 3, 7 and 16 here.
 
-Version 1 re-takes the best 30 % of the dropped and clusters them around ``n // 10 + 1`` density peaks; a centre's row then holds
-its cluster's mean (:func:`v2drop_kernels.merge_dropped`). A stage's count **includes** the centres: 309 rows are 300 tokens and
-9 means. Version 2 (SparseVLM+) merges nothing, divides every weight by ``g = R_r 1 . R_v 1 / sqrt(d)``, the product of two vectors
-of ones rotated to the rater's and the token's positions (RoPE's pull to near rows, "gravity"), and takes the mean over the
-``heads`` heads with the largest total over all raters.
+Version 1 recycles the best ``n = int(0.3 m) + 1`` of the ``m`` dropped tokens: it clusters them around ``n // 10 + 1`` density
+peaks, and a centre's row then holds its cluster's mean (:func:`v2drop_kernels.merge_dropped`). A stage's count **includes** the
+centres: 309 rows are 300 tokens and 9 means. Version 2 (SparseVLM+) merges nothing, divides every weight by ``g = R_r 1 . R_v 1 /
+sqrt(d)``, the product of two vectors of ones rotated to the rater's and the token's positions (RoPE's pull to near rows,
+"gravity"), and takes the mean over the ``heads`` heads with the largest total over all raters.
 
 Presets (LLaVA-1.5-7B) by the released tables. Averages here count what enters a block; the names count what leaves one: "192" is
-206.5 against 192.0. Source: SparseVLM (ICML 2025); SparseVLM+, its second version. Deviations: the code appends the
-means behind the image with compacted ids, here they stand at their centres' rows; its densities carry random noise, here the lower
-row breaks ties; it drops at least one token (``min(k, n - 1)``), here a budget of ``n`` or more keeps all; this serves batches.
+206.5 against 192.0. Source: SparseVLM (ICML 2025); SparseVLM+, its second version.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.sparsevlm import recycled_clusters
 from ...ops.topk.order import ranked
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..text import numbers, prompt_rows, text_rows
 
@@ -64,7 +62,9 @@ class SparseVLM(Policy):
         needs_weights=True,
         order="position, then means",
         positions="compacted (version 2: persistent)",
-        deviations="means at their centres' rows; no noise in the clustering",
+        deviations="the code appends the means behind the image with compacted ids, here they stand at their centres' rows; its "
+        "densities carry random noise, here the lower row breaks ties; it drops at least one token, here a budget of all the "
+        "tokens keeps them; " + FLOAT32,
         presets=(
             _preset("sparsevlm-192", (300, 200, 110), (309, 204, 113)),
             _preset("sparsevlm-128", (303, 110, 36), (312, 117, 39)),
@@ -155,5 +155,5 @@ def _chosen(context: DropContext, text: torch.Tensor) -> torch.Tensor:
 
 def _tokens(n: int, rows: int) -> int:
     """How many of ``n`` tokens stay as they are, so that with the means of those recycled ``rows`` rows are left."""
-    means = lambda m: int(RECYCLED * m) // 10 + 1 if int(RECYCLED * m) else 0
+    means = lambda m: min(int(RECYCLED * m) + 1, m) // 10 + 1 if m else 0
     return max((k for k in range(rows + 1) if k + means(n - k) <= rows), default=0)

@@ -45,7 +45,8 @@ class ToMe(Policy):
         flash=False,
         order="unmerged first",
         positions="compacted",
-        deviations="position order; LLaVA-NeXT's tiles are merged before it unpads them",
+        deviations="LLaVA-NeXT's tiles are merged before it unpads them; the decoder receives the first patch of every group, in "
+        "position order; cosines are computed in float32, where the code rounds them to the model's dtype",
         presets=(_preset(192), _preset(128), _preset(64)),
     )
     tokens: int = 192
@@ -103,7 +104,8 @@ def _watch_block(block: Any, record: Tower, index: int, r: int, proportional: bo
         notes["metric"] = output.unflatten(-1, (record.heads, -1)).mean(2)
 
     def merge(module: Any, args: Any) -> tuple[torch.Tensor]:
-        merged = bipartite_merge(args[0], notes.pop("metric"), r, size=notes.get(("size", index)))
+        # The order of the released code decides which rows the next block compares.
+        merged = bipartite_merge(args[0], notes.pop("metric"), r, size=notes.get(("size", index)), order="released")
         notes["hidden"], notes["size", index + 1] = merged.hidden, merged.size
         notes["tokens"] = merged.hidden.shape[1]
         notes["row"] = merged.row.gather(1, notes["row"]) if index else merged.row

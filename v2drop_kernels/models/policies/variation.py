@@ -25,6 +25,9 @@ class Variation(Policy):
         where="decoder",
         score="norm of the last block's change",
         needs_weights=False,
+        deviations="differences and norms stay in float32, where the code rounds both to the model's dtype; score_dtype= of "
+        "TokenDropper rounds them too, and of tokens with equal rounded scores at the cut the first ones are kept, where "
+        "torch.topk of the code keeps any",
         presets=PRESETS,
     )
 

@@ -22,7 +22,7 @@ from ...ops.merge_dropped.visionzip import contextual_targets
 from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
 from ..context import DropContext
-from ..policy import Method, Policy
+from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..tiles import Tiles, check_entry
 
@@ -46,7 +46,7 @@ class VisionZip(Policy):
         order="dominant by position, then contextual",
         positions="compacted",
         deviations="position order; CLS, one of the published dominant tokens, has no row: one more patch takes its place; "
-        "newlines of LLaVA-NeXT stay and count, and patches that it unpads take no part",
+        "newlines of LLaVA-NeXT stay and count, and patches that it unpads take no part; " + FLOAT32,
         presets=(_preset(192, 30), _preset(128, 20), _preset(64, 10)),
     )
     contextual: int = 30

@@ -15,7 +15,7 @@ from ..weighted_merge.groups import groups
 
 
 class Merged(NamedTuple):
-    """What :func:`bipartite_merge` returns; the output rows stand in the order of the rows that stayed.
+    """What :func:`bipartite_merge` returns.
 
     Attributes
     ----------
@@ -24,7 +24,7 @@ class Merged(NamedTuple):
     size : Tensor
         float32 ``[B, N - r]``: how many tokens each row stands for (ToMe's proportional attention adds its logarithm).
     keep : Tensor
-        int64 ``[B, N - r]``, ascending: the input row at whose place each output row stands.
+        int64 ``[B, N - r]``: the input row that each output row was; ascending with ``order="position"``.
     row : Tensor
         int64 ``[B, N]``: the output row that each input row went to, so ``hidden.gather`` by it undoes the shortening.
     """
@@ -42,6 +42,7 @@ def bipartite_merge(
     *,
     size: torch.Tensor | None = None,
     protected: int = 1,
+    order: str = "position",
     backend: str | None = None,
 ) -> Merged:
     """Merge the ``r`` most similar pairs of tokens (ToMe).
@@ -61,6 +62,11 @@ def bipartite_merge(
         ``[B, N]``: how many tokens each row stands for already; default 1.
     protected : int
         Leading rows (1: the class token) that merge with none.
+    order : {"position", "released"}
+        How the output rows stand. "position": as in the input. "released": as in ToMe's code, the protected rows first, then the
+        even rows that stayed, then the odd rows; without protected rows the even rows stand by descending similarity of their
+        proposals, otherwise ascending. With ``r = 0`` the rows stay as they are in both. The order decides which pairs a second
+        merge compares, because even rows are compared with odd ones.
     backend : str, optional
         Force a backend for this call.
 
@@ -71,14 +77,13 @@ def bipartite_merge(
     Raises
     ------
     ValueError, TypeError
-        Shapes, dtypes or devices that do not fit together; a negative ``r`` or ``protected``.
+        Shapes, dtypes or devices that do not fit together; a negative ``r`` or ``protected``; an unknown ``order``.
 
     Notes
     -----
     Ties: an even row proposes to the lowest of equally similar odd rows, and of equal proposals the lower row's is taken. A zero
-    vector has cosine 0 with all. Differentiable in ``x`` and ``size``; the pairs carry no gradient. The output stands in position
-    order, where the released code puts the unmerged even rows first: attention in a vision tower does not see the difference.
-    Compares all pairs, ``[B, N / 2, N / 2]``: for the towers' hundreds of tokens, not for a video of ten thousand.
+    vector has cosine 0 with all. Differentiable in ``x`` and ``size``; the pairs carry no gradient. Compares all pairs, ``[B, N /
+    2, N / 2]``: for the towers' hundreds of tokens, not for a video of ten thousand.
 
     Source: ToMe (ICLR 2023), section 3.
 
@@ -94,6 +99,8 @@ def bipartite_merge(
     rows_of("metric", metric, x)
     count("r", r)
     count("protected", protected)
+    if order not in ("position", "released"):
+        raise ValueError(f"order must be 'position' or 'released', got {order!r}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if size is None:
         size = torch.ones((batch, n), dtype=wide, device=x.device)
@@ -108,14 +115,26 @@ def bipartite_merge(
         similar[:, : (protected + 1) // 2] = -torch.inf
         similar[:, :, : protected // 2] = -torch.inf
         best = similar.max(dim=2)
-        chosen = ranked(best.values)[:, :r]
+        proposals = ranked(best.values)
+        chosen = proposals[:, :r]
         leaves, into = 2 * chosen, 2 * best.indices.gather(1, chosen) + 1
-        gone = torch.zeros((batch, n), dtype=torch.bool, device=x.device).scatter_(1, leaves, True)
-        place = (~gone).cumsum(1) - 1
+        if order == "position":
+            gone = torch.zeros((batch, n), dtype=torch.bool, device=x.device).scatter_(1, leaves, True)
+            keep = gone.to(torch.uint8).sort(dim=1, stable=True).indices[:, : n - r]
+        else:
+            keep = _released_order(2 * proposals[:, r:], index[:, 1::2], protected)
+        place = torch.zeros_like(index).scatter_(1, keep, index[:, : n - r])
         row = place.scatter(1, leaves, place.gather(1, into))
-        keep = gone.to(torch.uint8).sort(dim=1, stable=True).indices[:, : n - r]
         offsets, rows = groups(row, n - r)
     weights = size.to(wide).gather(1, rows)
     hidden = weighted_merge(x, offsets, rows, weights, mean=True, backend=backend)
     total = weighted_merge(size.to(wide)[:, :, None], offsets, rows, backend=backend)[:, :, 0]
     return Merged(hidden, total, keep, row)
+
+
+def _released_order(even: torch.Tensor, odd: torch.Tensor, protected: int) -> torch.Tensor:
+    """int64 ``[B, N - r]``: the rows that stay, the ``even`` ones by descending similarity, in the order of ToMe's code."""
+    if not protected:
+        return torch.cat([even, odd], dim=1)
+    keep = torch.cat([even.sort(dim=1).values, odd], dim=1)
+    return keep.gather(1, keep.clamp(max=protected).argsort(dim=1, stable=True))

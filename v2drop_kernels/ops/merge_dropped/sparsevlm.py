@@ -27,7 +27,8 @@ def recycled_clusters(
 ) -> torch.Tensor:
     """SparseVLM's token recycling: cluster the best of the dropped tokens around density peaks (DPC-KNN).
 
-    Of the ``m`` dropped rows of an item the ``n = int(share * m)`` of highest score are clustered around ``n // 10 + 1`` centres.
+    Of the ``m`` dropped rows of an item the ``n = min(int(share * m) + 1, m)`` of highest score are clustered around
+    ``n // 10 + 1`` centres, as in the released code; with ``share=0`` none are.
     Density is ``exp(-mean d^2)`` over the nearest rows, itself included, with ``d`` the Euclidean distance over ``sqrt(D)``; the
     centres have the highest products of density and distance to the nearest denser row; every row joins its nearest centre.
 
@@ -76,12 +77,13 @@ def recycled_clusters(
     mask("dropped", dropped, x)
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}")
-    most = int(share * n)  # rows that any item may recycle
+    most = min(int(share * n) + 1, n) if share else 0  # rows that any item may recycle
     with torch.no_grad():
         clusters = torch.full((batch, n), -1, device=x.device)
         if most == 0 or batch == 0:
             return clusters
-        count = (dropped.sum(1, keepdim=True).double() * share).long()  # [B, 1]
+        m = dropped.sum(1, keepdim=True)
+        count = torch.minimum((m.double() * share).long() + 1, m)  # [B, 1]
         centres = torch.where(count > 0, count // 10 + 1, 0)
         slots = torch.arange(most, device=x.device)
         real = slots < count  # [B, R]
