@@ -16,7 +16,7 @@ from . import arguments, positions
 from .arguments import check_offsets, host_cu_seqlens, is_packed, is_tensor, per_segment_k
 from .droppable import as_layout
 from .layout import TokenLayout
-from .plan import CuPlan, Plan, drop_plan, offsets_on, topk_plan
+from .plan import CuPlan, Plan, drop_plan, topk_plan
 from .types import Compacted, Dropped, GatherSpec
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Resolved(NamedTuple):
     """A plan, the droppable mask, the offsets if only the device has them, and what is known of the result of a drop.
 
-    That is its offsets, its layout, and whether some of its rows are padding.
+    That is its offsets, its layout, whether some of its rows are padding, and the rows of its longest item where it is packed (an
+    upper bound where only the device knows them).
     """
 
     plan: Plan | CuPlan
@@ -35,6 +36,7 @@ class Resolved(NamedTuple):
     out_cu: tuple[int, ...] | None
     after: TokenLayout | None
     ragged: bool = False
+    max_seqlen: int | None = None
 
 
 def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *, traced: bool) -> Resolved:
@@ -68,11 +70,11 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
     if op == "topk":
         plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
         return Resolved(plan, layout.mask, None, None, None)
-    plan, out_cu, after = drop_plan(layout, ks) if traced else _cached_drop_plan(layout, ks)
-    # A layout is not a tensor, so a traced graph cannot return one.
-    return Resolved(
-        plan, layout.mask, None, out_cu if packed else None, None if traced else after, ragged=not packed and plan.ragged
-    )
+    plan, out_cu, after, longest = (_drop_plan if traced else _cached_drop_plan)(layout, ks)
+    shown = None if traced else after  # a layout is not a tensor, so a traced graph cannot return one
+    if packed:
+        return Resolved(plan, layout.mask, None, out_cu, shown, max_seqlen=longest)
+    return Resolved(plan, layout.mask, None, None, shown, ragged=plan.ragged)
 
 
 def _uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
@@ -93,7 +95,14 @@ def _cached_uniform(op: str, batch: int, rows: int, start: int, stop: int, k: in
 
 
 _cached_topk_plan = functools.lru_cache(maxsize=1024)(topk_plan)
-_cached_drop_plan = functools.lru_cache(maxsize=1024)(drop_plan)
+
+
+def _drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> tuple[Plan, tuple[int, ...], TokenLayout, int]:
+    plan, out_cu, after = drop_plan(layout, ks)
+    return plan, out_cu, after, after.max_seqlen
+
+
+_cached_drop_plan = functools.lru_cache(maxsize=1024)(_drop_plan)
 
 
 def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: torch.Tensor) -> Resolved:
@@ -106,8 +115,10 @@ def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seql
         raise ValueError(f"cu_seqlens must be on the device of h_cur ({h.device}), got {cu_seqlens.device}")
     ks = per_segment_k(k, cu_seqlens.shape[0] - 1)
     rows = h.shape[0]
-    out_rows = min(sum(ks), rows) if op == "drop" else min(max(ks, default=0), rows)
-    return Resolved(CuPlan(rows, ks, out_rows, op == "drop"), None, cu_seqlens, None, None)
+    longest = min(max(ks, default=0), rows)
+    if op == "topk":
+        return Resolved(CuPlan(rows, ks, longest, False), None, cu_seqlens, None, None)
+    return Resolved(CuPlan(rows, ks, min(sum(ks), rows), True), None, cu_seqlens, None, None, max_seqlen=longest)
 
 
 # The dimensions of every argument: N are the rows, B the batch entries (none when packed), other letters are free. Hidden states
@@ -326,6 +337,7 @@ def build_result(
     cu_seqlens: torch.Tensor | None,
     after: TokenLayout | None = None,
     ragged: bool = False,
+    max_seqlen: int | None = None,
 ) -> Any:
     """The public result: gathered tensors, new ids if asked for, a mask if the result is ragged, the new layout."""
     if mode == "compacted":
@@ -335,15 +347,4 @@ def build_result(
     mask = found.pop("extra", None)
     if mask is not None and after is not None:
         after = dataclasses.replace(after, mask=mask)
-    return kind(keep=keep, cu_seqlens=cu_seqlens, layout=after, **found)
-
-
-def kept_offsets(keep: torch.Tensor, cu_seqlens: Any, rows: int, *, traced: bool) -> torch.Tensor:
-    """New offsets of a packed batch from its kept rows, on the device: an item's rows are those inside its old offsets."""
-    if is_tensor(cu_seqlens) and (traced or cu_seqlens.device.type != "cpu"):
-        check_offsets(cu_seqlens)
-        old = cu_seqlens
-    else:
-        old = offsets_on(host_cu_seqlens(cu_seqlens, rows), keep.device, traced=traced)
-    old = old.to(keep.device)[:, None]
-    return ((keep >= 0) & (keep < old)).sum(1).int()
+    return kind(keep=keep, cu_seqlens=cu_seqlens, layout=after, max_seqlen=max_seqlen, **found)

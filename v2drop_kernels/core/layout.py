@@ -223,6 +223,11 @@ class TokenLayout:
         return (0, *(hi for _, hi in self.bounds)) if self.is_packed else None
 
     @property
+    def max_seqlen(self) -> int:
+        """Real rows of the longest item."""
+        return max([hi - lo for lo, hi in self.bounds], default=0)
+
+    @property
     def groups(self) -> int:
         """Number of segments: what a list of ``k`` must have."""
         return self.batch if self.counts is not None else sum(len(s) for s in self.spans)

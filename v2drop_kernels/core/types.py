@@ -45,6 +45,10 @@ class Compacted(NamedTuple):
         int32 ``[B + 1]`` of the packed result.
     layout : TokenLayout | None
         Positions of the kept droppable tokens in the result: the ``droppable=`` of the next stage.
+    max_seqlen : int | None
+        Rows of the longest item of the packed result, which attention over packed batches takes beside ``cu_seqlens``. It
+        never needs a synchronisation: exact where counts and lengths are known on the host, and an upper bound where they are
+        in a tensor on a GPU or in a ``keep [T']``.
     """
 
     hidden: torch.Tensor | None
@@ -56,6 +60,7 @@ class Compacted(NamedTuple):
     labels: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     layout: TokenLayout | None = None
+    max_seqlen: int | None = None
 
 
 class Dropped(NamedTuple):
@@ -70,6 +75,7 @@ class Dropped(NamedTuple):
     labels: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     layout: TokenLayout | None = None
+    max_seqlen: int | None = None
 
 
 class GatherSpec(NamedTuple):

@@ -18,6 +18,7 @@ from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu
 from ..core.calls import batch_shape, flatten
 from ..core.counts import n_keep
 from ..core.layout import TokenLayout
+from ..core.packed import kept_max_seqlen
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, GatherSpec, TopK
 from . import arrays
@@ -104,13 +105,14 @@ def compact(
         at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=call.read, broadcast=call.broadcast,
     )  # fmt: skip
-    cu = None
+    cu = longest = None
     if packed:
-        old = call.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), np.int64)
-        cu = ((rows >= 0) & (rows < old[:, None])).sum(1).astype(np.int32)
+        offsets = host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows)
+        cu = ((rows >= 0) & (rows < call.array(offsets, np.int64)[:, None])).sum(1).astype(np.int32)
+        longest = kept_max_seqlen(rows.shape[0], offsets, traced=False)
     results, described = call.outputs(gathers, rows.shape[-1])
     call("compact", call.view(rows), described, scratch=((at.batch or 1) * at.rows, 0, 0))
-    return Compacted(keep=rows, cu_seqlens=cu, **unflatten(results))
+    return Compacted(keep=rows, cu_seqlens=cu, max_seqlen=longest, **unflatten(results))
 
 
 @documented(NUMPY)
@@ -161,7 +163,7 @@ def drop_tokens(
     if plan.ragged and not packed:
         fields.setdefault("attention_mask", keep >= 0)
     cu = call.array(found.out_cu, np.int32) if packed else None
-    return Dropped(keep=keep, cu_seqlens=cu, layout=found.after, **fields)
+    return Dropped(keep=keep, cu_seqlens=cu, layout=found.after, max_seqlen=found.max_seqlen, **fields)
 
 
 class _Call:

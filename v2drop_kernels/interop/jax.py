@@ -30,6 +30,7 @@ from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu
 from ..core.calls import batch_shape, flatten
 from ..core.counts import n_keep
 from ..core.layout import TokenLayout
+from ..core.packed import kept_max_seqlen
 from ..core.plan import Plan
 from ..core.types import Compacted, Dropped, GatherSpec, TopK
 from . import arrays
@@ -106,12 +107,13 @@ def compact(
         at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=_read, broadcast=jnp.broadcast_to,
     )  # fmt: skip
-    cu = None
+    cu = longest = None
     if packed:
-        old = jnp.array(host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows), jnp.int32)
-        cu = ((rows >= 0) & (rows < old[:, None])).sum(1, dtype=jnp.int32)
+        offsets = host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows)
+        cu = ((rows >= 0) & (rows < jnp.array(offsets, jnp.int32)[:, None])).sum(1, dtype=jnp.int32)
+        longest = kept_max_seqlen(rows.shape[0], offsets, traced=False)
     results = _gather(_Move.of(gathers, at.rows, at.batch or 1), rows, tuple(spec.tensor for spec in gathers))
-    return Compacted(keep=rows, cu_seqlens=cu, **unflatten(list(results)))
+    return Compacted(keep=rows, cu_seqlens=cu, max_seqlen=longest, **unflatten(list(results)))
 
 
 @documented(JAX)
@@ -157,7 +159,7 @@ def drop_tokens(
     if plan.ragged and not packed:
         fields.setdefault("attention_mask", keep >= 0)
     cu: Any = jnp.array(found.out_cu, jnp.int32) if packed else None
-    return Dropped(keep=keep, cu_seqlens=cu, **fields)
+    return Dropped(keep=keep, cu_seqlens=cu, max_seqlen=found.max_seqlen, **fields)
 
 
 class _Select(NamedTuple):

@@ -12,6 +12,7 @@ from ...core import arguments, calls
 from ...core.arguments import check_device, is_packed, per_segment_k
 from ...core.droppable import layout_of
 from ...core.layout import TokenLayout
+from ...core.packed import kept_items
 from ...core.types import Compacted, TopK
 from .gradient import recorded
 from .torch_op import INPLACE, OP
@@ -95,11 +96,11 @@ def compact(
     at = calls.batch_shape("hidden", hidden, packed)
     check_device(droppable, at.device, at.of)
     keep = keep.indices if isinstance(keep, TopK) else keep
-    layout = None
+    layout = longest = None
     if droppable is not None or (packed and isinstance(keep, torch.Tensor) and keep.dim() == 2):
         _check_keep(keep, at, groups=True)
         layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
-        keep = _with_all_others(keep, k, layout)
+        keep, longest = _with_all_others(keep, k, layout)
         cu_seqlens = layout.cu_seqlens
     elif k is not None:
         raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
@@ -118,10 +119,10 @@ def compact(
         _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, gathers, at.rows)
     else:
         outs = runner.run(request)
+    cu, longest = kept_items(keep, cu_seqlens, at.rows, longest, traced=traced) if packed else (None, None)
     return calls.build_result(
-        Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=calls.kept_offsets(keep, cu_seqlens, at.rows, traced=traced) if packed else None,
-        ragged=layout is not None,
+        Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, ragged=layout is not None,
+        max_seqlen=longest,
     )  # fmt: skip
 
 
@@ -207,8 +208,10 @@ def _check_keep(keep: Any, at: calls.BatchShape, groups: bool) -> None:
         raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
 
 
-def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.Tensor:
-    """``keep [G, K]`` among the droppable tokens to all rows that survive, ascending: ``[B, S]`` or ``[T']``."""
+def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> tuple[torch.Tensor, int]:
+    """``keep [G, K]`` among the droppable tokens to all rows that survive, ascending, ``[B, S]`` or ``[T']``, and the rows of the
+    longest item.
+    """
     segments = layout.segments()
     if keep.shape[0] != len(segments):
         raise ValueError(f"keep must have one row per segment ({len(segments)}), got {keep.shape[0]}")
@@ -229,11 +232,11 @@ def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> torch.T
     for s, x in zip(segments, ks, strict=True):
         kept[s.item] -= s.available - min(x, s.available)
     order = torch.sort(flags, dim=-1, descending=True, stable=True).indices
-    if layout.is_packed:
-        return order[: sum(kept)]
     width = max(kept, default=0)
+    if layout.is_packed:
+        return order[: sum(kept)], width
     rows = torch.full((layout.batch, width), -1, dtype=torch.int64, device=keep.device)
     for i, c in enumerate(kept):
         at = width - c if layout.padding_side == "left" else 0
         rows[i, at : at + c] = order[i, :c]
-    return rows
+    return rows, width

@@ -10,6 +10,7 @@ from ...backends.requests import CompactRequest
 from ...core import calls
 from ...core.arguments import is_packed
 from ...core.droppable import layout_of
+from ...core.packed import kept_items, longest_item
 from ...core.types import Compacted, GatherSpec, TopK
 
 
@@ -93,9 +94,12 @@ def compact(
         labels=labels, out=out, out_rows=keep.shape[-1],
     )  # fmt: skip
     outs = gather(keep[None] if packed else keep, gathers)
+    cu, longest = kept_items(keep, cu_seqlens, at.rows, None, traced=False) if packed else (None, None)
+    if cu is not None and layout is not None:
+        longest = longest_item(cu.tolist())
     return calls.build_result(
-        Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=calls.kept_offsets(keep, cu_seqlens, at.rows, traced=False) if packed else None, ragged=layout is not None,
+        Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, ragged=layout is not None,
+        max_seqlen=longest,
     )  # fmt: skip
 
 

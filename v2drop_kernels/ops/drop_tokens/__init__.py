@@ -78,6 +78,8 @@ def drop_tokens(
     safe in CUDA graphs (after one call outside the capture, which puts the plan's tables on the device), except where
     ``droppable`` is a bare mask or ``positions`` is "group" (hand on ``positions.group_position_ids`` instead). With
     ``cu_seqlens`` on a GPU the result has capacity ``min(T, sum(k))`` and its own ``cu_seqlens`` says how much of it is used.
+    A packed result goes into varlen attention as it is: ``cu_seqlens``, ``max_seqlen``, and K and V ``[T, H, Dh]`` where
+    ``kv_layout`` is "BSHD" (``examples/varlen_attention.py``).
     Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and ``rope``; never through the choice. On a GPU: two launches
     up to 2048 competing tokens, three beyond, and three where only the device knows the lengths.
 
@@ -120,5 +122,5 @@ def drop_tokens(
             cu = offsets_on(cast(tuple[int, ...], resolved.out_cu), keep.device, traced=traced)
     return calls.build_result(
         Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=resolved.after,
-        ragged=resolved.ragged,
+        ragged=resolved.ragged, max_seqlen=resolved.max_seqlen,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from ...core import calls
 from ...core.arguments import is_packed, per_segment_k
 from ...core.droppable import layout_of
 from ...core.layout import TokenLayout
+from ...core.packed import kept_offsets, longest_item
 from ...core.plan import drop_plan
 from ...core.types import Dropped, GatherSpec
 from ..compact.reference import gather, pad_rows
@@ -78,10 +79,10 @@ def drop_tokens(
     keep, outs = select_and_gather(scores, k, layout, gathers)
     if packed:
         keep = keep[0]
+    cu = kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None
     return calls.build_result(
-        Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids,
-        cu_seqlens=calls.kept_offsets(keep, layout.cu_seqlens, at.rows, traced=False) if packed else None,
-        after=after, ragged=not packed and bool((keep < 0).any()),
+        Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=after,
+        ragged=not packed and bool((keep < 0).any()), max_seqlen=longest_item(cu.tolist()) if cu is not None else None,
     )  # fmt: skip
 
 
@@ -94,4 +95,4 @@ def run(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor], torch.T
     keep, outs = select_and_gather(scores, k, layout, request.gathers)
     if batch is not None:
         return keep, outs, None
-    return keep, outs, calls.kept_offsets(keep[0], layout.cu_seqlens, scores.shape[-1], traced=False)
+    return keep, outs, kept_offsets(keep[0], layout.cu_seqlens, scores.shape[-1], traced=False)
