@@ -44,8 +44,9 @@ def test_compact_writes_into_an_earlier_result(on):
         (lambda first, cur: first._replace(hidden=cur.view(-1)[:128].view(2, 8, 8)), ValueError, "share memory"),
         (lambda first, cur: first._replace(kv=first.kv[0]), ValueError, "out.kv"),
         (lambda first, cur: first.hidden, TypeError, "out"),
+        (lambda first, cur: first._replace(hidden=torch._neg_view(first.hidden)), ValueError, "out.hidden .* negated"),
     ],
-    ids=["rows", "dtype", "missing", "strides", "overlap", "structure", "type"],
+    ids=["rows", "dtype", "missing", "strides", "overlap", "structure", "type", "negated"],
 )
 def test_out_that_does_not_fit(on, change, error, text):
     prev, cur, rest = _inputs(on)

@@ -184,6 +184,19 @@ def unit_stride(h: torch.Tensor) -> torch.Tensor:
     return h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
 
 
+def settled(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a memory that holds its values: as it is, or one copy in which a lazy negation or conjugation is carried out.
+
+    For eager calls only, where memory is read; the dispatcher does this for the traced ones.
+    """
+    return x.clone() if x.is_neg() or x.is_conj() else x
+
+
+def settled_gradient(grad: torch.Tensor) -> torch.Tensor:
+    """:func:`settled` for what autograd delivers, which may also be zeros without any memory."""
+    return grad.clone() if grad._is_zerotensor() else settled(grad)
+
+
 def per_segment_k(k: Any, groups: int) -> tuple[int, ...]:
     """Normalise ``k=`` to one int per segment."""
     if is_tensor(k):

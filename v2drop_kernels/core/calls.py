@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import arguments, positions
+from . import arguments, overwrite, positions
 from .arguments import check_offsets, host_cu_seqlens, is_packed, is_tensor, per_segment_k
 from .droppable import as_layout
 from .layout import TokenLayout
@@ -211,7 +211,9 @@ def flatten(
         structures[name], leaves = flatten_leaves(name, value, read)
         specs = [_gather_spec(name, leaf, kv_layout, at, broadcast) for leaf in leaves]
         if out is not None and name != "extra":
-            specs = _outs(name, getattr(out, name), structures[name], specs, out_rows)
+            given_out = getattr(out, name)
+            targets = (None, []) if given_out is None else flatten_leaves(f"out.{name}", given_out)
+            specs = overwrite.into(name, targets, structures[name], specs, out_rows)
         gathers += specs
 
     def unflatten(results: list[Any]) -> dict[str, Any]:
@@ -219,6 +221,11 @@ def flatten(
         return {name: _rebuild(structure, found) for name, structure in structures.items()}
 
     return gathers, unflatten
+
+
+def settled_gathers(gathers: list[GatherSpec]) -> list[GatherSpec]:
+    """The gathers of torch tensors, each :func:`arguments.settled`."""
+    return [g._replace(tensor=g.tensor.clone()) if g.tensor.is_neg() or g.tensor.is_conj() else g for g in gathers]
 
 
 def flatten_leaves(name: str, value: Any, read: Callable[[str, Any], Any] | None = None) -> tuple[Any, list[Any]]:
@@ -279,40 +286,6 @@ def _disagreement(name: str, form: str, x: Any, at: BatchShape) -> ValueError:
     size = f"T = {at.rows}" if packed else f"B = {at.batch}, N = {at.rows}"
     hint = f" (S = {'T' if packed else 'N'}; see kv_layout)" if name == "kv" else ""
     return ValueError(f"{name} must be {want} with {size} to agree with {at.of}, got {list(x.shape)}{hint}")
-
-
-def check_out(out: Any, kind: type, traced: bool) -> None:
-    """Raise unless ``out`` is an earlier result, given outside tracing."""
-    if out is None:
-        return
-    if not isinstance(out, kind):
-        raise TypeError(f"out must be a {kind.__name__}, got {type(out).__name__}")
-    if traced:
-        raise ValueError("out cannot be given under torch.compile or torch.export, which plan memory themselves")
-
-
-def _outs(name: str, given: Any, structure: Any, specs: list[GatherSpec], out_rows: int) -> list[GatherSpec]:
-    found, targets = (None, []) if given is None else flatten_leaves(f"out.{name}", given)
-    if found != structure or len(targets) != len(specs):
-        raise ValueError(f"out.{name} must have the structure of {name}")
-    return [_into(f"out.{name}", spec, target, out_rows) for spec, target in zip(specs, targets, strict=True)]
-
-
-def _into(name: str, spec: GatherSpec, target: torch.Tensor, out_rows: int) -> GatherSpec:
-    import torch
-
-    shape = list(spec.tensor.shape)
-    shape[spec.row_dim] = out_rows
-    if list(target.shape) != shape or target.dtype != spec.tensor.dtype or target.device != spec.tensor.device:
-        want = f"{spec.tensor.dtype} {shape} on {spec.tensor.device}"
-        raise ValueError(f"{name} must be {want}, got {target.dtype} {list(target.shape)} on {target.device}")
-    if not target.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {list(target.stride())}")
-    if target.untyped_storage().data_ptr() == spec.tensor.untyped_storage().data_ptr() and target.numel():
-        raise ValueError(f"{name} must not share memory with the tensor that is read")
-    if torch.is_grad_enabled() and (spec.tensor.requires_grad or target.requires_grad):
-        raise ValueError(f"{name} cannot be given where a gradient is recorded")
-    return spec._replace(out=target)
 
 
 def input_positions(mode: str, position_ids: torch.Tensor | None, layout: TokenLayout | None, device: torch.device) -> Any:

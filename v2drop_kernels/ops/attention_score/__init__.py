@@ -116,8 +116,10 @@ def attention_score(
         scale = q.shape[3] ** -0.5
     elif not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
-    request = AttentionRequest(q, k, query_rows, key_mask, droppable, bool(causal), float(scale), mode, heads, queries)
     runner = resolve_backend(OP, k, backend)
+    if not runner.traced:
+        q, k, query_rows = (arguments.settled(x) for x in (q, k, query_rows))
+    request = AttentionRequest(q, k, query_rows, key_mask, droppable, bool(causal), float(scale), mode, heads, queries)
     if 0 in (batch, n, s):  # the kernels expect at least one of each
         return reference.run(request)
     return differentiable(runner, request, attention_score_backward)

@@ -8,13 +8,12 @@ import torch
 
 from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import CompactRequest
-from ...core import arguments, calls
-from ...core.arguments import check_device, is_packed, per_segment_k
-from ...core.droppable import layout_of
-from ...core.layout import TokenLayout
+from ...core import arguments, calls, overwrite
+from ...core.arguments import check_device, is_packed
 from ...core.packed import kept_items
 from ...core.types import Compacted, TopK
 from .gradient import recorded
+from .keep import check_keep, surviving_rows
 from .torch_op import INPLACE, OP
 
 
@@ -76,8 +75,10 @@ def compact(
     Raises
     ------
     ValueError, TypeError
-        A tensor whose rows, batch or device differ from those of ``hidden`` (the message names it). A row of ``keep``
-        outside the input: raises on the CPU; on a GPU, where looking would synchronise, it reads as an empty row.
+        A tensor whose rows, batch or device differ from those of ``hidden`` (the message names it). On the CPU, a row of
+        ``keep`` that cannot be: outside the input; with ``droppable``, one that is not among the droppable tokens of its
+        segment, one listed twice, or a number of rows other than ``k``. On a GPU looking would synchronise: a row that cannot
+        be reads as an empty row there, and of a segment at most ``k`` rows count.
 
     Notes
     -----
@@ -96,23 +97,15 @@ def compact(
     at = calls.batch_shape("hidden", hidden, packed)
     check_device(droppable, at.device, at.of)
     keep = keep.indices if isinstance(keep, TopK) else keep
-    layout = longest = None
-    if droppable is not None or (packed and isinstance(keep, torch.Tensor) and keep.dim() == 2):
-        _check_keep(keep, at, groups=True)
-        layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
-        keep, longest = _with_all_others(keep, k, layout)
-        cu_seqlens = layout.cu_seqlens
-    elif k is not None:
-        raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
-    _check_keep(keep, at, groups=False)
     traced = is_traced(hidden)
+    keep, layout, cu_seqlens, longest = surviving_rows(keep, at, k, droppable, cu_seqlens, traced=traced)
     ids = calls.input_positions(positions, position_ids, layout, at.device)
-    calls.check_out(out, Compacted, traced)
     gathers, unflatten = calls.flatten(
         at, hidden=hidden, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
-        labels=labels, out=out, out_rows=keep.shape[-1],
+        labels=labels, out=out if out is None else overwrite.checked(out, Compacted, traced), out_rows=keep.shape[-1],
     )  # fmt: skip
     runner = resolve_backend(OP, hidden, backend, torch.float32)
+    gathers = gathers if traced else calls.settled_gathers(gathers)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
     request = CompactRequest(rows, gathers)
     if not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
@@ -183,7 +176,7 @@ def compact_(
     if rows is not None and rows != n:
         raise ValueError(f"kv must have rows = {rows}, got {n}")
     at = calls.BatchShape(first.shape[0], n, first.device, "kv")
-    _check_keep(keep, at, groups=False)
+    check_keep(keep, at, groups=False)
     for leaf in leaves:
         if torch.is_grad_enabled() and leaf.requires_grad:
             raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
@@ -193,50 +186,6 @@ def compact_(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
     runner = resolve_backend(INPLACE, first, backend, torch.float32)
+    if not runner.traced:
+        keep = arguments.settled(keep)
     runner.run(CompactRequest(keep.contiguous(), gathers))
-
-
-def _check_keep(keep: Any, at: calls.BatchShape, groups: bool) -> None:
-    """Raise unless ``keep`` is int64 ``[B, S]`` (packed ``[T']``), or ``[G, K]`` where groups are listed."""
-    arguments.tensor("keep", keep)
-    if keep.dtype != torch.int64:
-        raise TypeError(f"keep must be int64 (or a TopK), got {keep.dtype}")
-    arguments.same_device("keep", keep, at.device, at.of)
-    dims = 1 if at.batch is None and not groups else 2
-    if keep.dim() != dims or (dims == 2 and not groups and keep.shape[0] != at.batch):
-        want = "[G, K]" if groups else "[T']" if at.batch is None else f"[{at.batch}, S]"
-        raise ValueError(f"keep must be {want}, got shape {list(keep.shape)}")
-
-
-def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout) -> tuple[torch.Tensor, int]:
-    """``keep [G, K]`` among the droppable tokens to all rows that survive, ascending, ``[B, S]`` or ``[T']``, and the rows of the
-    longest item.
-    """
-    segments = layout.segments()
-    if keep.shape[0] != len(segments):
-        raise ValueError(f"keep must have one row per segment ({len(segments)}), got {keep.shape[0]}")
-    ks = per_segment_k((keep >= 0).sum(1).tolist() if k is None else k, len(segments))
-    if not layout.is_packed:
-        base = torch.tensor([s.item * layout.rows for s in segments], dtype=torch.int64, device=keep.device)
-        keep = torch.where(keep >= 0, keep + base[:, None], keep)
-    flags = (layout.real_rows() & ~layout.droppable_rows()).to(keep.device) if layout.mask is None else (
-        layout.real_rows(keep.device) & ~layout.mask
-    )  # fmt: skip
-    # A spare slot at the end takes what is empty or outside, so that no count has to come back to the host.
-    flat = torch.nn.functional.pad(flags.flatten(), (0, 1))
-    total = flat.shape[0] - 1
-    flat[torch.where((keep >= 0) & (keep < total), keep, total).flatten()] = True
-    flags = flat[:total].view(flags.shape)
-
-    kept = [hi - lo for lo, hi in layout.bounds]
-    for s, x in zip(segments, ks, strict=True):
-        kept[s.item] -= s.available - min(x, s.available)
-    order = torch.sort(flags, dim=-1, descending=True, stable=True).indices
-    width = max(kept, default=0)
-    if layout.is_packed:
-        return order[: sum(kept)], width
-    rows = torch.full((layout.batch, width), -1, dtype=torch.int64, device=keep.device)
-    for i, c in enumerate(kept):
-        at = width - c if layout.padding_side == "left" else 0
-        rows[i, at : at + c] = order[i, :c]
-    return rows, width

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ...backends.choice import runner_of
 from ...backends.protocol import Runner
 from ...backends.requests import CompactBackwardRequest
+from ...core.arguments import settled_gradient
 from ...core.types import GatherSpec
 from .torch_op import BACKWARD
 
@@ -38,7 +39,7 @@ class _Gather(torch.autograd.Function):
         found: list[torch.Tensor | None] = [None] * len(grads)
         wanted = [(i, g) for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[4 + i]]
         if wanted:
-            request = CompactBackwardRequest(keep, [GatherSpec(g, *ctx.dims[i]) for i, g in wanted], ctx.rows)
+            request = CompactBackwardRequest(keep, [GatherSpec(settled_gradient(g), *ctx.dims[i]) for i, g in wanted], ctx.rows)
             for (i, _), d in zip(wanted, runner_of(BACKWARD, ctx.backend).run(request), strict=True):
                 found[i] = d
         return (None, None, None, None, *found)

@@ -8,10 +8,11 @@ import torch
 
 from ...backends.requests import CompactRequest
 from ...core import calls
-from ...core.arguments import is_packed
+from ...core.arguments import is_packed, per_segment_k
 from ...core.droppable import layout_of
 from ...core.packed import kept_items, longest_item
 from ...core.types import Compacted, GatherSpec, TopK
+from ..topk.reference import segment_rows
 
 
 def run(request: CompactRequest) -> list[torch.Tensor]:
@@ -86,7 +87,7 @@ def compact(
     layout = None
     if droppable is not None or (packed and keep.dim() == 2):
         layout = layout_of(droppable, at.batch, at.rows, cu_seqlens)
-        keep = _with_all_others(keep, layout)
+        keep = _with_all_others(keep, layout, k)
         cu_seqlens = layout.cu_seqlens
     ids = calls.input_positions(positions, position_ids, layout, at.device)
     gathers, unflatten = calls.flatten(
@@ -103,11 +104,22 @@ def compact(
     )  # fmt: skip
 
 
-def _with_all_others(keep: torch.Tensor, layout: Any) -> torch.Tensor:
+def _with_all_others(keep: torch.Tensor, layout: Any, k: Any) -> torch.Tensor:
     stays = layout.real_rows() & ~layout.droppable_rows()
-    flat = stays.view(-1)
-    for s, rows in zip(layout.segments(), keep.cpu(), strict=True):
-        flat[rows[rows >= 0] + (0 if layout.is_packed else s.item * layout.rows)] = True
+    flat, segments = stays.view(-1), layout.segments()
+    ks = [None] * len(segments) if k is None else per_segment_k(k, len(segments))
+    for g, (s, own, rows, x) in enumerate(zip(segments, segment_rows(layout), keep.tolist(), ks, strict=True)):
+        listed, base = [row for row in rows if row >= 0], 0 if layout.is_packed else s.item * layout.rows
+        for i, row in enumerate(listed):
+            if row + base not in own.tolist():
+                raise ValueError(f"keep must list droppable rows of its own segment, got row {row} for segment {g}")
+            if row in listed[:i]:
+                raise ValueError(f"keep must list each row once, got row {row} twice for segment {g}")
+        if x is not None and min(x, s.available) != len(listed):
+            raise ValueError(
+                f"k must be the number of rows that keep lists of each segment, got {x} for segment {g} of {len(listed)}"
+            )
+        flat[torch.tensor(listed, dtype=torch.int64) + base] = True
     if layout.is_packed:
         return stays.nonzero().flatten().to(keep.device)
     return pad_rows([row.nonzero().flatten() for row in stays], layout.padding_side).to(keep.device)

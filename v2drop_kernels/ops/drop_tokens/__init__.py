@@ -8,7 +8,7 @@ import torch
 
 from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import DropRequest, Source
-from ...core import arguments, calls
+from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.droppable import layout_of
 from ...core.plan import offsets_on
@@ -103,14 +103,13 @@ def drop_tokens(
     traced = is_traced(h_cur)
     resolved = calls.resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
     layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
-    calls.check_out(out, Dropped, traced)
     gathers, unflatten = calls.flatten(
         at, hidden=h_cur, position_ids=calls.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=resolved.mask,
-        out=out, out_rows=resolved.plan.out_rows,
+        out=out if out is None else overwrite.checked(out, Dropped, traced), out_rows=resolved.plan.out_rows,
     )  # fmt: skip
-    before, after = (h_prev, h_cur) if scores is None else (None, None)
-    source = Source(scores, before, after, resolved.mask, metric, score_dtype)
+    gathers = gathers if traced else calls.settled_gathers(gathers)
+    source = Source(*_ranks(scores, h_prev, gathers[0].tensor, traced), resolved.mask, metric, score_dtype)
     request = DropRequest(source, resolved.plan, resolved.cu_seqlens, gathers, (k, droppable, cu_seqlens))
     if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
         keep, outs, cu = recorded(lambda: runner.run(request), runner, gathers, at.rows)
@@ -124,3 +123,10 @@ def drop_tokens(
         Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=resolved.after,
         ragged=resolved.ragged, max_seqlen=resolved.max_seqlen,
     )  # fmt: skip
+
+
+def _ranks(scores: torch.Tensor | None, h_prev: Any, h_cur: torch.Tensor, traced: bool) -> tuple[Any, Any, Any]:
+    """The scores, or both hidden states, as the first fields of a source."""
+    if scores is None:
+        return None, h_prev if traced else arguments.settled(h_prev), h_cur
+    return scores if traced else arguments.settled(scores), None, None

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 
 from ...backends.requests import Budget, DropRequest
-from ...core import calls
+from ...core import calls, overwrite
 from ...core.arguments import is_packed, per_segment_k
 from ...core.droppable import layout_of
 from ...core.layout import TokenLayout
@@ -71,10 +71,10 @@ def drop_tokens(
         scores = variation_score(cast(torch.Tensor, h_prev), h_cur, metric=metric, score_dtype=score_dtype)
     after = drop_plan(layout, per_segment_k(k, layout.groups)).layout
     ids = calls.input_positions(positions, position_ids, layout, at.device)
-    calls.check_out(out, Dropped, traced=False)
     gathers, unflatten = calls.flatten(
         at, hidden=h_cur, position_ids=ids, kv=kv, kv_layout=kv_layout, attention_mask=attention_mask, rope=rope,
-        labels=labels, extra=layout.mask, out=out, out_rows=after.rows,
+        labels=labels, extra=layout.mask, out=None if out is None else overwrite.checked(out, Dropped, traced=False),
+        out_rows=after.rows,
     )  # fmt: skip
     keep, outs = select_and_gather(scores, k, layout, gathers)
     if packed:

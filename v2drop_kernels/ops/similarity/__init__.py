@@ -58,6 +58,8 @@ def key_norm_score(k: torch.Tensor, *, norm: str = "l1", layout: str = "BHSD", b
     k = arguments.keys("k", k, layout)
     arguments.one_of("norm", norm, ("l1", "l2"))
     runner = resolve_backend(KEY_NORM, k, backend)
+    if not runner.traced:
+        k = arguments.settled(k)
     if 0 in k.shape:  # the kernels expect at least one of each
         return reference.key_norm(k, norm)
     return differentiable(runner, KeyNormRequest(k, norm), key_norm_backward)
@@ -105,6 +107,8 @@ def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | No
         raise ValueError(f"pivots must be [B, P], got shape {list(pivots.shape)}")
     arguments.table("pivots", pivots, (x.shape[0], pivots.shape[1]), torch.int64, x)
     runner = resolve_backend(COSINE, x, backend)
+    if not runner.traced:
+        x, pivots = arguments.settled(x), arguments.settled(pivots)
     if 0 in x.shape or 0 in pivots.shape:  # the kernels expect at least one of each
         return reference.cosine_to_pivots(x, pivots)
     return differentiable(runner, CosineRequest(x, pivots), cosine_to_pivots_backward)

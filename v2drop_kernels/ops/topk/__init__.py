@@ -85,6 +85,8 @@ def segmented_topk(
         check_device(droppable, scores.device, "scores")
     runner = resolve_backend(OP, scores, backend)
     resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=runner.traced)
+    if not runner.traced:
+        scores = arguments.settled(scores)
     grad = torch.is_grad_enabled() and scores.requires_grad
     source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
     values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, (k, droppable, cu_seqlens)))
@@ -143,6 +145,8 @@ def variation_topk(
         # The values carry a gradient: score and select apart, so that autograd sees both.
         scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=runner.name)
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=runner.name)
+    if not runner.traced:
+        h_prev, h_cur = arguments.settled(h_prev), arguments.settled(h_cur)
     resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=runner.traced)
     source = Source(None, h_prev, h_cur, resolved.mask, metric, score_dtype)
     budget = (k, droppable, cu_seqlens)

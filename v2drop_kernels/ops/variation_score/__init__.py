@@ -68,8 +68,10 @@ def variation_score(
     """
     arguments.pair(h_prev, h_cur, None if cu_seqlens is None else True)
     arguments.score_options(metric, score_dtype)
-    request = Source(None, h_prev, h_cur, None, metric, score_dtype)
     runner = resolve_backend(OP, h_cur, backend)
+    if not runner.traced:
+        h_prev, h_cur = arguments.settled(h_prev), arguments.settled(h_cur)
+    request = Source(None, h_prev, h_cur, None, metric, score_dtype)
     if not runner.differentiable and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
         return VariationScore.apply(h_prev, h_cur, runner, request)
     return runner.run(request)

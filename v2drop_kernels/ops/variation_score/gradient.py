@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from ...backends.choice import runner_of
 from ...backends.protocol import Runner
 from ...backends.requests import ScoreBackwardRequest, Source
+from ...core.arguments import settled_gradient
 from .torch_op import BACKWARD
 
 
@@ -27,5 +28,5 @@ class VariationScore(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         h_prev, h_cur = ctx.saved_tensors
         need_prev, need_cur = ctx.needs_input_grad[:2]
-        request = ScoreBackwardRequest(grad, Source(None, h_prev, h_cur, None, ctx.metric), need_prev, need_cur)
+        request = ScoreBackwardRequest(settled_gradient(grad), Source(None, h_prev, h_cur, None, ctx.metric), need_prev, need_cur)
         return (*runner_of(BACKWARD, ctx.backend).run(request), None, None)

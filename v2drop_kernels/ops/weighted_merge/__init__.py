@@ -10,7 +10,7 @@ import torch
 
 from ...backends.choice import resolve_backend
 from ...backends.requests import MergeRequest
-from ...core.arguments import hidden
+from ...core.arguments import hidden, settled
 from .arguments import floats, integers
 from .gradient import WeightedMerge
 from .torch_op import OP
@@ -78,8 +78,11 @@ def weighted_merge(
     if weights is not None:
         floats("weights", weights, x, rows.shape[1])
         weights = weights.double() if x.dtype == torch.float64 else weights.float()
-    request = MergeRequest(x, offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous(), mean)
     runner = resolve_backend(OP, x, backend)
+    if not runner.traced:
+        x, offsets, rows = settled(x), settled(offsets), settled(rows)
+        weights = None if weights is None else settled(weights)
+    request = MergeRequest(x, offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous(), mean)
     if runner.differentiable or not torch.is_grad_enabled():
         return runner.run(request)
     if x.requires_grad or (weights is not None and weights.requires_grad):

@@ -62,5 +62,5 @@ class WeightedMerge(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         both = ctx.needs_input_grad[4]
         x, offsets, rows, weights = ctx.saved_tensors
-        d_x, d_weights = gradients(grad, x, offsets, rows, weights, ctx.mean, both)
+        d_x, d_weights = gradients(arguments.settled_gradient(grad), x, offsets, rows, weights, ctx.mean, both)
         return None, d_x, None, None, d_weights if both else None, None
