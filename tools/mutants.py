@@ -105,19 +105,19 @@ MUTANTS = [
     ),
     # Triton kernels.
     Mutant(
-        "one tie too few", f"{OPS}/topk/triton.py", "(is_equal & (e <= quota))", "(is_equal & (e < quota))", TOPK, "interpreter",
+        "one tie too few", f"{OPS}/topk/triton_keys.py", "(is_equal & (e <= quota))", "(is_equal & (e < quota))", TOPK, "interpreter",
     ),
     Mutant(
-        "-0.0 is below 0.0", f"{OPS}/topk/triton.py",
+        "-0.0 is below 0.0", f"{OPS}/topk/triton_keys.py",
         "bits = tl.where(score == 0, 0.0, score).to", "bits = score.to", TOPK, "interpreter",
     ),
     Mutant(
-        "NaN is the smallest", f"{OPS}/topk/triton.py",
+        "NaN is the smallest", f"{OPS}/topk/triton_keys.py",
         "tl.constexpr(0x7FFFFFFE)", "tl.constexpr(-0x7FFFFFFF)", TOPK, "interpreter",
     ),
     Mutant(
-        "rows outside the mask are dropped", f"{OPS}/topk/triton.py",
-        "_FORCED if FORCE else _EXCLUDED)", "_EXCLUDED if FORCE else _EXCLUDED)", DROP, "interpreter",
+        "rows outside the mask are dropped", f"{OPS}/topk/triton_keys.py",
+        "FORCED if FORCE else EXCLUDED)", "EXCLUDED if FORCE else EXCLUDED)", DROP, "interpreter",
     ),
     Mutant(
         "one zero vector is no direction, two are", f"{OPS}/variation_score/triton.py",

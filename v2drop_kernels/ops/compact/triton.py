@@ -22,7 +22,8 @@ from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
 from ...backends.requests import CompactBackwardRequest, CompactRequest
 from ...core.plan import Plan
 from ...core.types import GatherSpec
-from ..topk.triton import kept_up_to, load_keys, segment, threshold
+from ..topk.triton import segment
+from ..topk.triton_keys import kept_up_to, load_keys, threshold
 from ..variation_score.triton import segment_of
 
 # Triton compiles anew for every integer of a tuple that is 1 or a multiple of 16, or outgrows 32 bits, and do_not_specialize

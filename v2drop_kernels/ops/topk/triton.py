@@ -1,9 +1,6 @@
 """Exact selection without a sort: the k largest (score, then smaller index) of every segment, in position order.
 
-Scores become signed integers of the same order. T = k-th largest key is found by bisection between the smallest and the
-largest key, ending as soon as a threshold keeps exactly k; R = k - #{key > T} of the keys equal to T still fit. With
-g_i = #{j <= i: key_j > T} and e_i = #{j <= i: key_j = T}, row i is kept if key_i > T, or key_i = T and e_i <= R, and
-g_i + min(e_i, R) rows are kept up to it: one scan places every survivor. No histogram, no candidate buffer: nothing overflows.
+One program selects a segment: it finds the threshold, then places the survivors (see triton_keys.py).
 """
 
 from __future__ import annotations
@@ -30,122 +27,7 @@ from ...backends.launch import (
 from ...backends.requests import TopKRequest
 from ...core.plan import CuPlan, Plan
 from ..variation_score.triton import plan_scores
-
-_FORCED = tl.constexpr(0x7FFFFFFF)  # kept before any score
-_NAN = tl.constexpr(0x7FFFFFFE)  # above +inf
-_EXCLUDED = tl.constexpr(-0x80000000)  # below -inf; also lanes outside the segment
-
-
-@triton.jit
-def score_keys(score):
-    """Signed int32 of the same order as the scores; -0.0 equals 0.0, every NaN is the largest."""
-    score = score.to(tl.float32)
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
-
-
-@triton.jit
-def load_keys(scores, scores_r, mask, mask_r, at, inside, FORCE: tl.constexpr):
-    """Keys of the rows ``at``. Rows that the mask takes out of the competition are forced in or excluded."""
-    keys = score_keys(tl.load(scores + at.to(tl.int64) * scores_r, mask=inside, other=0.0))
-    if mask is not None:
-        competes = tl.load(mask + at.to(tl.int64) * mask_r, mask=inside, other=0) != 0
-        keys = tl.where(competes, keys, _FORCED if FORCE else _EXCLUDED)
-    return tl.where(inside, keys, _EXCLUDED)
-
-
-@triton.jit
-def _middle(low, high):
-    """Mean of two int32, rounded up, without overflow."""
-    return (low | high) - ((low ^ high) >> 1)
-
-
-@triton.jit
-def _narrow(low, high, at, count, k):
-    """One step of the bisection: ``count`` keys are at least ``at``."""
-    new_low = tl.where(count >= k, at, low)
-    new_high = tl.where(count > k, high, tl.where(count == k, at, at - 1))
-    return new_low, new_high
-
-
-@triton.jit
-def threshold(keys, k):
-    """``(T, R, k)`` of keys in registers; k comes back smaller if fewer keys take part."""
-    takes_part = keys > _EXCLUDED
-    present = tl.sum(takes_part.to(tl.int32))
-    k = tl.minimum(k.to(tl.int32), present)
-    low = tl.min(tl.where(takes_part, keys, _FORCED))
-    high = tl.where(present == k, low, tl.max(keys))
-    while low < high:
-        at = _middle(low, high)
-        low, high = _narrow(low, high, at, tl.sum((keys >= at).to(tl.int32)), k)
-    return low, k - tl.sum((keys > low).to(tl.int32)), k
-
-
-@triton.jit
-def _threshold_chunked(
-    scores, scores_r, mask, mask_r, n, k, FORCE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """The same for any n: each pass over the keys (in L2 by now) counts three thresholds, so it makes two steps.
-
-    Lane l reads the keys l, l + LANES, ...; DEPTH of them at a time, which share one counter per threshold.
-    """
-    lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [DEPTH, LANES]
-    smallest = tl.full([LANES], _FORCED, tl.int32)
-    largest = tl.full([LANES], _EXCLUDED, tl.int32)
-    count = tl.zeros([LANES], tl.int32)
-    first = n * 0
-    while first < n:
-        keys = load_keys(scores, scores_r, mask, mask_r, first + lanes, first + lanes < n, FORCE)
-        smallest = tl.minimum(smallest, tl.min(tl.where(keys > _EXCLUDED, keys, _FORCED), axis=0))
-        largest = tl.maximum(largest, tl.max(keys, axis=0))
-        count += tl.sum((keys > _EXCLUDED).to(tl.int32), axis=0)
-        first += DEPTH * LANES
-    present = tl.sum(count)
-    k = tl.minimum(k.to(tl.int32), present)
-    low = tl.min(smallest)
-    high = tl.where(present == k, low, tl.max(largest))
-    while low < high:
-        at = _middle(low, high)
-        at_below = _middle(low, at - 1)
-        at_above = _middle(at, high)
-        count = tl.zeros([LANES], tl.int32)
-        count_below = tl.zeros([LANES], tl.int32)
-        count_above = tl.zeros([LANES], tl.int32)
-        first = n * 0
-        while first < n:
-            keys = load_keys(scores, scores_r, mask, mask_r, first + lanes, first + lanes < n, FORCE)
-            count += tl.sum((keys >= at).to(tl.int32), axis=0)
-            count_below += tl.sum((keys >= at_below).to(tl.int32), axis=0)
-            count_above += tl.sum((keys >= at_above).to(tl.int32), axis=0)
-            first += DEPTH * LANES
-        enough = tl.sum(count)
-        low, high = _narrow(low, high, at, enough, k)
-        if low < high:
-            at = tl.where(enough >= k, at_above, at_below)
-            low, high = _narrow(low, high, at, tl.sum(tl.where(enough >= k, count_above, count_below)), k)
-    count = tl.zeros([LANES], tl.int32)
-    first = n * 0
-    while first < n:
-        keys = load_keys(scores, scores_r, mask, mask_r, first + lanes, first + lanes < n, FORCE)
-        count += tl.sum((keys > low).to(tl.int32), axis=0)
-        first += DEPTH * LANES
-    return low, k - tl.sum(count), k
-
-
-@triton.jit
-def kept_up_to(keys, t, quota, above, equal):
-    """Of each row: whether it is kept, and how many are up to it; then the counts ``above`` and ``equal`` carried on.
-
-    One scan of both counts, 16 bits each: a block has at most 8192 keys.
-    """
-    is_above = keys > t
-    is_equal = keys == t
-    counts = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), axis=0)
-    g = above + (counts & 0xFFFF)
-    e = equal + (counts >> 16)
-    kept = is_above | (is_equal & (e <= quota))
-    return kept, g + tl.minimum(e, quota), tl.max(g), tl.max(e)
+from .triton_keys import EXCLUDED, kept_up_to, load_keys, score_keys, threshold, threshold_chunked
 
 
 @triton.jit
@@ -223,7 +105,7 @@ def _select_fwd_kernel(
     lanes = tl.arange(0, BLOCK)
 
     if CHUNKED:
-        t, quota, found = _threshold_chunked(scores, scores_r, mask, mask_r, n, k, FORCE, DEPTH, KEYS // DEPTH)
+        t, quota, found = threshold_chunked(scores, scores_r, mask, mask_r, n, k, FORCE, DEPTH, KEYS // DEPTH)
     else:
         held = load_keys(scores, scores_r, mask, mask_r, tl.arange(0, KEYS), tl.arange(0, KEYS) < n, FORCE)
         t, quota, found = threshold(held, k)
@@ -272,14 +154,14 @@ def _rank_fwd_kernel(
         gdc_wait()
     index = tl.load(indices + base + i, mask=i < slots, other=-1)
     value = tl.load(values + base + i, mask=i < slots, other=0.0)
-    key = tl.where(index >= 0, score_keys(value), _EXCLUDED)
+    key = tl.where(index >= 0, score_keys(value), EXCLUDED)
     rank = tl.zeros([ROWS], tl.int32)
     first = tl.program_id(0) * 0
     while first < slots:
         j = first + tl.arange(0, TILE)  # [TILE]
         survives = tl.load(indices + base + j, mask=j < slots, other=-1) >= 0
         other = score_keys(tl.load(values + base + j, mask=j < slots, other=0.0))
-        other = tl.where(survives, other, _EXCLUDED)
+        other = tl.where(survives, other, EXCLUDED)
         precedes = (other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & (j[None, :] < i[:, None]))
         rank += tl.sum(precedes.to(tl.int32), axis=1)
         first += TILE
