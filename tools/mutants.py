@@ -105,7 +105,8 @@ MUTANTS = [
     ),
     # Triton kernels.
     Mutant(
-        "one tie too few", f"{OPS}/topk/triton_keys.py", "(is_equal & (e <= quota))", "(is_equal & (e < quota))", TOPK, "interpreter",
+        "one tie too few", f"{OPS}/topk/triton_keys.py",
+        "(is_equal & (e <= quota))", "(is_equal & (e < quota))", TOPK, "interpreter",
     ),
     Mutant(
         "-0.0 is below 0.0", f"{OPS}/topk/triton_keys.py",

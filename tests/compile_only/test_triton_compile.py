@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from support.cases import cross
 from support.compiled import SM90, SM100, SM120, Compiled, compile_for, every_target, hidden, recorded, specialize
 
 from v2drop_kernels.backends.requests import (
@@ -25,7 +26,7 @@ from v2drop_kernels.ops.attention_score.triton import attention_score
 from v2drop_kernels.ops.compact.triton import compact_, compact_backward
 from v2drop_kernels.ops.drop_tokens.triton import drop_tokens
 from v2drop_kernels.ops.similarity.triton import cosine_to_pivots, key_norm
-from v2drop_kernels.ops.topk.triton import topk
+from v2drop_kernels.ops.topk.triton import launch_select, topk
 from v2drop_kernels.ops.variation_score.triton import variation_score, variation_score_backward
 
 pytestmark = pytest.mark.compile_only
@@ -93,6 +94,27 @@ def test_topk(target, n):
         topk(TopKRequest(Source(torch.empty(1, n), None, None), uniform(n), None, "position"))
     assert [x.name for x in launches] == ["select_fwd"]
     compile_for(target, launches[0])
+
+
+@every_target
+@cross(kind=["uniform", "table", "cu"], n=[576, 4500, 20000], masked=[False, True], values=[False, True])
+def test_select(target, kind, n, masked, values):
+    """Every form of the select: nothing spills, and a select that follows the score kernel reads nothing before its wait."""
+    scores, mask, cu, new_cu = torch.empty(1, 2 * n), None, None, None
+    plan = {"uniform": Plan(1, 2 * n, n // 4, 1, (3, n, 5, n // 4)), "table": table(2 * n)}.get(kind)
+    if plan is None:
+        plan, cu = CuPlan(n, (5,) * 32, 160, not values), torch.empty(33, dtype=torch.int32)
+        new_cu = None if values else torch.empty(33, dtype=torch.int32)
+    if masked:
+        mask = torch.empty(1, 2 * n, dtype=torch.bool)
+    keep, chosen = torch.empty(1, plan.out_rows, dtype=torch.int64), torch.empty(1, plan.out_rows) if values else None
+    waits = target in (SM90, SM100, SM120)
+    with recorded(target) as launches:
+        launch_select(keep, chosen, new_cu, scores, mask, plan, cu, force=not values, waits=waits, triggers=waits)
+    for item in launches:
+        ptx = compile_for(target, item).asm.get("ptx", "")
+        if waits:
+            assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
 @every_target

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from support import oracle
@@ -104,6 +106,21 @@ def test_segmented_topk_separates_neighbouring_floats(on):
     for k in range(15):
         got = vk.segmented_topk(x.to(on.device), k, order="score", backend=on.backend)
         same(got.indices, torch.sort(x, descending=True, stable=True).indices[:, :k])
+
+
+@pytest.mark.backends("triton")
+@cross(N=[300, 9000], values=["equal", "three", "special"], k=["n/3"])
+def test_few_distinct_scores_end_the_search_early(on, N, values, k, monkeypatch):
+    """A gap between two values is not halved 30 times: the search moves on to real keys."""
+    if on.device == "cuda":
+        pytest.skip("counts calls of a helper, which only Triton's interpreter makes one by one")
+    keys, steps = importlib.import_module("v2drop_kernels.ops.topk.triton_keys"), []
+    narrow = keys._narrow
+    monkeypatch.setattr(keys, "_narrow", lambda *args: steps.append(1) or narrow(*args))
+    x = scores(values, (1, N), torch.float32)
+    got = vk.segmented_topk(x, count(k, N), backend=on.backend)
+    check(on, x, [[list(range(N))]], [count(k, N)], got, "position")
+    assert len(steps) <= 20
 
 
 def test_segmented_topk_shares_nothing_with_its_input(on):

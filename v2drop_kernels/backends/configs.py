@@ -31,8 +31,8 @@ FUSED_SELECT_MAX = 2048
 # Keys that the gather could hold: the counts of its one scan have 16 bits, and 8 keys are left to each of 1024 threads.
 FUSED_KEYS_MAX = 8192
 
-# Keys that the select kernel holds in registers to find the threshold (16 per thread at 16 warps); beyond, it reads as many at
-# a time from L2. All else goes by 8 keys per thread: more would spill.
+# Keys that the select kernel holds in registers to find the threshold (32 per thread at 8 warps); beyond, it reads as many at
+# a time from L2. It has its SM to itself and may take all registers, which 16 warps may not: ptxas then spills a few.
 SELECT_KEYS_MAX = 8192
 SELECT_BLOCK_MAX = 4096
 
@@ -178,7 +178,7 @@ def select_blocks(n: int, lean: bool) -> tuple[int, int, int]:
         return tuned  # type: ignore[return-value]
     keys = min(max(next_power_of_2(n), 1024), SELECT_KEYS_MAX)
     block = min(keys, SELECT_BLOCK_MAX)
-    return keys, block, block // 256
+    return keys, block, min(block // 256, 8)
 
 
 def fused_select_block(n: int, masked: bool) -> tuple[int, int]:

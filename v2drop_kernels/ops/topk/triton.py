@@ -71,6 +71,8 @@ def _select_fwd_kernel(
 ):  # fmt: skip
     if TRIGGERS:
         gdc_launch_dependents()
+    if WAITS:
+        gdc_wait()
     g = tl.program_id(0).to(tl.int64)
     if cu is None:
         src_start, n_prefix, n, n_suffix, k, dst_start, pad_before, pad_after = segment(
@@ -90,8 +92,6 @@ def _select_fwd_kernel(
             lengths = _cu_length(cu, others, before, rows)[1]
             dst_start = tl.sum(tl.minimum(tl.load(ks + others, mask=before, other=0), lengths.to(tl.int64)))
             pad_after = tl.where(g == groups - 1, out_rows - dst_start.to(tl.int32) - k, 0)
-    if WAITS:
-        gdc_wait()
     if new_cu is not None:
         tl.store(new_cu + g, dst_start.to(tl.int32))
         tl.store(new_cu + groups, (dst_start + k).to(tl.int32), mask=g == groups - 1)
@@ -127,17 +127,19 @@ def _select_fwd_kernel(
         first += BLOCK
 
     # The rows around the survivors: padding, rows before, rows after, padding; j counts from dst_start.
-    total = pad_before + n_prefix + k + n_suffix + pad_after
-    first = total * 0
-    while first < total:
+    before = pad_before + n_prefix
+    around = before + (k - found) + n_suffix + pad_after
+    first = around * 0
+    while first < around:
         j = first + lanes
-        after = j - (pad_before + n_prefix + k)
+        inside = j < around
+        j += tl.where(j >= before, found, 0)
+        after = j - (before + k)
         source = tl.where(after >= 0, position + n + after, position - n_prefix + j - pad_before)
-        source = tl.where((j >= pad_before) & (after < n_suffix) & ((j < pad_before + n_prefix) | (after >= 0)), source, -1)
-        around = (j < total) & ((j < pad_before + n_prefix) | (j >= pad_before + n_prefix + found))
-        tl.store(keep + dst_start + j, source, mask=around)
+        source = tl.where((j >= pad_before) & (after < n_suffix) & ((j < before) | (after >= 0)), source, -1)
+        tl.store(keep + dst_start + j, source, mask=inside)
         if values is not None:
-            tl.store(values + dst_start + j, float("-inf"), mask=around)
+            tl.store(values + dst_start + j, float("-inf"), mask=inside)
         first += BLOCK
 
 
