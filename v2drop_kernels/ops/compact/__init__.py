@@ -111,7 +111,7 @@ def compact(
     if not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
         _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, gathers, at.rows)
     else:
-        outs = runner.run(request)
+        outs = (runner.run if out is None else overwrite.overwriting(runner.run))(request)
     cu, longest = kept_items(keep, cu_seqlens, at.rows, longest, traced=traced) if packed else (None, None)
     return calls.build_result(
         Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, ragged=layout is not None,
@@ -135,7 +135,8 @@ def compact_(
         int64 ``[B, S]`` positions that survive, ascending within each item; -1 entries are skipped.
     kv : Tensor or nested tuples/lists
         Tensors ``[B, H, N, Dh]`` or ``[B, N, H, Dh]``, changed in place; any dtype and strides. Item ``b`` ends with its
-        kept rows at the front of the row dimension; the rows behind them keep what they held.
+        kept rows at the front of the row dimension; the rows behind them keep what they held. A tensor that several layers
+        share may be given once for each: it is moved once.
     kv_layout : {"BHSD", "BSHD"}
     rows : int, optional
         ``N``; default: the first tensor's. All tensors must agree.
@@ -149,8 +150,8 @@ def compact_(
     Raises
     ------
     ValueError, TypeError
-        Tensors that disagree; rows of ``keep`` outside the cache or not ascending (checked on the CPU, before anything is
-        moved; on a GPU such rows are skipped or give unspecified rows, never an access out of bounds).
+        Tensors that disagree, or share memory in part; rows of ``keep`` outside the cache or not ascending (checked on the CPU,
+        before anything is moved; on a GPU such rows are skipped or give unspecified rows, never an access out of bounds).
 
     Notes
     -----
@@ -180,12 +181,13 @@ def compact_(
     for leaf in leaves:
         if torch.is_grad_enabled() and leaf.requires_grad:
             raise ValueError("kv must not require grad: compact_ changes it in place (use compact)")
-        if any(stride == 0 and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
-            raise ValueError(f"kv must not share memory between elements, got strides {list(leaf.stride())}")
     gathers, _ = calls.flatten(
         at, hidden=None, position_ids=None, kv=kv, kv_layout=kv_layout, attention_mask=None, rope=None, labels=None
     )
     runner = resolve_backend(INPLACE, first, backend, torch.float32)
     if not runner.traced:
         keep = arguments.settled(keep)
+    gathers = overwrite.distinct(gathers, keep, traced=runner.traced)
     runner.run(CompactRequest(keep.contiguous(), gathers))
+    if not runner.traced:
+        overwrite.count_change(gather.tensor for gather in gathers)

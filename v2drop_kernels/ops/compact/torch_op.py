@@ -11,6 +11,7 @@ from ..._ops import ops
 from ...backends.choice import runner_of
 from ...backends.protocol import Op
 from ...backends.requests import CompactBackwardRequest, CompactRequest
+from ...core import overwrite
 from .. import registration
 from . import reference
 
@@ -41,6 +42,7 @@ def _compact_fake(keep: Any, tensors: Any, dims: Any, fills: Any, backend: str) 
 
 def _inplace(keep: Any, tensors: Any, dims: Any, backend: str) -> None:
     runner_of(INPLACE, backend).run(CompactRequest(keep, registration.unpack_gathers(tensors, dims)))
+    overwrite.count_change(tensors)
 
 
 def _backward(keep: Any, grads: Any, dims: Any, rows: int, backend: str) -> list[torch.Tensor]:

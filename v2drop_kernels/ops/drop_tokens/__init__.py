@@ -114,7 +114,7 @@ def drop_tokens(
     if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
         keep, outs, cu = recorded(lambda: runner.run(request), runner, gathers, at.rows)
     else:
-        keep, outs, cu = runner.run(request)
+        keep, outs, cu = (runner.run if out is None else overwrite.overwriting(runner.run))(request)
     if packed:
         keep = keep.squeeze(0)
         if cu is None:
