@@ -89,3 +89,7 @@ v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tenso
                                       const v2drop_context* context) {
   return run(&Ops::cosine_to_pivots, context, [&](int32_t) { return check_pivots(x, pivots, cosines); });
 }
+
+v2drop_status v2drop_upload(const v2drop_tensor* values, const v2drop_tensor* to, const v2drop_context* context) {
+  return run(&Ops::upload, context, [&](int32_t) { return check_upload(values, to); });
+}

@@ -212,5 +212,14 @@ void compact_inplace(const CompactRequest& request, const v2drop_context& contex
   });
 }
 
+void upload(const UploadRequest& request, const v2drop_context&) {
+  if (request.dtype == V2DROP_INT64) {
+    std::copy_n(request.values, request.count, static_cast<int64_t*>(request.to));
+  } else {
+    std::transform(request.values, request.values + request.count, static_cast<int32_t*>(request.to),
+                   [](int64_t value) { return static_cast<int32_t>(value); });
+  }
+}
+
 }  // namespace cpu
 }  // namespace v2drop

@@ -81,6 +81,10 @@ class Workspace {
   int64_t left_;
 };
 
+// Writes host integers to device memory: they travel as kernel arguments, for a copy from host memory would keep the caller's memory in use
+// after the call, or synchronise, and a captured one would read that memory again at every replay. In upload_cuda.cu.
+void launch_upload(const int64_t* values, int64_t count, int64_t* to, void* stream);
+
 }  // namespace v2drop
 
 #endif  // V2DROP_CORE_LAUNCH_CUH_

@@ -521,4 +521,16 @@ PivotsRequest check_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, 
   return p;
 }
 
+UploadRequest check_upload(const v2drop_tensor* values, const v2drop_tensor* to) {
+  check_rows("values", values, false);
+  check_rows("to", to, false);
+  check_dtype("values", *values, V2DROP_INT64, "int64");
+  if (to->dtype != V2DROP_INT64 && to->dtype != V2DROP_INT32) fail("to: must be int64 or int32, got dtype code %d", to->dtype);
+  if (values->ndim != 1 || to->ndim != 1) fail("to: has %d dimensions and values has %d; both must have 1", to->ndim, values->ndim);
+  if (to->shape[0] != values->shape[0]) fail("to: has %" PRId64 " elements, not %" PRId64, to->shape[0], values->shape[0]);
+  check_contiguous("values", *values);
+  check_contiguous("to", *to);
+  return {static_cast<const int64_t*>(values->data), values->shape[0], to->data, to->dtype};
+}
+
 }  // namespace v2drop

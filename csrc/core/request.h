@@ -144,6 +144,13 @@ struct NormRequest {
   RowView scores;
 };
 
+struct UploadRequest {
+  const int64_t* values;  // on the host
+  int64_t count;
+  void* to;
+  int32_t dtype;  // INT64 or INT32
+};
+
 // x [batch, rows, dim], pivots [batch, n] and cosines [batch, n, rows], whose "rows" are the pivots.
 struct PivotsRequest {
   RowView x, pivots, cosines;
@@ -167,6 +174,7 @@ AttentionRequest check_attention(const v2drop_tensor* q, const v2drop_tensor* k,
                                  int32_t heads, int32_t queries, const v2drop_tensor* scores);
 NormRequest check_key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_tensor* scores);
 PivotsRequest check_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines);
+UploadRequest check_upload(const v2drop_tensor* values, const v2drop_tensor* to);
 
 }  // namespace v2drop
 

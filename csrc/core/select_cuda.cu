@@ -10,17 +10,6 @@
 namespace v2drop {
 namespace {
 
-constexpr int kTableChunk = 128;  // 8 KB of kernel arguments
-
-struct TableChunk {
-  v2drop_segment rows[kTableChunk];
-};
-
-// A table travels as kernel arguments: a copy from host memory would keep the caller's table in use after the call, or synchronise.
-__global__ void __launch_bounds__(kTableChunk) upload_kernel(v2drop_segment* to, const __grid_constant__ TableChunk chunk, int count) {
-  if (thread_id() < count) to[thread_id()] = chunk.rows[thread_id()];
-}
-
 // Where the segments select to.
 struct Selected {
   KeptRows kept;     // of a drop, or
@@ -197,12 +186,8 @@ Table make_table(const Segments& segments, const ScoreSource& source, int64_t ou
   if (table.rows) return table;
   v2drop_segment* rows = workspace.take<v2drop_segment>(segments.count);
   table.rows = rows;
-  for (int64_t g = 0; g < segments.count; g += kTableChunk) {
-    TableChunk chunk;
-    const int count = static_cast<int>(std::min<int64_t>(kTableChunk, segments.count - g));
-    std::copy_n(segments.data + g, count, chunk.rows);
-    launch(upload_kernel, 1, kTableChunk, LaunchDependency::kNone, context.stream, rows + g, chunk, count);
-  }
+  constexpr int64_t kFields = sizeof(v2drop_segment) / sizeof(int64_t);
+  launch_upload(reinterpret_cast<const int64_t*>(segments.data), segments.count * kFields, reinterpret_cast<int64_t*>(rows), context.stream);
   return table;
 }
 

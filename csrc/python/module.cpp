@@ -219,6 +219,12 @@ void cosine_to_pivots(Handle x, Handle pivots, Handle cosines, Handle context) {
   call([&] { return v2drop_cosine_to_pivots(a, p, out, where); });
 }
 
+void upload(Handle values, Handle to, Handle context) {
+  const Tensor from(values), out(to);
+  const Context where(context);
+  call([&] { return v2drop_upload(from, out, where); });
+}
+
 // "" if kernels of this build run on the current device, else why not.
 std::string cuda_available() {
   v2drop_status status;
@@ -313,4 +319,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention_score", &attention_score);
   module.def("key_norm", &key_norm);
   module.def("cosine_to_pivots", &cosine_to_pivots);
+  module.def("upload", &upload);
 }

@@ -117,7 +117,6 @@ def test_plan_is_uniform_where_items_are_alike():
 def test_plan_host_table_is_made_once():
     plan = plans.drop_plan(vk.TokenLayout.padded([(3, 9), (1, 2)], 12), (2, 1)).plan
     assert plan.host_table() is plan.host_table()
-    assert plan.device_table(torch.device("cpu")) is plan.device_table(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -215,13 +214,11 @@ def test_compacted_position_ids():
     assert vk.positions.compacted_position_ids(torch.tensor([1, 4, 6, 7, 9, -1]), cu).tolist() == [0, 1, 0, 1, 2, 0]
 
 
-def test_offsets_of_a_packed_result_are_never_shared():
-    """The resident copy on a GPU is cloned, so writing into one result cannot change the next."""
-    for made in (
-        plans.offsets_on((0, 3, 7), torch.device("cpu"), traced=False),
-        plans._resident_offsets((0, 3, 7), torch.device("cpu")).clone(),
-    ):
-        assert made.dtype == torch.int32
-        made.zero_()
-        assert plans.offsets_on((0, 3, 7), torch.device("cpu"), traced=False).tolist() == [0, 3, 7]
-        assert plans._resident_offsets((0, 3, 7), torch.device("cpu")).tolist() == [0, 3, 7]
+def test_offsets_of_a_packed_result_are_never_shared(on):
+    """Writing into one result cannot change the next."""
+    h = torch.zeros(7, 4, device=on.device)
+    drop = lambda: vk.drop_tokens(h, h, 2, droppable=[(0, 3), (1, 4)], cu_seqlens=(0, 3, 7), backend=on.backend).cu_seqlens
+    first = drop()
+    assert (first.dtype, first.tolist()) == (torch.int32, [0, 2, 5])
+    first.zero_()
+    assert drop().tolist() == [0, 2, 5]

@@ -41,8 +41,8 @@ class Reference:
 class Triton:
     """Triton kernels: CUDA and ROCm tensors, and CPU tensors under ``TRITON_INTERPRET=1``.
 
-    No kernel spins, counts in global memory or uses atomics; nothing synchronises with the host. Device tables of a plan are
-    copied once, so the first call of a plan must lie outside a CUDA graph capture.
+    No kernel spins, counts in global memory or uses atomics; nothing synchronises with the host. The table of a plan reaches the
+    device as kernel arguments (``backends/tables.py``), so a plan may be new inside a CUDA graph capture.
     """
 
     name = "triton"

@@ -8,17 +8,29 @@ kernels touch. The first kernel of a call never waits, so a call begins after al
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..core.plan import COLUMNS, WIDTH, Plan
+from ..core.plan import COLUMNS, WIDTH, CuPlan, Plan
+from . import tables
+from .tables import Tables
 
 # The columns of Plan.host_table(), for use in kernels.
 TABLE_FIELDS = tl.constexpr(WIDTH)
 (COL_SRC_START, COL_N_PREFIX, COL_N, COL_N_SUFFIX, COL_K, COL_DST_START, COL_PAD_BEFORE, COL_PAD_AFTER) = map(tl.constexpr, COLUMNS)
+
+# Triton compiles anew for every integer of a tuple that is 1 or a multiple of 16, or outgrows 32 bits, and do_not_specialize
+# does not reach into tuples. Odd 64-bit numbers are none of these: x travels as 2 x + 1 with bit 62 set.
+_PLAIN = 1 << 62
+_PLAIN_BITS = tl.constexpr(_PLAIN - 1)
+
+# Integers that one launch carries. 256 are 2 KB, well under the 4 KB of kernel parameters of CUDA drivers before 12.1; most
+# batches have few segments, and every argument costs the host time.
+UPLOAD_CHUNKS = (64, 256)
 
 
 def start(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
@@ -64,14 +76,48 @@ def row_strides(tensor: torch.Tensor | None) -> tuple[int, int]:
     return (tensor.stride(0), tensor.stride(1)) if tensor.dim() == 2 else (0, tensor.stride(0))
 
 
-@functools.lru_cache(maxsize=256)
-def slot_starts(plan: Plan, device: torch.device) -> torch.Tensor:
-    """Exclusive prefix sum ``[G + 1]`` of the segments' competing rows."""
-    n = plan.host_table()[:, COLUMNS.n]
-    return torch.cat([n.new_zeros(1), n.cumsum(0)]).to(device)
+def plain(x: int) -> int:
+    """``x``, from 0 to 2^61 - 1, as an element of a tuple argument."""
+    return _PLAIN | x << 1 | 1
+
+
+@triton.jit
+def decode(x):
+    """The integer that :func:`plain` encoded."""
+    return (x & _PLAIN_BITS) >> 1
+
+
+@triton.jit(do_not_specialize=["count"])
+def _upload_fwd_kernel(to, values, count, NUM_VALUES: tl.constexpr):
+    for i in tl.static_range(NUM_VALUES):
+        tl.store(to + i, decode(values[i]).to(to.dtype.element_ty), mask=i < count)
+
+
+def upload(values: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Integers of 64 bits as a new int32 or int64 tensor ``[len(values)]``, written by one launch for every 256 of them."""
+    values = tuple(values)
+    if values and not 0 <= min(values) <= max(values) < 1 << 61:
+        low, high = (upload([x >> bits & 0xFFFFFFFF for x in values], device, torch.int64) for bits in (0, 32))
+        return (low | high << 32).to(dtype)
+    out = torch.empty(len(values), dtype=dtype, device=device)
+    to = out
+    for encoded, count in _chunks(values):
+        start(_upload_fwd_kernel, 1, device, to, encoded, count, NUM_VALUES=len(encoded), num_warps=1)
+        to = to[count:]
+    return out
 
 
 @functools.lru_cache(maxsize=256)
-def device_ints(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Host integers as an int64 tensor on the device."""
-    return torch.tensor(values, dtype=torch.int64).to(device)
+def _chunks(values: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """For each launch the encoded values, padded to one of UPLOAD_CHUNKS, and how many they are."""
+    chunks = []
+    for first in range(0, len(values), UPLOAD_CHUNKS[-1]):
+        part = values[first : first + UPLOAD_CHUNKS[-1]]
+        size = next(size for size in UPLOAD_CHUNKS if size >= len(part))
+        chunks.append((tuple(map(plain, part)) + (plain(0),) * (size - len(part)), len(part)))
+    return tuple(chunks)
+
+
+def tables_of(plan: Plan | CuPlan, device: torch.device) -> Tables:
+    """The tables of a plan; a call takes them once, before its first launch, so that no upload parts two dependent launches."""
+    return tables.tables_of(plan, device, tables.on_host if device.type == "cpu" else upload)

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import native as library
 from ..core.plan import COLUMNS, WIDTH, CuPlan, Plan
 from ..core.types import GatherSpec
+from . import tables
 from .requests import Source
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -187,10 +188,10 @@ def call(
     groups = table = 0
     if plan is not None:
         rows, groups = (plan.rows if isinstance(plan, CuPlan) else plan.batch * plan.rows), plan.groups
-        # A captured graph may outlive the plan's copy on the device; without one the table travels in the launches.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if isinstance(plan, Plan) and plan.uniform is None and not capturing:
-            table = plan.device_table(device).data_ptr()
+        # Where no table may be kept, the library itself uploads one into the scratch memory of this call.
+        if isinstance(plan, Plan) and plan.uniform is None and tables.may_keep(device):
+            kept = tables.tables_of(plan, device, upload).segments
+            table = 0 if kept is None else kept.data_ptr()
     if rows or groups:
         workspace = _workspace_bytes(rows, groups, width)
     start = 0
@@ -198,14 +199,24 @@ def call(
         # Memory of the CPU is aligned to 64 bytes only. The allocator does not reuse this piece before the kernels have run.
         memory = torch.empty(workspace + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
         start = -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    context = library.cuda_context(stream, start, workspace, _forced_mode.get(), table)
+    _enqueue(name, device, arguments, library.cuda_context(tables.stream_of(device), start, workspace, _forced_mode.get(), table))
+
+
+def _enqueue(name: str, device: torch.device, arguments: Sequence[Any], context: tuple[int, ...]) -> None:
     # The library launches on the current device, whatever the tensors say.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _function(name)(*arguments, context)
     else:
         _function(name)(*arguments, context)
+
+
+def upload(values: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Integers as a new int32 or int64 tensor ``[len(values)]``, written by one launch for every 1024 of them."""
+    host = torch.tensor(values, dtype=torch.int64)  # read before the call returns
+    out = torch.empty(len(values), dtype=dtype, device=device)
+    _enqueue("upload", device, (view(host), view(out)), library.cuda_context(tables.stream_of(device)))
+    return out
 
 
 def device_offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Tensor | None:

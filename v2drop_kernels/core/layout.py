@@ -267,25 +267,29 @@ class TokenLayout:
 
     def droppable_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """bool ``[B, N]`` (``[T]`` packed): which rows are droppable."""
-        import torch
-
         if self.mask is not None:
             return self.mask.to(device)
-        rows = torch.zeros(self.rows if self.is_packed else self.batch * self.rows, dtype=torch.bool)
-        for s in self.segments():
-            rows[s.row : s.row + s.n] = True
-        return (rows if self.is_packed else rows.view(self.batch, self.rows)).to(device)
+        return self._marked([(s.row, s.row + s.n) for s in self.segments()], device)
 
     def real_rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """bool ``[B, N]`` (``[T]`` packed): which rows are not padding."""
+        if self.is_packed:
+            return self._marked([(0, self.rows)], device)
+        return self._marked([(i * self.rows + lo, i * self.rows + hi) for i, (lo, hi) in enumerate(self.bounds)], device)
+
+    def _marked(self, runs: list[tuple[int, int]], device: torch.device | str) -> torch.Tensor:
+        """bool ``[B, N]`` (``[T]`` packed), True in these runs of flat rows: filled on the device, not copied to it."""
         import torch
 
-        if self.is_packed:
-            return torch.ones(self.rows, dtype=torch.bool, device=device)
-        rows = torch.zeros(self.batch, self.rows, dtype=torch.bool)
-        for i, (lo, hi) in enumerate(self.bounds):
-            rows[i, lo:hi] = True
-        return rows.to(device)
+        batch = 1 if self.is_packed else self.batch
+        rows = torch.zeros(batch, self.rows, dtype=torch.bool, device=device)
+        if batch > 1 and runs and runs == [(runs[0][0] + i * self.rows, runs[0][1] + i * self.rows) for i in range(batch)]:
+            rows[:, runs[0][0] : runs[0][1]] = True
+        else:
+            flat = rows.view(-1)
+            for start, stop in runs:
+                flat[start:stop] = True
+        return rows.view(-1) if self.is_packed else rows
 
     def segments(self) -> list[DroppableSpan]:
         """The droppable spans, item by item; lists of ``k`` have this order."""

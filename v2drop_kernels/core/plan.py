@@ -8,9 +8,10 @@ describes a whole ragged batch. Everything is integer arithmetic on the host, wh
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .layout import DroppableSpan, TokenLayout
 
@@ -100,14 +101,15 @@ class Plan:
         return [x for g in range(self.groups) for x in Segment(g * self.rows, n_prefix, n, n_suffix, k, g * self.out_rows, 0, pad)]
 
     @functools.cached_property
+    def slot_starts(self) -> tuple[int, ...]:
+        """How many rows compete in all segments before each."""
+        return (0, *itertools.accumulate(self.column("n")))[: self.groups]
+
+    @functools.cached_property
     def _host_table(self) -> torch.Tensor:
         import torch
 
         return torch.tensor(self.flat_table(), dtype=torch.int64).view(self.groups, WIDTH)
-
-    @functools.cached_property
-    def _device_tables(self) -> dict[torch.device, torch.Tensor]:
-        return {}
 
     def host_table(self) -> torch.Tensor:
         """The table as an int64 CPU tensor ``[groups, 8]``, one :class:`Segment` a row, made once."""
@@ -118,12 +120,10 @@ class Plan:
         """The table as the compiled library reads it on the host: its address, and the number of segments."""
         return self._host_table.data_ptr(), self.groups
 
-    def device_table(self, device: torch.device) -> torch.Tensor:
-        """The table on ``device``, copied once: the first call must be made outside a CUDA graph capture."""
-        found = self._device_tables.get(device)
-        if found is None:
-            found = self._device_tables[device] = self._host_table.to(device)
-        return found
+    @functools.cached_property
+    def device_tables(self) -> dict[Any, Any]:
+        """The tables on devices, by device and stream; ``backends/tables.py`` fills and reads it."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -158,25 +158,6 @@ class CuPlan:
             table += Segment(cu[g], 0, n, 0, k, dst if self.pack else g * self.out_rows, 0, pad)
             dst += k
         return Plan(1, self.rows, self.out_rows, self.groups, None, tuple(table))
-
-
-def offsets_on(offsets: tuple[int, ...], device: torch.device, *, traced: bool) -> torch.Tensor:
-    """Host offsets as a fresh int32 tensor.
-
-    On a GPU a copy that is already there is cloned: one from the host would synchronise, and a graph cannot capture it.
-    """
-    import torch
-
-    if traced or device.type == "cpu":
-        return torch.tensor(offsets, dtype=torch.int32, device=device)
-    return _resident_offsets(offsets, device).clone()
-
-
-@functools.lru_cache(maxsize=1024)
-def _resident_offsets(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def topk_plan(layout: TokenLayout, ks: tuple[int, ...]) -> Plan:

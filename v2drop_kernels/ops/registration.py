@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._ops import add_op_namespace_prefix
+from ..backends.tables import made_anew
 from ..core.arguments import host_cu_seqlens
 from ..core.plan import WIDTH, CuPlan, Plan
 from ..core.types import GatherSpec
@@ -27,8 +28,19 @@ def define(schema: str, fake: Callable[..., Any], implementation: Callable[..., 
     """Register an op: its schema, its fake, and one implementation for every device."""
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, _keeping_nothing(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
+
+
+def _keeping_nothing(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, without tables that outlive a call: its memory may belong to a CUDA graph of torch.compile."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        with made_anew():
+            return implementation(*args)
+
+    return run
 
 
 def define_gradient(name: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:

@@ -173,8 +173,8 @@ typedef struct v2drop_context {
                         * v2drop_variation_score and its backward, v2drop_compact, v2drop_compact_inplace, v2drop_key_norm and
                         * v2drop_cosine_to_pivots */
   int64_t workspace_bytes; /* CUDA: at least v2drop_workspace_bytes(...), or v2drop_attention_workspace_bytes(...) */
-  /* CUDA, optional: a copy of the segments in device memory. Without it, segments that are not uniform (every batch entry one segment, all
-   * alike) cost one more launch for every 128 of them, which carries them over as kernel arguments. */
+  /* CUDA, optional: a copy of the segments in device memory, such as v2drop_upload makes. Without it, segments that are not uniform (every
+   * batch entry one segment, all alike) cost one more launch for every 128 of them, which carries them over as kernel arguments. */
   const v2drop_segment* device_segments;
 } v2drop_context;
 #define V2DROP_CONTEXT_INIT {sizeof(v2drop_context), V2DROP_CPU, 0, V2DROP_LAUNCH_AUTO, 0, NULL, NULL, 0, NULL}
@@ -273,6 +273,11 @@ V2DROP_API v2drop_status v2drop_key_norm(const v2drop_tensor* k, int32_t norm, c
  * all three may be left out together. */
 V2DROP_API v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
                                                  const v2drop_context* context);
+
+/* to[i] = values[i]. values: INT64, contiguous, [n], on the host wherever the call runs; to: INT64 or INT32 (which takes the low 32 bits),
+ * contiguous, [n]. On CUDA the numbers travel as kernel arguments, 1024 a launch: nothing synchronises, the caller may change `values` once
+ * the call has returned, and a captured graph writes the same numbers again whenever it is replayed. */
+V2DROP_API v2drop_status v2drop_upload(const v2drop_tensor* values, const v2drop_tensor* to, const v2drop_context* context);
 
 #ifdef __cplusplus
 } /* extern "C" */

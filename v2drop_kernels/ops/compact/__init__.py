@@ -10,8 +10,8 @@ from ...backends.choice import is_traced, resolve_backend
 from ...backends.requests import CompactRequest
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
-from ...core.packed import kept_items
 from ...core.types import Compacted, TopK
+from ..host_ints import kept_items
 from .gradient import recorded
 from .keep import check_keep, surviving_rows
 from .torch_op import INPLACE, OP

@@ -10,6 +10,7 @@ from ...core import arguments, calls
 from ...core.arguments import is_packed, per_segment_k
 from ...core.droppable import layout_of
 from ...core.layout import TokenLayout
+from ..host_ints import host_ints
 
 
 def check_keep(keep: Any, at: calls.BatchShape, groups: bool) -> None:
@@ -53,8 +54,8 @@ def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout, *, readabl
     ks = per_segment_k((keep >= 0).sum(1).tolist() if k is None else k, len(segments))
     ks = tuple(min(x, s.available) for s, x in zip(segments, ks, strict=True))
     base = [0 if layout.is_packed else s.item * layout.rows for s in segments]
-    bounds = [(s.row, s.row + s.n, b, x) for s, b, x in zip(segments, base, ks, strict=True)]
-    first, stop, base_rows, most = torch.tensor(bounds, dtype=torch.int64, device=device).view(-1, 4, 1).unbind(1)
+    bounds = [x for s, b, most in zip(segments, base, ks, strict=True) for x in (s.row, s.row + s.n, b, most)]
+    first, stop, base_rows, most = host_ints(bounds, device).view(-1, 4, 1).unbind(1)
     droppable = None if layout.mask is None else layout.mask.flatten()
 
     flat = keep + base_rows
@@ -65,13 +66,12 @@ def _with_all_others(keep: torch.Tensor, k: Any, layout: TokenLayout, *, readabl
     if readable:
         _check_listed(keep, listed, inside, None if k is None else ks)
     inside = inside & (inside.cumsum(1) <= most)
-    stays = (layout.real_rows() & ~layout.droppable_rows()).to(device) if layout.mask is None else (
-        layout.real_rows(device) & ~layout.mask
-    )  # fmt: skip
+    stays = layout.real_rows(device) & ~layout.droppable_rows(device)
     # A spare slot at the end takes what is empty or elsewhere, so that no count has to come back to the host.
     total = stays.numel()
     flags = torch.nn.functional.pad(stays.flatten(), (0, 1))
-    flags[torch.where(inside, flat, total).flatten()] = True
+    # Not flags[...] = True, which copies that value from host memory.
+    flags.index_fill_(0, torch.where(inside, flat, total).flatten(), True)
     return _rows_of(flags[:total].view(stays.shape), ks, layout)
 
 

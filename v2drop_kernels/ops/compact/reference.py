@@ -10,8 +10,9 @@ from ...backends.requests import CompactRequest
 from ...core import calls
 from ...core.arguments import is_packed, per_segment_k
 from ...core.droppable import layout_of
-from ...core.packed import kept_items, longest_item
+from ...core.packed import longest_item
 from ...core.types import Compacted, GatherSpec, TopK
+from ..host_ints import kept_items
 from ..topk.reference import segment_rows
 
 

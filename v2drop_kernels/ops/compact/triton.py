@@ -19,28 +19,17 @@ from triton.language.extra.cuda import gdc_wait
 
 from ...backends import configs, launch
 from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
+from ...backends.launch import decode as _decode
+from ...backends.launch import plain as _plain
 from ...backends.requests import CompactBackwardRequest, CompactRequest
+from ...backends.tables import Tables
 from ...core.plan import Plan
 from ...core.types import GatherSpec
 from ..topk.triton import segment
 from ..topk.triton_keys import kept_up_to, load_keys, threshold
 from ..variation_score.triton import segment_of
 
-# Triton compiles anew for every integer of a tuple that is 1 or a multiple of 16, or outgrows 32 bits, and do_not_specialize
-# does not reach into tuples. Odd 64-bit numbers are none of these: x travels as 2 x + 1 with bit 62 set.
-_PLAIN = 1 << 62
-_PLAIN_BITS = tl.constexpr(_PLAIN - 1)
-
 _SURVIVOR = tl.constexpr(-2)  # a row whose source stands in keep
-
-
-def _plain(x: int) -> int:
-    return _PLAIN | x << 1 | 1
-
-
-@triton.jit
-def _decode(x):
-    return (x & _PLAIN_BITS) >> 1
 
 
 @triton.constexpr_function
@@ -367,6 +356,7 @@ class Selection(NamedTuple):
     scores: torch.Tensor  # float32 [Bt * rows]
     mask: torch.Tensor | None
     plan: Plan
+    tables: Tables
 
 
 def gather(
@@ -414,11 +404,11 @@ def _launch_gather(
     n_prefix = n = n_suffix = k = segments = block = steps = 0
     num_warps = 4
     if selection is not None:
-        scores, mask, plan = selection
+        scores, mask, plan, tables = selection
         segments = plan.groups
         block, num_warps = configs.fused_select_block(plan.max_n, masked=mask is not None)
         if plan.uniform is None:
-            table, steps = plan.device_table(keep.device), max(segments - 1, 0).bit_length()
+            table, steps = tables.segments, max(segments - 1, 0).bit_length()
         else:
             n_prefix, n, n_suffix, k = plan.uniform
     launch.start(

@@ -11,9 +11,9 @@ from ...backends.requests import DropRequest, Source
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.droppable import layout_of
-from ...core.plan import offsets_on
 from ...core.types import Dropped
 from ..compact.gradient import recorded
+from ..host_ints import host_ints
 from .torch_op import OP
 
 
@@ -118,7 +118,7 @@ def drop_tokens(
     if packed:
         keep = keep.squeeze(0)
         if cu is None:
-            cu = offsets_on(cast(tuple[int, ...], resolved.out_cu), keep.device, traced=traced)
+            cu = host_ints(cast(tuple[int, ...], resolved.out_cu), keep.device, torch.int32)
     return calls.build_result(
         Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=resolved.after,
         ragged=resolved.ragged, max_seqlen=resolved.max_seqlen,

@@ -11,10 +11,11 @@ from ...core import calls, overwrite
 from ...core.arguments import is_packed, per_segment_k
 from ...core.droppable import layout_of
 from ...core.layout import TokenLayout
-from ...core.packed import kept_offsets, longest_item
+from ...core.packed import longest_item
 from ...core.plan import drop_plan
 from ...core.types import Dropped, GatherSpec
 from ..compact.reference import gather, pad_rows
+from ..host_ints import kept_offsets
 from ..topk.reference import best, segment_rows
 from ..variation_score.reference import ranked_by, variation_score
 

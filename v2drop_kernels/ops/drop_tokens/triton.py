@@ -27,12 +27,13 @@ def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor],
     pdl = launch.has_pdl(device)
     batch = plan.batch if isinstance(plan, Plan) else 1
     keep = torch.empty((batch, plan.out_rows), dtype=torch.int64, device=device)
+    tables = launch.tables_of(plan, device)
     if scores is None:
-        scores = plan_scores(source, plan, triggers=True)
+        scores = plan_scores(source, plan, tables, triggers=True)
         if isinstance(plan, Plan) and gathers and configs.fuses_select(plan.max_n, plan.groups):
-            return keep, gather(keep, gathers, plan.rows, selection=Selection(scores, mask, plan), waits=pdl), None
+            return keep, gather(keep, gathers, plan.rows, selection=Selection(scores, mask, plan, tables), waits=pdl), None
         # The scores are one flat array; batch entry b begins at b * rows.
         scores = scores.view(batch, plan.rows)
     new_cu = None if isinstance(plan, Plan) else torch.empty(plan.groups + 1, dtype=torch.int32, device=device)
-    launch_select(keep, None, new_cu, scores, mask, plan, cu_seqlens, force=True, waits=scored and pdl, triggers=pdl)
+    launch_select(keep, None, new_cu, scores, mask, plan, cu_seqlens, tables, force=True, waits=scored and pdl, triggers=pdl)
     return keep, gather(keep, gathers, plan.rows, waits=pdl), new_cu

@@ -5,6 +5,8 @@ One program selects a segment: it finds the threshold, then places the survivors
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +23,10 @@ from ...backends.launch import (
     COL_PAD_BEFORE,
     COL_SRC_START,
     TABLE_FIELDS,
-    device_ints,
     row_strides,
 )
 from ...backends.requests import TopKRequest
+from ...backends.tables import Tables
 from ...core.plan import CuPlan, Plan
 from ..variation_score.triton import plan_scores
 from .triton_keys import EXCLUDED, kept_up_to, load_keys, score_keys, threshold, threshold_chunked
@@ -179,6 +181,7 @@ def launch_select(
     mask: torch.Tensor | None,
     plan: Plan | CuPlan,
     cu_seqlens: torch.Tensor | None,
+    tables: Tables,
     *,
     force: bool,
     waits: bool,
@@ -186,20 +189,17 @@ def launch_select(
 ) -> None:
     """Start the select kernel: one program per segment writes ``keep`` and what else is given."""
     device = scores.device
-    table = ks = None
     n_prefix = n = n_suffix = k = 0
     if isinstance(plan, CuPlan):
-        ks, n_max = device_ints(plan.ks, device), plan.rows
+        n_max = plan.rows
     else:
         n_max, cu_seqlens = plan.max_n, None
-        if plan.uniform is None:
-            table = plan.device_table(device)
-        else:
+        if plan.uniform is not None:
             n_prefix, n, n_suffix, k = plan.uniform
     keys, block, num_warps = configs.select_blocks(n_max, lean=mask is not None or isinstance(plan, CuPlan))
     launch.start(
         _select_fwd_kernel, plan.groups, device,
-        keep, values, new_cu, scores, *row_strides(scores), mask, *row_strides(mask), table, cu_seqlens, ks,
+        keep, values, new_cu, scores, *row_strides(scores), mask, *row_strides(mask), tables.segments, cu_seqlens, tables.ks,
         max(plan.rows, 1), plan.out_rows, n_prefix, n, n_suffix, k, plan.groups,
         FORCE=force, KEYS=keys, DEPTH=keys // (32 * num_warps), CHUNKED=n_max > keys, BLOCK=block,
         GROUPS=configs.next_power_of_2(plan.groups) if new_cu is not None else 1,
@@ -214,8 +214,9 @@ def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
     """
     source, plan, cu_seqlens, order, _ = request
     scores, mask, scored = source.scores, source.mask, source.scores is None
+    tables = launch.tables_of(plan, cast(torch.Tensor, source.h_cur if scores is None else scores).device)
     if scores is None:
-        scores = plan_scores(source, plan, triggers=True)
+        scores = plan_scores(source, plan, tables, triggers=True)
         scores = scores.view(-1, plan.rows) if plan.rows else scores
     device = scores.device
     pdl = launch.has_pdl(device)
@@ -224,8 +225,9 @@ def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
     indices = torch.empty(shape, dtype=torch.int64, device=device)
     values = torch.empty(shape, dtype=scores.dtype, device=device)
     launch_select(
-        indices, values, None, scores, mask, plan, cu_seqlens, force=False, waits=scored and pdl, triggers=by_score and pdl
-    )
+        indices, values, None, scores, mask, plan, cu_seqlens, tables,
+        force=False, waits=scored and pdl, triggers=by_score and pdl,
+    )  # fmt: skip
     if not by_score:
         return values, indices
     ranked_values, ranked_indices = torch.empty_like(values), torch.empty_like(indices)

@@ -17,8 +17,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...backends import configs, launch
-from ...backends.launch import COL_N_PREFIX, COL_SRC_START, TABLE_FIELDS, row_strides, slot_starts
+from ...backends.launch import COL_N_PREFIX, COL_SRC_START, TABLE_FIELDS, row_strides
 from ...backends.requests import ScoreBackwardRequest, Source
+from ...backends.tables import NONE, Tables
 from ...core.arguments import METRICS, unit_stride
 from ...core.plan import CuPlan, Plan
 
@@ -214,10 +215,10 @@ def variation_score(source: Source) -> torch.Tensor:
     """Float32 scores ``[B, N]`` or ``[T]``."""
     lead = cast(torch.Tensor, source.h_cur).shape[:-1]
     plan = Plan(math.prod(lead[:-1]), lead[-1], 0, 0, (0, lead[-1], 0, 0))
-    return plan_scores(source._replace(mask=None), plan, triggers=False).view(lead)
+    return plan_scores(source._replace(mask=None), plan, NONE, triggers=False).view(lead)
 
 
-def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch.Tensor:
+def plan_scores(source: Source, plan: Plan | CuPlan, tables: Tables, *, triggers: bool) -> torch.Tensor:
     """Float32 scores ``[Bt * rows]`` of the rows that compete in ``plan``; the others stay unwritten.
 
     ``triggers`` says that the caller's next launch waits for this one (programmatic dependent launch).
@@ -227,7 +228,6 @@ def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch
     batch = 1 if isinstance(plan, CuPlan) else plan.batch
     scores = torch.empty(batch * plan.rows, dtype=torch.float32, device=cur.device)
     d = cur.shape[-1]
-    table = starts = None
     n_prefix, groups = 0, plan.groups
     if isinstance(plan, CuPlan):
         n = slots = plan.rows
@@ -236,16 +236,15 @@ def plan_scores(source: Source, plan: Plan | CuPlan, *, triggers: bool) -> torch
         slots = batch * n
     else:
         n, slots = plan.max_n, sum(plan.column("n"))
-        table, starts = plan.device_table(cur.device), slot_starts(plan, cur.device)
     tile_rows, block_d, num_warps = configs.score_config(d, cur.element_size())
     stays_in_l2 = triggers and cur.numel() * cur.element_size() <= configs.L2_RESIDENT_BYTES
     launch.start(
         _variation_score_fwd_kernel, -(-slots // tile_rows), cur.device,
-        scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), table, starts,
+        scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), tables.segments, tables.starts,
         slots, plan.rows, n_prefix, n, groups,
         D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROUND=_ROUNDINGS[score_dtype],
         ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, CUR_POLICY="evict_last" if stays_in_l2 else "",
-        SEARCH_STEPS=0 if table is None else max(groups - 1, 0).bit_length(),
+        SEARCH_STEPS=0 if tables.segments is None else max(groups - 1, 0).bit_length(),
         TRIGGERS=triggers and launch.has_pdl(cur.device), num_warps=num_warps,
     )  # fmt: skip
     return scores
