@@ -49,7 +49,7 @@ def candidates_of(kind: str, case: Case) -> list[Values]:
     elif kind == "fused":
         made = [{"num_warps": w} for w in threads(power(case.n))]
     elif kind == "gather":
-        made = [{"rows": r, "programs": p, "items": i} for r in (4, 8, 16) for p, i in ((1024, 8), (2048, 4), (512, 16))]
+        made = [{"rows": r, "programs": p, "items": i} for r in (8, 16, 32) for p, i in ((1024, 8), (2048, 4), (512, 16))]
     else:
         made = [{"launches": 2}, {"launches": 3}]
     rule = rule_of(kind, case)  # tried anyway; a second time it could win by noise
@@ -65,7 +65,7 @@ def rule_of(kind: str, case: Case) -> Values:
             "score": configs.score_config(case.d, case.dtype.itemsize),
             "select": configs.select_blocks(case.n, False),
             "fused": configs.fused_select_block(case.n, False)[1:],
-            "gather": (configs.gather_rows(case.batch * case.k), 1024, 8),
+            "gather": (configs.gather_rows(case.batch, case.k), 1024, 8),
             "launches": (2 if configs.fuses_select(case.n, case.batch) else 3,),
         }[kind]
     return dict(zip(configs.KINDS[kind][1], found, strict=True))

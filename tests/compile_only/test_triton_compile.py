@@ -23,7 +23,7 @@ from v2drop_kernels.backends.requests import (
 from v2drop_kernels.core.plan import CuPlan, Plan
 from v2drop_kernels.core.types import GatherSpec
 from v2drop_kernels.ops.attention_score.triton import attention_score
-from v2drop_kernels.ops.compact.triton import compact_, compact_backward
+from v2drop_kernels.ops.compact.triton import compact_, compact_backward, gather
 from v2drop_kernels.ops.drop_tokens.triton import drop_tokens
 from v2drop_kernels.ops.similarity.triton import cosine_to_pivots, key_norm
 from v2drop_kernels.ops.topk.triton import launch_select, topk
@@ -139,8 +139,7 @@ def test_drop(target, n, kv):
     assert {has_pdl(x) for x in compiled} == {target in (SM90, SM100, SM120)}
     if target.backend != "cuda":
         return
-    gather = compiled[-1]
-    loads, stores = gather.accesses("LDG"), gather.accesses("STG")
+    loads, stores = compiled[-1].accesses("LDG"), compiled[-1].accesses("STG")
     # Hidden states and K/V move by 16 bytes. Narrower are, where the select is fused, the scores (32) and keep (64), and
     # the small arrays: ids (64) and mask (8).
     narrow = {"64"} | ({"8"} if kv else set())
@@ -181,9 +180,51 @@ def test_backward(target):
         )
         compact_backward(CompactBackwardRequest(keep, [GatherSpec(hidden(n // 4), 0, 1)], n))
     assert [x.name for x in launches] == ["variation_score_bwd", "invert_fwd", "gather_fwd"]
-    score, _, gather = (compile_for(target, x) for x in launches)
+    score, _, gathered = (compile_for(target, x) for x in launches)
     if target.backend == "cuda":
-        assert set(score.accesses("STG")) == set(gather.accesses("STG")) == {"128"}
+        assert set(score.accesses("STG")) == set(gathered.accesses("STG")) == {"128"}
+
+
+def innermost_loop(compiled: Compiled, holds: str) -> list[str]:
+    """The shortest loop of the SASS that holds an instruction, by its backward branch."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", compiled.sass, re.MULTILINE)
+    at = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    loops = []
+    for i, (address, text) in enumerate(found):
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < int(address, 16):
+            loops.append([text for _, text in found[at[int(branch[1], 16)] : i + 1]])
+    return min((loop for loop in loops if any(holds in text for text in loop)), key=len)
+
+
+@pytest.mark.parametrize("tensors", [1, 64, 128])
+def test_a_gather_picks_a_tensor_once(tensors):
+    """The loop over pieces of 8 KB has as few instructions for many tensors as for one, and reads no addresses."""
+    kv = [GatherSpec(torch.empty(1, 4, 6272, 128, dtype=torch.bfloat16), 0, 2)] * tensors
+    with recorded(SM90) as launches:
+        gather(torch.empty(1, 1568, dtype=torch.int64), kv, 6272)
+    (item,) = launches
+    loop = innermost_loop(compile_for(SM90, item), "STG.E.128")
+    assert sum("LDG.E.128" in text for text in loop) == sum("STG.E.128" in text for text in loop) == 4  # 8 KB by 128 threads
+    assert len(loop) <= 120, len(loop)
+
+
+@pytest.mark.parametrize(("n", "batch", "kv"), [
+    (576, 1, False), (576, 8, False), (576, 32, False), (576, 128, False), (2048, 1, False), (2048, 8, False), (576, 1, True),
+    (576, 8, True), (2048, 8, True),
+])  # fmt: skip
+def test_a_gather_that_selects_is_one_wave(n, batch, kv):
+    """Every program repeats the select, so none should start when another has ended."""
+    h = torch.empty(1, n, 4096, dtype=torch.bfloat16).expand(batch, -1, -1)
+    parts = [GatherSpec(h, 0, 1)]
+    if kv:
+        parts += [GatherSpec(torch.empty(1, 4, n, 128, dtype=torch.bfloat16).expand(batch, -1, -1, -1), 0, 2)] * 64
+    with recorded(SM90) as launches:
+        drop_tokens(DropRequest(Source(None, h, h), Plan(batch, n, n // 4, batch, (0, n, 0, n // 4)), None, parts))
+    item = launches[-1]
+    threads = 32 * item.meta["num_warps"]
+    resident = 65536 // (-(-compile_for(SM90, item).registers // 8) * 8 * threads)  # an SM hands out registers by 8 per thread
+    assert 1 <= item.programs / 132 <= resident
 
 
 @every_target

@@ -735,12 +735,12 @@ def test_a_table_is_read_for_its_device_and_by_exact_key(tmp_path: Path, monkeyp
     configs = importlib.import_module("v2drop_kernels.backends.configs")
     functions = {
         "score": lambda: configs.score_config(48, 4), "select": lambda: configs.select_blocks(50, False),
-        "fused": lambda: configs.fused_select_block(50, False), "rows": lambda: configs.gather_rows(51),
-        "items": lambda: configs.gather_items(12, 51), "launches": lambda: configs.fuses_select(50, 3),
+        "fused": lambda: configs.fused_select_block(50, False), "rows": lambda: configs.gather_rows(3, 17),
+        "items": lambda: configs.gather_items(4, 3, 51), "launches": lambda: configs.fuses_select(50, 3),
     }  # fmt: skip
     others = [
         lambda: configs.score_config(48, 2), lambda: configs.score_config(50, 4), lambda: configs.select_blocks(65, False),
-        lambda: configs.fused_select_block(50, True), lambda: configs.gather_rows(65), lambda: configs.fuses_select(50, 2),
+        lambda: configs.fused_select_block(50, True), lambda: configs.gather_rows(5, 13), lambda: configs.fuses_select(50, 2),
     ]  # fmt: skip
     rule, elsewhere = {name: f() for name, f in functions.items()}, [f() for f in others]
     (tmp_path / "tuned.json").write_text(json.dumps({"devices": {"Some GPU": {"measured": {"date": "2026-01-02"}, **TABLE}}}))

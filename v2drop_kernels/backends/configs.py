@@ -39,9 +39,17 @@ SELECT_BLOCK_MAX = 4096
 # 16-byte loads per thread and tensor that the score kernel issues before it uses the first.
 SCORE_STEPS = 4
 
-# Output rows of one gather program: eight pieces of 1 KB are four 16-byte loads per thread at 4 warps. 16 rows compile to 120
-# registers instead of 72, for the same bytes in flight per SM.
-GATHER_ROWS = _INTERPRETED_ROWS if INTERPRETED else 8
+# A piece of a gather: output rows times bytes of each. 8 KB are four 16-byte loads per thread at 4 warps, and what published row
+# gathers move per program and step (8 to 14 KB). Wide rows come by 8 x 1 KB. Where at least an eighth of the bytes lies in rows of
+# at most 256 bytes (a K/V head of 128 elements of 2 bytes), all come by 32 x 256 bytes, so that these fill their pieces too: the
+# lines of an H100 are fetched at full speed down to 256 contiguous bytes.
+GATHER_PIECE = 8192
+GATHER_ROWS, GATHER_NARROW_ROWS = (_INTERPRETED_ROWS, _INTERPRETED_ROWS) if INTERPRETED else (8, 32)
+NARROW_BYTES, NARROW_SHARE = 256, 8
+
+# A gather that selects is one wave: each program repeats the select, and a second wave would pay it again. At most 128 registers
+# per thread leave room for 16 warps on each SM; an H100 or H200 has 132 SMs.
+FUSED_WARPS = 16 * 132
 
 # Keeping h_cur in L2 for the gather pays only where it fits beside what else is live: half of the 60 MB of an H100/H200.
 L2_RESIDENT_BYTES = 30 << 20
@@ -52,9 +60,10 @@ TENSORS_PER_LAUNCH = 128
 # Rank kernel: survivors ranked by one program, and compared with at a time; 32 comparisons per thread at 4 warps.
 RANK_BLOCK, RANK_TILE = (1024, 1024) if INTERPRETED else (32, 128)
 
-# Rows of the inverse map that one program fills; a program reads all of keep, so not too few.
-INVERT_ROWS = 8192
-INVERT_BLOCK = 1024
+# Rows of the inverse map that one program fills, and entries of keep that it reads at a time: 16 per thread at 8 warps, so that
+# the 16384 kept rows of N = 65536 are four dependent loads. A program reads all of keep, so not too few rows.
+INVERT_ROWS = 2048
+INVERT_BLOCK = 4096
 
 
 def next_power_of_2(n: int) -> int:
@@ -194,26 +203,39 @@ def fuses_select(n: int, batch: int) -> bool:
     return tuned[0] == 2 if tuned else n <= FUSED_SELECT_MAX
 
 
-def gather_cols(width: int) -> int:
-    """Elements, of at most 8 bytes, of one piece of a row: 1 KB pieces keep full speed (512 B per warp did, on an H100)."""
-    return min(next_power_of_2(width), 1024 if INTERPRETED else 128)
+def gather_cols(width: int, rows: int = GATHER_ROWS) -> int:
+    """Elements, of at most 8 bytes, of one piece of a row, where a piece has ``rows`` rows."""
+    return min(next_power_of_2(width), 1024 if INTERPRETED else max(GATHER_PIECE // (8 * rows), 1))
 
 
-def gather_rows(kept: int) -> int:
-    """Output rows of one gather program, given the kept rows of all batch entries."""
-    tuned = _entry("gather", next_power_of_2(kept))
-    return tuned[0] if tuned else GATHER_ROWS
+def gather_rows(batch: int, out_rows: int, row_bytes: Sequence[tuple[int, int]] = (), most: int = 0) -> int:
+    """Output rows of one piece.
+
+    ``row_bytes``: per class of tensors all bytes of one output row, and those that are contiguous. ``most``: programs of one
+    wave, if the gather selects its rows.
+    """
+    if tuned := _entry("gather", next_power_of_2(batch * out_rows)):
+        return tuned[0]
+    narrow = sum(total for total, width in row_bytes if width <= NARROW_BYTES)
+    if narrow * NARROW_SHARE >= sum(total for total, _ in row_bytes) > 0:
+        return GATHER_NARROW_ROWS
+    rows = GATHER_ROWS
+    while most and rows < GATHER_NARROW_ROWS and batch * -(-out_rows // rows) > most:
+        rows *= 2
+    return rows
 
 
-def gather_items(copies: int, kept: int = 0) -> int:
-    """Pieces that one program copies one after the other, given the pieces of the launch and, as for ``gather_rows``, its rows.
+def gather_items(items: int, tiles: int, kept: int = 0, most: int = 0) -> int:
+    """Pieces that one program copies one after the other, of ``items`` for each of ``tiles``; ``kept``: all output rows.
 
-    Enough programs first (1024: eight per SM on 132 SMs), then up to eight pieces each, which share one index load (and one
-    select, where fused): 8 rows of 14 KB per program were the published optimum of a row gather on an H200.
+    Enough programs first (1024: eight per SM on 132 SMs), then up to eight pieces each, which share one index load and the
+    addresses of a tensor. With the select at most ``most`` programs: as many pieces as that takes.
     """
     tuned = _entry("gather", next_power_of_2(kept)) if kept else None
-    _, programs, items = tuned or (0, *((1, 32) if INTERPRETED else (1024, 8)))
-    return min(max(copies // programs, 1), items)
+    if most and tuned is None and not INTERPRETED:
+        return max(-(-items // max(most // max(tiles, 1), 1)), 1)
+    _, programs, longest = tuned or (0, *((1, 32) if INTERPRETED else (1024, 8)))
+    return min(max(items * tiles // programs, 1), longest)
 
 
 def inplace_tile(width: int) -> tuple[int, int]:

@@ -39,13 +39,23 @@ def _integer(nbytes):
 
 @triton.jit
 def _pick(addresses, which, FIRST: tl.constexpr, COUNT: tl.constexpr, BYTES: tl.constexpr):
-    """Source and destination of tensor ``which`` of a class: kernel parameters cannot be indexed, so a chain of selects."""
-    src = addresses[FIRST][0]
-    dst = addresses[FIRST][1]
-    for i in tl.static_range(1, COUNT):
-        src = tl.where(which == i, addresses[FIRST + i][0], src)
-        dst = tl.where(which == i, addresses[FIRST + i][1], dst)
-    return _decode(src).to(tl.pointer_type(_integer(BYTES))), _decode(dst).to(tl.pointer_type(_integer(BYTES)))
+    """Source and destination of tensor ``which`` of a class.
+
+    Kernel parameters cannot be indexed: halves by branches, which all threads take alike, then selects among the last four.
+    """
+    if COUNT > 4:
+        if which < COUNT // 2:
+            src, dst = _pick(addresses, which, FIRST, COUNT // 2, BYTES)
+        else:
+            src, dst = _pick(addresses, which - COUNT // 2, FIRST + COUNT // 2, COUNT - COUNT // 2, BYTES)
+        return src, dst
+    else:
+        src = addresses[FIRST][0]
+        dst = addresses[FIRST][1]
+        for i in tl.static_range(1, COUNT):
+            src = tl.where(which == i, addresses[FIRST + i][0], src)
+            dst = tl.where(which == i, addresses[FIRST + i][1], dst)
+        return _decode(src).to(tl.pointer_type(_integer(BYTES))), _decode(dst).to(tl.pointer_type(_integer(BYTES)))
 
 
 @triton.jit
@@ -98,36 +108,41 @@ def _select_rows(
 
 @triton.jit
 def _move_rows(
-    addresses, facts, group, b, source, row, inside,
+    addresses, facts, begin, end, b, source, row, inside,
     FIRST: tl.constexpr, COUNT: tl.constexpr, BYTES: tl.constexpr, LOAD: tl.constexpr, COLS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """Copy this program's pieces of one class, rows ``source`` to ``row``, if the class is its own."""
-    first_group, per_program, items, pieces, planes, width, src_b, src_r, src_p, dst_b, dst_r, dst_p = facts
+    """Copy rows ``source`` to ``row`` of those pieces of one class that are among this program's, ``begin`` to ``end``."""
+    first_item, items, pieces, planes, width, src_b, src_r, src_p, dst_b, dst_r, dst_p = facts
     # Counts in 32 bits: 64-bit divisions are function calls.
-    item = (group - _decode(first_group).to(tl.int32)) * _decode(per_program).to(tl.int32)
-    stop = tl.minimum(item + _decode(per_program).to(tl.int32), _decode(items).to(tl.int32))
-    if (item >= 0) & (item < stop):
+    item = tl.maximum(begin - _decode(first_item).to(tl.int32), 0)
+    stop = tl.minimum(end - _decode(first_item).to(tl.int32), _decode(items).to(tl.int32))
+    if item < stop:
         row_pieces = _decode(pieces).to(tl.int32)
-        tensor_planes = _decode(planes).to(tl.int32)
+        of_tensor = row_pieces * _decode(planes).to(tl.int32)
         row_width = _decode(width) * LOAD
         src_row = source[:, None] * _decode(src_r)  # [ROWS, 1]
         dst_row = row[:, None] * _decode(dst_r)
         while item < stop:
-            src, dst = _pick(addresses, item // row_pieces // tensor_planes, FIRST, COUNT, BYTES)
-            plane = (item // row_pieces % tensor_planes).to(tl.int64)
-            src += b * _decode(src_b) + plane * _decode(src_p)
-            dst += b * _decode(dst_b) + plane * _decode(dst_p)
-            col = (item % row_pieces).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]  # [1, COLS]
-            # Every row of a class starts, and ends, on a multiple of LOAD elements.
-            src_at = tl.multiple_of(src + src_row + col, (LOAD * BYTES, LOAD * BYTES))
-            dst_at = tl.multiple_of(dst + dst_row + col, (LOAD * BYTES, LOAD * BYTES))
-            moved = tl.load(src_at, mask=(source >= 0)[:, None] & (col < row_width), other=FILL)
-            tl.store(dst_at, moved, mask=inside[:, None] & (col < row_width))
-            item += 1
+            tensor = item // of_tensor
+            src_batch, dst_batch = _pick(addresses, tensor, FIRST, COUNT, BYTES)
+            src_batch += b * _decode(src_b)
+            dst_batch += b * _decode(dst_b)
+            tensor_stop = tl.minimum(stop, (tensor + 1) * of_tensor)
+            while item < tensor_stop:
+                plane = (item - tensor * of_tensor) // row_pieces
+                src = src_batch + plane.to(tl.int64) * _decode(src_p)
+                dst = dst_batch + plane.to(tl.int64) * _decode(dst_p)
+                col = (item % row_pieces).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]  # [1, COLS]
+                # Every row of a class starts, and ends, on a multiple of LOAD elements.
+                src_at = tl.multiple_of(src + src_row + col, (LOAD * BYTES, LOAD * BYTES))
+                dst_at = tl.multiple_of(dst + dst_row + col, (LOAD * BYTES, LOAD * BYTES))
+                moved = tl.load(src_at, mask=(source >= 0)[:, None] & (col < row_width), other=FILL)
+                tl.store(dst_at, moved, mask=inside[:, None] & (col < row_width))
+                item += 1
 
 
 @triton.jit(do_not_specialize=[
-    "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups", "tiles_per_batch", "tiles",
+    "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups", "tiles_per_batch", "tiles", "per_program",
 ])  # fmt: skip
 def _gather_fwd_kernel(
     keep,  # [Bt, out_rows] int64: read, or if SELECT written
@@ -136,12 +151,12 @@ def _gather_fwd_kernel(
     mask, mask_b, mask_r,
     table,  # [G, 8]; None for uniform plans
     n_prefix, n, n_suffix, k, groups,
-    rows, out_rows, tiles_per_batch, tiles,
+    rows, out_rows, tiles_per_batch, tiles, per_program,
     CLASSES: tl.constexpr,  # per class: first tensor, tensors, bytes of an element, elements of a load, COLS, fill
     NUM_CLASSES: tl.constexpr,
     ROWS: tl.constexpr, SELECT: tl.constexpr, BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0) // tiles
+    begin = tl.program_id(0) // tiles * per_program  # of the pieces of all classes, end to end
     tile = tl.program_id(0) % tiles
     b = (tile // tiles_per_batch).to(tl.int64)
     first_row = (tile % tiles_per_batch).to(tl.int64) * ROWS
@@ -162,7 +177,7 @@ def _gather_fwd_kernel(
 
     for c in tl.static_range(NUM_CLASSES):
         _move_rows(
-            addresses, facts[c], group, b, source, row, inside,
+            addresses, facts[c], begin, begin + per_program, b, source, row, inside,
             CLASSES[c][0], CLASSES[c][1], CLASSES[c][2], CLASSES[c][3], CLASSES[c][4], CLASSES[c][5],
         )  # fmt: skip
 
@@ -202,7 +217,7 @@ def _pull_rows_forward(
 
     keep ascends, so keep[j] >= j: a tile never overwrites a row that a later tile still reads.
     """
-    first_item, _, items, pieces, planes, width, data_b, data_r, data_p, _, _, _ = facts
+    first_item, items, pieces, planes, width, data_b, data_r, data_p, _, _, _ = facts
     item -= _decode(first_item).to(tl.int32)
     pieces = _decode(pieces).to(tl.int32)
     planes = _decode(planes).to(tl.int32)
@@ -343,10 +358,10 @@ def _portions(classes: dict[_Class, list[tuple[int, int]]]) -> list[list[tuple[_
     return portions
 
 
-def _facts(key: _Class, first_group: int, per_program: int, pieces: int, count: int) -> tuple[int, ...]:
+def _facts(key: _Class, first_item: int, pieces: int, count: int) -> tuple[int, ...]:
     """What the kernels know of a class, in their order of decoding: the width in loads, the strides in elements."""
     width, planes, src, dst, _, _ = key.geometry
-    numbers = (first_group, per_program, count * planes * pieces, pieces, planes, width // key.align)
+    numbers = (first_item, count * planes * pieces, pieces, planes, width // key.align)
     return tuple(map(_plain, numbers + tuple(x // key.element for x in (*src, *dst))))
 
 
@@ -382,39 +397,41 @@ def _launch_gather(
     selection: Selection | None,
     waits: bool,
 ) -> None:
-    batch, out_rows = keep.shape
-    tile_rows = configs.gather_rows(batch * out_rows)
-    tiles_per_batch = -(-out_rows // tile_rows)
-    tiles = batch * tiles_per_batch
-    columns = [configs.gather_cols(key.geometry.width // key.element) for key, _ in portion]
-    pieces = [-(-key.geometry.width // (key.element * cols)) for (key, _), cols in zip(portion, columns, strict=True)]
-    items = [len(members) * key.geometry.planes * count for (key, members), count in zip(portion, pieces, strict=True)]
-    per_program = configs.gather_items(sum(items) * tiles, batch * out_rows)
-
-    addresses: list[tuple[int, int]] = []
-    facts, classes = [], []
-    groups = 0
-    for (key, members), cols, count, total in zip(portion, columns, pieces, items, strict=True):
-        classes.append((len(addresses), len(members), key.element, key.align // key.element, cols, key.fill))
-        facts.append(_facts(key, groups, per_program, count, len(members)))
-        addresses += [(_plain(src), _plain(dst)) for src, dst in members]
-        groups += -(-total // per_program)
-
     scores = mask = table = None
     n_prefix = n = n_suffix = k = segments = block = steps = 0
-    num_warps = 4
+    num_warps, most = 4, 0
     if selection is not None:
         scores, mask, plan, tables = selection
         segments = plan.groups
         block, num_warps = configs.fused_select_block(plan.max_n, masked=mask is not None)
+        most = configs.FUSED_WARPS // num_warps
         if plan.uniform is None:
             table, steps = tables.segments, max(segments - 1, 0).bit_length()
         else:
             n_prefix, n, n_suffix, k = plan.uniform
+
+    batch, out_rows = keep.shape
+    row_bytes = [(len(members) * key.geometry.planes * key.geometry.width, key.geometry.width) for key, members in portion]
+    tile_rows = configs.gather_rows(batch, out_rows, row_bytes, most)
+    tiles_per_batch = -(-out_rows // tile_rows)
+    tiles = batch * tiles_per_batch
+
+    addresses: list[tuple[int, int]] = []
+    facts, classes = [], []
+    items = 0
+    for key, members in portion:
+        cols = configs.gather_cols(key.geometry.width // key.element, tile_rows)
+        pieces = -(-key.geometry.width // (key.element * cols))
+        classes.append((len(addresses), len(members), key.element, key.align // key.element, cols, key.fill))
+        facts.append(_facts(key, items, pieces, len(members)))
+        addresses += [(_plain(src), _plain(dst)) for src, dst in members]
+        items += len(members) * key.geometry.planes * pieces
+    per_program = configs.gather_items(items, tiles, batch * out_rows, most)
+
     launch.start(
-        _gather_fwd_kernel, max(groups, 1 if selection else 0) * tiles, keep.device,
+        _gather_fwd_kernel, max(-(-items // per_program), 1 if selection else 0) * tiles, keep.device,
         keep, tuple(addresses), tuple(facts), scores, mask, *row_strides(mask), table,
-        n_prefix, n, n_suffix, k, segments, rows, out_rows, tiles_per_batch, tiles,
+        n_prefix, n, n_suffix, k, segments, rows, out_rows, tiles_per_batch, tiles, per_program,
         CLASSES=tuple(classes), NUM_CLASSES=len(classes), ROWS=tile_rows,
         SELECT=selection is not None, BLOCK=block, SEARCH_STEPS=steps, WAITS=waits, num_warps=num_warps,
     )  # fmt: skip
@@ -459,7 +476,7 @@ def compact_(request: CompactRequest) -> None:
             tile_rows, cols = configs.inplace_tile(key.geometry.width // key.element)
             pieces = -(-key.geometry.width // (key.element * cols))
             classes.append((len(addresses), len(members), key.element, key.align // key.element, cols, tile_rows))
-            facts.append(_facts(key, first_item, 1, pieces, len(members)))
+            facts.append(_facts(key, first_item, pieces, len(members)))
             addresses += [(_plain(src), _plain(dst)) for src, dst in members]
             first_item += len(members) * key.geometry.planes * pieces
         launch.start(
