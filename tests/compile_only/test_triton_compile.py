@@ -9,6 +9,7 @@ import torch
 from support.cases import cross
 from support.compiled import SM90, SM100, SM120, Compiled, compile_for, every_target, hidden, recorded, specialize
 
+from v2drop_kernels.backends import launch
 from v2drop_kernels.backends.requests import (
     AttentionRequest,
     CompactBackwardRequest,
@@ -110,7 +111,8 @@ def test_select(target, kind, n, masked, values):
     keep, chosen = torch.empty(1, plan.out_rows, dtype=torch.int64), torch.empty(1, plan.out_rows) if values else None
     waits = target in (SM90, SM100, SM120)
     with recorded(target) as launches:
-        launch_select(keep, chosen, new_cu, scores, mask, plan, cu, force=not values, waits=waits, triggers=waits)
+        tables = launch.tables_of(plan, scores.device)
+        launch_select(keep, chosen, new_cu, scores, mask, plan, cu, tables, force=not values, waits=waits, triggers=waits)
     for item in launches:
         ptx = compile_for(target, item).asm.get("ptx", "")
         if waits:
