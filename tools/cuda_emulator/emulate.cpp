@@ -127,14 +127,32 @@ struct Piece {
   size_t bytes, align;
 };
 
+struct Block;
+
+// The blocks of a cluster by rank, and where they meet.
+struct Cluster {
+  Barrier barrier;
+  std::vector<Block*> blocks;
+  explicit Cluster(unsigned threads) : barrier(threads) {}
+};
+
 struct Block {
   uint3 index;
+  unsigned rank;     // in its cluster ...
+  Cluster* cluster;  // ... NULL in a launch without clusters
+  unsigned running;  // threads that have not ended
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<Piece> pieces;
 
-  Block(uint3 index, unsigned threads) : index(index), barrier(threads) {
+  Block(uint3 index, unsigned rank, Cluster* cluster, unsigned threads)
+      : index(index), rank(rank), cluster(cluster), running(threads), barrier(threads) {
     for (unsigned first = 0; first < threads; first += 32) warps.emplace_back(std::min(32u, threads - first));
+  }
+  // Of a block that has ended nothing is left: what others of its cluster still read there is not what it wrote.
+  void end_thread() {
+    if (--running > 0) return;
+    for (const Piece& piece : pieces) memset(piece.memory, 0xCD, piece.bytes);
   }
   ~Block() {
     for (const Piece& piece : pieces) ::operator delete(piece.memory, std::align_val_t(piece.align));
@@ -257,6 +275,28 @@ void require_kernel(const char* name) {
   if (!current) fail("%s outside a kernel", name);
 }
 
+void require_cluster(const char* name) {
+  require_kernel(name);
+  if (!current->block->cluster) fail("%s in a launch without clusters", name);
+}
+
+// Of any block of the cluster: a piece is at the same place in all of them, whether the block has used it or not.
+void* piece_of(Block& block, size_t bytes, size_t align, const void* key) {
+  std::vector<Piece>& pieces = block.pieces;
+  size_t total = bytes;
+  for (const Piece& piece : pieces) {
+    if (piece.key == key) {
+      if (piece.bytes != bytes) fail("two sizes, %zu and %zu, for one piece of shared memory", piece.bytes, bytes);
+      return piece.memory;
+    }
+    total += piece.bytes;
+  }
+  if (total > kSharedBytes) fail("%zu bytes of shared memory in a block, more than %d", total, kSharedBytes);
+  void* memory = memset(::operator new(bytes, std::align_val_t(align)), 0xCD, bytes);
+  pieces.push_back({key, memory, bytes, align});
+  return memory;
+}
+
 // Orders.
 
 // xorshift64*: the same order from the same seed with every standard library.
@@ -340,7 +380,10 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks, unsigned thre
     for (Fiber* fiber : fibers) {
       if (!fiber->can_run()) continue;
       enter(*fiber);
-      left -= fiber->ended;
+      if (fiber->ended) {
+        --left;
+        fiber->block->end_thread();
+      }
       progress = true;
     }
     if (!progress) report_deadlock(blocks, threads);
@@ -349,14 +392,26 @@ void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks, unsigned thre
 
 uint64_t volume(dim3 size) { return uint64_t{size.x} * size.y * size.z; }
 
-cudaError_t check(const cudaLaunchConfig_t& config, bool* cooperative, bool* early) {
+bool has_clusters() {
+  const char* text = getenv("V2DROP_EMULATE_CLUSTERS");
+  return !text || strcmp(text, "0") != 0;
+}
+
+cudaError_t check(const cudaLaunchConfig_t& config, bool* cooperative, bool* early, unsigned* cluster) {
   *cooperative = *early = false;
+  *cluster = 0;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeCooperative) {
       *cooperative = attribute.val.cooperative != 0;
     } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
       *early = attribute.val.programmaticStreamSerializationAllowed != 0;
+    } else if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      // One dimension is all that the kernels use.
+      if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1) return cudaErrorInvalidValue;
+      *cluster = attribute.val.clusterDim.x;
+      if (!has_clusters()) return cudaErrorInvalidClusterSize;
+      if (*cluster == 0 || *cluster > kMaxClusterBlocks || config.gridDim.x % *cluster != 0) return cudaErrorInvalidClusterSize;
     } else if (attribute.id != cudaLaunchAttributeIgnore) {
       return cudaErrorInvalidValue;
     }
@@ -365,6 +420,7 @@ cudaError_t check(const cudaLaunchConfig_t& config, bool* cooperative, bool* ear
   if (blocks == 0 || config.gridDim.x > 0x7fffffffu || config.gridDim.y > 0xffffu || config.gridDim.z > 0xffffu ||
       config.dynamicSmemBytes != 0 || threads == 0 || threads > kMaxThreads)
     return cudaErrorInvalidConfiguration;
+  if (*cooperative && *cluster) return cudaErrorInvalidValue;  // what a kernel may do there is not emulated
   if (*cooperative && blocks > kMultiprocessors * kBlocksPerMultiprocessor) return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }
@@ -385,19 +441,7 @@ void fail(const char* format, ...) {
 
 void* shared(size_t bytes, size_t align, const void* key) {
   require_kernel("shared memory");
-  std::vector<Piece>& pieces = current->block->pieces;
-  size_t total = bytes;
-  for (const Piece& piece : pieces) {
-    if (piece.key == key) {
-      if (piece.bytes != bytes) fail("two sizes, %zu and %zu, for one piece of shared memory", piece.bytes, bytes);
-      return piece.memory;
-    }
-    total += piece.bytes;
-  }
-  if (total > kSharedBytes) fail("%zu bytes of shared memory in a block, more than %d", total, kSharedBytes);
-  void* memory = memset(::operator new(bytes, std::align_val_t(align)), 0xCD, bytes);
-  pieces.push_back({key, memory, bytes, align});
-  return memory;
+  return piece_of(*current->block, bytes, align, key);
 }
 
 int block_barrier(const char* name, bool predicate) {
@@ -410,6 +454,41 @@ void grid_barrier() {
   require_kernel("this_grid().sync()");
   if (!grid) fail("this_grid().sync() in a launch that is not cooperative");
   meet(*grid, "this_grid().sync()", false);
+}
+
+void cluster_barrier() {
+  require_cluster("this_cluster().sync()");
+  meet(current->block->cluster->barrier, "this_cluster().sync()", false);
+}
+
+unsigned cluster_rank() {
+  require_cluster("block_rank()");
+  return current->block->rank;
+}
+
+unsigned cluster_blocks() {
+  require_cluster("num_blocks()");
+  return static_cast<unsigned>(current->block->cluster->blocks.size());
+}
+
+void* shared_of_rank(void* own, unsigned rank) {
+  require_cluster("map_shared_rank()");
+  const std::vector<Block*>& blocks = current->block->cluster->blocks;
+  if (rank >= blocks.size()) fail("map_shared_rank(): rank %u of a cluster of %zu blocks", rank, blocks.size());
+  if (blocks[rank]->running == 0) fail("map_shared_rank(): block %u of the cluster has ended", rank);
+  for (const Piece& piece : current->block->pieces) {
+    const ptrdiff_t offset = static_cast<char*>(own) - static_cast<char*>(piece.memory);
+    if (offset < 0 || offset >= static_cast<ptrdiff_t>(piece.bytes)) continue;
+    return static_cast<char*>(piece_of(*blocks[rank], piece.bytes, piece.align, piece.key)) + offset;
+  }
+  fail("map_shared_rank(): %p is not in shared memory", own);
+}
+
+int active_clusters(const cudaLaunchConfig_t& config) {
+  bool cooperative, early;
+  unsigned cluster;
+  if (check(config, &cooperative, &early, &cluster) != cudaSuccess || cluster == 0) return 0;
+  return static_cast<int>(kMultiprocessors * kBlocksPerMultiprocessor / cluster);
 }
 
 Lanes warp_barrier(const char* name, unsigned mask, uint64_t value) {
@@ -436,13 +515,14 @@ int64_t launches() { return launched.load(); }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* body) {
   bool cooperative, early;
-  const cudaError_t error = check(config, &cooperative, &early);
+  unsigned cluster;
+  const cudaError_t error = check(config, &cooperative, &early, &cluster);
   if (error != cudaSuccess) return last_error = error;
   const std::lock_guard<std::mutex> lock(launching);
   const unsigned blocks = static_cast<unsigned>(volume(config.gridDim)), threads = static_cast<unsigned>(volume(config.blockDim));
-  const unsigned together = cooperative ? blocks : 1;
+  const unsigned together = cooperative ? blocks : cluster ? cluster : 1;
   Order order;
-  std::vector<unsigned> queue(blocks);
+  std::vector<unsigned> queue(blocks / together);  // groups of blocks that run at the same time
   std::iota(queue.begin(), queue.end(), 0u);
   if (!cooperative) order.apply(queue);
 
@@ -454,9 +534,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
   programmatic = early;
   Barrier all(blocks * threads);
   grid = cooperative ? &all : nullptr;
-  for (unsigned first = 0; first < blocks; first += together) {
+  for (const unsigned group : queue) {
+    Cluster mates(cluster * threads);
     std::vector<std::unique_ptr<Block>> live;
-    for (unsigned i = first; i < first + together; ++i) live.emplace_back(new Block(unflatten(queue[i], gridDim), threads));
+    for (unsigned i = 0; i < together; ++i) {
+      live.emplace_back(new Block(unflatten(group * together + i, gridDim), i, cluster ? &mates : nullptr, threads));
+      mates.blocks.push_back(live.back().get());
+    }
     run_blocks(live, threads, order);
   }
   grid = nullptr;
@@ -499,6 +583,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     EMULATE_NAME(cudaErrorLaunchFailure);
     EMULATE_NAME(cudaErrorCooperativeLaunchTooLarge);
     EMULATE_NAME(cudaErrorNotSupported);
+    EMULATE_NAME(cudaErrorInvalidClusterSize);
     EMULATE_NAME(cudaErrorSystemDriverMismatch);
     EMULATE_NAME(cudaErrorUnknown);
   }

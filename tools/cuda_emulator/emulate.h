@@ -3,7 +3,8 @@
 // CUDA threads as fibers on the CPU, so that the kernels of csrc/core/*_cuda.cu can be tested where there is no GPU: the C++ compiler takes
 // them as C++ against the headers in include/. A fiber runs until it waits for others or ends; a launch runs at once, on the calling
 // thread. V2DROP_EMULATE_ORDER, read at every launch, is the order in which blocks and threads run: `forward` (default), `reverse`, or a
-// number, the seed of a shuffle before every round. A correct kernel gives the same results in all of them. What would hang or be undefined
+// number, the seed of a shuffle before every round. A correct kernel gives the same results in all of them. V2DROP_EMULATE_CLUSTERS=0, read
+// as often, makes the device one without thread-block clusters. What would hang or be undefined
 // on a GPU (threads that wait for ones that never come, a misaligned vector access) aborts with a message.
 #ifndef V2DROP_TOOLS_EMULATE_H_
 #define V2DROP_TOOLS_EMULATE_H_
@@ -14,7 +15,8 @@
 namespace emulate {
 
 // The device that the host sees.
-constexpr int kMultiprocessors = 4, kBlocksPerMultiprocessor = 2, kL2Bytes = 1 << 20, kSharedBytes = 48 << 10, kMaxThreads = 1024;
+constexpr int kMultiprocessors = 4, kBlocksPerMultiprocessor = 2, kL2Bytes = 1 << 20, kSharedBytes = 48 << 10, kMaxThreads = 1024,
+              kMaxClusterBlocks = 8;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -26,6 +28,13 @@ int block_barrier(const char* name, bool predicate = false);
 
 // Waits for all blocks of a cooperative launch.
 void grid_barrier();
+
+// A cluster's blocks run at the same time: waits for all of them; the place of this one among them, and their number; and the address
+// in the shared memory of another one that `own` has in that of this block.
+void cluster_barrier();
+unsigned cluster_rank();
+unsigned cluster_blocks();
+void* shared_of_rank(void* own, unsigned rank);
 
 // Waits for the warp; returns what its lanes gave, good until the next call. `count` is smaller than 32 in the last warp of an odd block.
 struct Lanes {

@@ -55,6 +55,21 @@ cudaError_t launch_with(cudaLaunchAttributeID id, unsigned blocks, unsigned thre
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+template <class... Exp, class... Act>
+cudaError_t launch_clusters(unsigned cluster, unsigned blocks, unsigned threads, void (*kernel)(Exp...), Act... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // both at once are allowed
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 void in_every_order(const std::function<void()>& body) {
   for (const char* order : {"forward", "reverse", "1", "2", "123456789"}) {
     setenv("V2DROP_EMULATE_ORDER", order, 1);
@@ -228,6 +243,107 @@ void test_grid_sync() {
     CHECK(launch_with(cudaLaunchAttributeCooperative, kBlocks, kThreads, grid_kernel, p, values.data()) == cudaSuccess);
     CHECK(std::vector<long long>(values.begin(), values.begin() + kN) == expected);
   });
+}
+
+struct Shares {
+  int of_thread[64];
+};
+
+// Each thread adds up what its neighbours in the blocks of the cluster wrote. SYNCS: bit 0 is the barrier before others read, bit 1 the one
+// before a block may end.
+template <int SYNCS>
+__global__ void cluster_kernel(const int* x, int* out) {
+  Shares& shares = block_shared<Shares>();
+  const unsigned t = threadIdx.x, i = blockIdx.x * blockDim.x + t;
+  const auto cluster = cooperative_groups::this_cluster();
+  shares.of_thread[t] = x[i];
+  if (SYNCS & 1) {
+    cluster.sync();
+  } else {
+    __syncthreads();
+  }
+  int sum = static_cast<int>(cluster.block_rank() * 1000 + cluster.num_blocks());
+  // The higher its rank the later a block reads, so the others may have ended.
+  for (unsigned late = 0; late < cluster.block_rank(); ++late) __syncthreads();
+  for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
+    sum += cluster.map_shared_rank(shares.of_thread, static_cast<int>(rank))[(t + 1) % blockDim.x];
+  }
+  out[i] = sum;
+  if (SYNCS & 2) cluster.sync();
+}
+
+constexpr unsigned kClusterBlocks = 4, kClusterThreads = 64, kClusterGrid = 12;
+
+// What the kernel with these barriers makes in an order; nothing if it aborts.
+template <int SYNCS>
+std::vector<int> of_clusters(const char* order) {
+  std::vector<int> x(kClusterGrid * kClusterThreads), out(x.size(), -1);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<int>(i * i % 911);
+  setenv("V2DROP_EMULATE_ORDER", order, 1);
+  const auto run = [&] {
+    CHECK(launch_clusters(kClusterBlocks, kClusterGrid, kClusterThreads, cluster_kernel<SYNCS>, x.data(), out.data()) == cudaSuccess);
+  };
+  const bool ends = last_words(run).empty();
+  if (ends) run();
+  unsetenv("V2DROP_EMULATE_ORDER");
+  return ends ? out : std::vector<int>();
+}
+
+// Of a cluster of blocks: right in every order with both barriers, and wrong in some order without either.
+void test_clusters() {
+  std::vector<int> expected(kClusterGrid * kClusterThreads);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const size_t block = i / kClusterThreads, first = block / kClusterBlocks * kClusterBlocks, rank = block - first;
+    expected[i] = static_cast<int>(rank * 1000 + kClusterBlocks);
+    for (size_t other = first; other < first + kClusterBlocks; ++other) {
+      const size_t j = other * kClusterThreads + (i + 1) % kClusterThreads;
+      expected[i] += static_cast<int>(j * j % 911);
+    }
+  }
+  int without_first = 0, without_last = 0;
+  for (const char* order : {"forward", "reverse", "1", "2", "3"}) {
+    CHECK(of_clusters<3>(order) == expected);
+    without_first += of_clusters<2>(order) != expected;
+    without_last += of_clusters<1>(order) != expected;
+  }
+  CHECK(without_first > 0 && without_last > 0);
+}
+
+__global__ void cluster_block_missing_kernel() {
+  if (cooperative_groups::this_cluster().block_rank() != 1) cooperative_groups::this_cluster().sync();
+}
+__global__ void cluster_rank_kernel(int rank) {
+  *cooperative_groups::this_cluster().map_shared_rank(&block_shared<Shares>(), rank) = {};
+  cooperative_groups::this_cluster().sync();
+}
+__global__ void cluster_address_kernel(int* x) { cooperative_groups::this_cluster().map_shared_rank(x, 0); }
+
+void test_cluster_errors() {
+  int x = 0, clusters = -1;
+  CHECK_ABORTS("block 1: threads 0-31 have left the kernel\n  block 2: threads 0-31 wait at this_cluster",
+               launch_clusters(4, 4, 32, cluster_block_missing_kernel));
+  CHECK_ABORTS("map_shared_rank() in a launch without clusters", launch(1, 32, cluster_rank_kernel, 0));
+  CHECK_ABORTS("rank 4 of a cluster of 4", launch_clusters(4, 8, 32, cluster_rank_kernel, 4));
+  CHECK_ABORTS("is not in shared memory", launch_clusters(2, 2, 32, cluster_address_kernel, &x));
+  CHECK(launch_clusters(8, 16, 32, cluster_rank_kernel, 7) == cudaSuccess);
+  // Not a multiple; beyond the portable size; a device that has none.
+  CHECK(launch_clusters(8, 12, 32, cluster_rank_kernel, 0) == cudaErrorInvalidClusterSize);
+  CHECK(launch_clusters(16, 16, 32, cluster_rank_kernel, 0) == cudaErrorInvalidClusterSize);
+
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(32);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  CHECK(cudaOccupancyMaxActiveClusters(&clusters, cluster_rank_kernel, &config) == cudaSuccess && clusters == 4);
+  setenv("V2DROP_EMULATE_CLUSTERS", "0", 1);
+  CHECK(cudaOccupancyMaxActiveClusters(&clusters, cluster_rank_kernel, &config) == cudaSuccess && clusters == 0);
+  CHECK(launch_clusters(8, 16, 32, cluster_rank_kernel, 0) == cudaErrorInvalidClusterSize);
+  unsetenv("V2DROP_EMULATE_CLUSTERS");
+  CHECK(cudaGetLastError() == cudaErrorInvalidClusterSize);
 }
 
 __global__ void atomics_kernel(int* i, unsigned* u, unsigned long long* l) {
@@ -515,6 +631,8 @@ int main() {
   test_missing_barrier();
   test_orders();
   test_grid_sync();
+  test_clusters();
+  test_cluster_errors();
   test_atomics();
   test_lanes();
   test_odd_block();

@@ -295,6 +295,7 @@ enum cudaError_t {
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
   cudaErrorSystemDriverMismatch = 803,
+  cudaErrorInvalidClusterSize = 912,
   cudaErrorUnknown = 999
 };
 const char* cudaGetErrorName(cudaError_t error);
@@ -409,12 +410,16 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeIgnore = 0,
   cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
   cudaLaunchAttributeProgrammaticStreamSerialization = 6
 };
 union cudaLaunchAttributeValue {
   char pad[64];
   int cooperative;
   int programmaticStreamSerializationAllowed;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -430,6 +435,14 @@ struct cudaLaunchConfig_t {
 
 namespace emulate {
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* kernel);
+int active_clusters(const cudaLaunchConfig_t& config);
+}  // namespace emulate
+
+// How many clusters the device holds at once: none where it cannot launch them.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = emulate::active_clusters(*config);
+  return cudaSuccess;
 }
 
 // The lambda converts the arguments to the types of the parameters, once; every thread then gets its own copies.
