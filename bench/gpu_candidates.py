@@ -22,7 +22,8 @@ from v2drop_kernels.backends import choice
 from v2drop_kernels.backends.native import launch_mode
 
 LAUNCH_MODES = ("cooperative", "fused", "separate")
-LAUNCH_MODE_ROWS = 2048  # kFusedSelect of csrc/core/tuning_cuda.h: beyond it there is one launch mode
+TEAM_MODES = ("one_block", "cluster", "grid")  # who selects from more rows
+LAUNCH_MODE_ROWS = 2048  # kFusedSelect of csrc/core/tuning_cuda.h
 
 
 class Candidate(NamedTuple):
@@ -46,8 +47,8 @@ def own(case: Case, timer: HostTimer, launch_modes: bool = False) -> Iterator[tu
     for backend in own_backends(timer):
         why = choice.why_not(backend, timer.device.type, case.dtype)
         yield backend, backend, contextlib.nullcontext, why
-        if launch_modes and backend == "cuda" and case.n <= LAUNCH_MODE_ROWS:
-            for mode in LAUNCH_MODES:
+        if launch_modes and backend == "cuda":
+            for mode in LAUNCH_MODES if case.n <= LAUNCH_MODE_ROWS else TEAM_MODES:
                 yield f"cuda-{mode}", "cuda", functools.partial(launch_mode, mode), why
 
 

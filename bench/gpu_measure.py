@@ -37,7 +37,7 @@ SHORT_CALL = 20e-6  # seconds; a graph of calls below this holds `many` of them,
 MANY_BYTES = 1 << 32  # beyond which a graph holds 3 calls instead of 20
 MODEL = HERE / "model" / "decoders.py"  # prints a JSON list of flat objects, one for a row of the report
 POLICIES = HERE / "model" / "policies.py"  # writes policies.csv and policies.md into the folder that it is given
-REFUSED = "a cooperative drop takes at most"  # what the library says where that launch mode does not apply
+REFUSED = "context.launch_mode: "  # what the library says where a launch mode does not apply
 
 
 class TooLarge(Exception):

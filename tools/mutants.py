@@ -145,7 +145,11 @@ MUTANTS = [
     # CUDA kernels, emulated.
     Mutant(
         "ties are counted anew in every block of ordinals", "csrc/core/select_cuda.cuh",
-        "equal_before += all >> 16;", "equal_before = all >> 16;", f"{TOPK} {VARIATION}", "emulated",
+        "placed.equal += all >> 16;", "placed.equal = all >> 16;", f"{TOPK} {VARIATION}", "emulated",
+    ),
+    Mutant(
+        "a block of a team counts its own survivors as earlier ones", "csrc/core/select_bins_cuda.cuh",
+        "lane_id() < team.rank() ? above : 0", "lane_id() <= team.rank() ? above : 0", "tests/native/test_launches.py", "emulated",
     ),
     # The model engine and its policies.
     Mutant(

@@ -7,8 +7,10 @@
 #include <atomic>
 
 #include "gather_cuda.cuh"
+#include "occupancy.cuh"
 #include "ops.h"
 #include "score_cuda.cuh"
+#include "selected_cuda.cuh"
 
 #if !defined(V2DROP_CUDA_ARCHS_STRING)
 #error "V2DROP_CUDA_ARCHS_STRING must name the architectures of this build"
@@ -16,8 +18,6 @@
 
 namespace v2drop {
 namespace {
-
-constexpr int kDevices = 64;
 
 template <bool COMPUTED>
 __global__ void __launch_bounds__(kThreads, kBlocksOfSm)
@@ -42,31 +42,16 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
   if (static_cast<int>(blockIdx.x) < tiles) gather_tile<true, true>(work, &selection, counts, blockIdx.x);
 }
 
-// How many blocks of a kernel the current device holds at once; queried once for each kernel.
-template <auto kernel>
-int64_t resident_blocks() {
-  static std::array<std::atomic<int>, kDevices> per_sm{};
-  int device = 0, found = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  std::atomic<int>* cached = device < kDevices ? &per_sm[static_cast<size_t>(device)] : nullptr;
-  if (cached) found = cached->load(std::memory_order_relaxed);
-  if (found == 0) {
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0), "occupancy");
-    if (cached) cached->store(found, std::memory_order_relaxed);
-  }
-  return static_cast<int64_t>(found) * current_device().sms;
-}
-
 // The drop in one launch. False if the device cannot hold it.
 template <class T>
 bool launch_cooperative(const Scored& scored, CopyBatch work, const Selection& selection, void* stream) {
-  const int64_t resident = resident_blocks<drop_kernel<T>>();
+  const int64_t resident = resident_blocks<drop_kernel<T>, kThreads>();
   // A second tile would cost a block a second select: rather one of more rows.
   while (blocks_of(work) > resident && work.tile_rows < kTileRows) set_tile_rows(work, 2 * work.tile_rows);
   const int64_t tiles = blocks_of(work);
   if (tiles > resident) return false;
   const int groups = static_cast<int>(std::max<int64_t>(1, (score_blocks(scored, 1) + resident - 1) / resident));
-  const cudaError_t error = try_launch(drop_kernel<T>, std::max(tiles, score_blocks(scored, groups)), kThreads,
+  const cudaError_t error = try_launch(drop_kernel<T>, LaunchShape{std::max(tiles, score_blocks(scored, groups)), kThreads, 0},
                                        LaunchDependency::kCooperative, stream, scored, work, selection, groups, static_cast<int>(tiles));
   if (error == cudaErrorCooperativeLaunchTooLarge) {  // the process has a share of the device only (MPS)
     cudaGetLastError();
@@ -144,7 +129,7 @@ void drop(const DropRequest& request, const v2drop_context& context) {
 
   const std::vector<CopyBatch> batches = plan_batches(request.copies, keep);
   const int64_t max_n = host_knows ? segments.largest() : source.rows;
-  const bool can_fuse = host_knows && max_n <= kFusedSelect && !batches.empty() && mode != V2DROP_LAUNCH_SEPARATE;
+  const bool can_fuse = host_knows && max_n <= kFusedSelect && !batches.empty() && mode < V2DROP_LAUNCH_SEPARATE;
   const bool few = can_fuse && segments.count * batches[0].tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
   const bool fused = can_fuse && (few || mode != V2DROP_LAUNCH_AUTO);
   if (keep.batch * keep.count == 0 && host_knows) return;
@@ -186,7 +171,8 @@ void drop(const DropRequest& request, const v2drop_context& context) {
     launch(kernel, blocks_of(batches[0]), kThreads, dependency, context.stream, batches[0], selection);
     return launch_gather(batches, 1, LaunchDependency::kNone, context.stream);
   }
-  launch_select(table, selection.ordinals, KeptRows{keep.data, segments.cu_seqlens, request.new_cu}, max_n, dependency, context.stream);
+  const KeptRows kept = {keep.data, segments.cu_seqlens, request.new_cu};
+  launch_select(table, selection.ordinals, Selected{kept, nullptr, nullptr, 0, V2DROP_FLOAT32}, max_n, dependency, workspace, context);
   launch_gather(batches, 0, LaunchDependency::kDependent, context.stream);
 }
 
@@ -202,7 +188,7 @@ v2drop_status v2drop_cuda_available(void) {
     int count = 0;
     check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
     if (count == 0) fail_with(V2DROP_ERROR_UNSUPPORTED, "there is no CUDA device");
-    resident_blocks<select_and_gather_kernel<true>>();
+    resident_blocks<select_and_gather_kernel<true>, kThreads>();
   });
 }
 

@@ -153,11 +153,18 @@ __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& c
     }
     if (best0 < end && post0 > first) {
       const int64_t competing = position + s.n_prefix;
-      const int32_t* computed = COMPUTED ? selection.ordinals.ordinals + entry * selection.ordinals.rows + competing : nullptr;
+      [[maybe_unused]] const int32_t* computed =
+          COMPUTED ? selection.ordinals.ordinals + entry * selection.ordinals.rows + competing : nullptr;
       const int best_row = static_cast<int>(best0 - first);
-      select_best<kThreads, false>(
+      select_held<kThreads>(
           counts, static_cast<int>(s.n), static_cast<int>(s.k),
-          [&](int i) { return COMPUTED ? __ldcg(computed + i) : selection.ordinals.at(entry, competing + i); },
+          [&](int32_t (&held)[kOrdinalsPerThread], int begin, int left) {
+            if constexpr (COMPUTED) {
+              DeviceOrdinals::load_computed(computed + begin, held, left);
+            } else {
+              selection.ordinals.load(held, entry, competing, begin, left);
+            }
+          },
           [&](int place, int i) {
             const int row = best_row + place;
             if (row >= 0 && row < rows) source[row] = static_cast<int32_t>(competing) + i;

@@ -27,34 +27,49 @@ void check_cuda(cudaError_t error, const char* what);
 
 enum class LaunchDependency { kNone, kDependent, kCooperative };
 
+struct LaunchShape {
+  int64_t blocks;
+  int threads, cluster;  // blocks of a cluster, 0: none
+};
+
 // Starts `blocks` blocks; kDependent: as soon as the previous kernel of this call has triggered, if the device can.
 template <class... Parameters, class... Arguments>
-cudaError_t try_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, LaunchDependency dependency, void* stream,
+cudaError_t try_launch(void (*kernel)(Parameters...), const LaunchShape& shape, LaunchDependency dependency, void* stream,
                        Arguments&&... arguments) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) fail("gathers: need more than 2^31 blocks in one launch");
+  if (shape.blocks == 0) return cudaSuccess;
+  if (shape.blocks > INT32_MAX) fail("gathers: need more than 2^31 blocks in one launch");
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
-  config.attrs = &attribute;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (dependency == LaunchDependency::kDependent && current_device().dependent_launch) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
     config.numAttrs = 1;
   } else if (dependency == LaunchDependency::kCooperative) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
     config.numAttrs = 1;
+  }
+  if (shape.cluster) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
 template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, LaunchDependency dependency, void* stream, Arguments&&... arguments) {
+  check_cuda(try_launch(kernel, shape, dependency, stream, std::forward<Arguments>(arguments)...), "launch");
+}
+
+template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, LaunchDependency dependency, void* stream,
             Arguments&&... arguments) {
-  check_cuda(try_launch(kernel, blocks, threads, dependency, stream, std::forward<Arguments>(arguments)...), "launch");
+  launch(kernel, LaunchShape{blocks, threads, 0}, dependency, stream, std::forward<Arguments>(arguments)...);
 }
 
 // Hands out the caller's scratch memory in pieces aligned to 256 bytes.
@@ -74,6 +89,12 @@ class Workspace {
     next_ += bytes;
     left_ -= bytes;
     return piece;
+  }
+
+  // How many more T there is room for.
+  template <class T>
+  int64_t left() const {
+    return left_ / 256 * 256 / static_cast<int64_t>(sizeof(T));
   }
 
  private:

@@ -384,7 +384,7 @@ v2drop_context check_context(const v2drop_context* context) {
   const v2drop_context known = check_struct("context", context, offsetof(v2drop_context, device_segments) + sizeof(void*));
   if (known.place != V2DROP_CPU && known.place != V2DROP_CUDA) fail("context.place: unknown code %d", known.place);
   if (known.threads < 0) fail("context.threads: must not be negative, got %d", known.threads);
-  if (known.launch_mode < V2DROP_LAUNCH_AUTO || known.launch_mode > V2DROP_LAUNCH_SEPARATE) {
+  if (known.launch_mode < V2DROP_LAUNCH_AUTO || known.launch_mode > V2DROP_LAUNCH_GRID) {
     fail("context.launch_mode: unknown code %d", known.launch_mode);
   }
   if (known.reserved != 0) fail("context.reserved: must be 0, got %d", known.reserved);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exact selection by one block: ordinals in registers where they fit, counted by bins where they do not, and one pass in position order
-// that places who is kept. ordinals.h has the arithmetic.
+// What selections read, and exact selection by one block that holds all ordinals of a segment in registers. ordinal.h has the arithmetic,
+// select_bins_cuda.cuh the selection from longer segments.
 #ifndef V2DROP_CORE_SELECT_CUDA_CUH_
 #define V2DROP_CORE_SELECT_CUDA_CUH_
 
@@ -54,6 +54,61 @@ struct DeviceOrdinals {
   int64_t mask_batch, mask_row;
   int64_t rows;
 
+  // Ordinals first + 32 j of a segment that begins at `position`, for 32 j < left; kExcluded elsewhere. What they are read from is settled
+  // before the loads, so that eight of them at least are in flight at once.
+  template <int COUNT>
+  __device__ void load(int32_t (&to)[COUNT], int64_t entry, int64_t position, int first, int left) const {
+    if (ordinals) return load_computed(ordinals + entry * rows + position + first, to, left);
+    const char* from = scores + entry * scores_batch + (position + first) * scores_row;
+    if (scores_dtype == V2DROP_FLOAT32) {
+      load_scores<Float32>(from, to, left);
+    } else if (scores_dtype == V2DROP_FLOAT16) {
+      load_scores<Float16>(from, to, left);
+    } else {
+      load_scores<BFloat16>(from, to, left);
+    }
+    if (!mask) return;
+    const char* allowed = mask + entry * mask_batch + (position + first) * mask_row;
+    in_batches<char>(
+        to, left, [&](int j) { return allowed[32 * j * mask_row]; },
+        [&](char x, int32_t& ordinal) { ordinal = x ? ordinal : masked_ordinal; });
+  }
+
+  // The same for ordinals of the score kernel; from L2: in a cooperative launch other SMs wrote them a moment ago.
+  template <int COUNT>
+  static __device__ void load_computed(const int32_t* from, int32_t (&to)[COUNT], int left) {
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) to[j] = 32 * j < left ? __ldcg(from + 32 * j) : kExcluded;
+  }
+
+  template <class T, int COUNT>
+  __device__ void load_scores(const char* from, int32_t (&to)[COUNT], int left) const {
+    using Element = typename T::Element;
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) to[j] = kExcluded;
+    in_batches<Element>(
+        to, left, [&](int j) { return *reinterpret_cast<const Element*>(from + 32 * j * scores_row); },
+        [&](Element x, int32_t& ordinal) { ordinal = ordinal_of_bits(__float_as_uint(T::widen(x))); });
+  }
+
+  // Calls use(get(j), to[j]) for 32 j < left, after eight calls of get at a time.
+  template <class Element, int COUNT, class Get, class Use>
+  static __device__ void in_batches(int32_t (&to)[COUNT], int left, const Get& get, const Use& use) {
+    constexpr int kBatch = 8;
+    static_assert(COUNT % kBatch == 0, "whole batches");
+#pragma unroll
+    for (int begin = 0; begin < COUNT; begin += kBatch) {
+      if (32 * begin >= left) break;
+      Element batch[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) batch[j] = 32 * (begin + j) < left ? get(begin + j) : Element(0);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (32 * (begin + j) < left) use(batch[j], to[begin + j]);
+      }
+    }
+  }
+
   __device__ int32_t at(int64_t entry, int64_t position) const {
     // From L2: in a cooperative launch other SMs wrote them a moment ago.
     if (ordinals) return __ldcg(ordinals + entry * rows + position);
@@ -62,113 +117,72 @@ struct DeviceOrdinals {
   }
 };
 
-// One counter of each bin for each lane: whatever the ordinals, lanes never meet in a bank nor in an address.
-struct Histogram {
-  int count[kBins][32];
-  FoundBin found;
+// Kept rows before a place, and the cut.
+struct Placed {
+  int32_t threshold;
+  int ties, above, equal;
+
+  __device__ int place() const { return above + min(equal, ties); }
 };
 
-// Calls emit(place, i) for the best k of the ordinals ordinal(0) ... ordinal(n - 1), places in the order of i; returns how many there are,
-// less than k only if ordinals are excluded. All threads of the block call it alike. BINS: n may exceed THREADS * kOrdinalsPerThread.
-template <int THREADS, bool BINS, class Ordinal, class Emit>
-__device__ int select_best(BlockCounts<THREADS>& counts, int n, int k, const Ordinal& ordinal, const Emit& emit) {
-  constexpr int kHeld = THREADS * kOrdinalsPerThread;
-  // A warp holds neighbours, 32 at a time: loads coalesce, and ballots put them into order.
-  const int depth = BINS && n > kHeld ? kOrdinalsPerThread : (n + THREADS - 1) / THREADS;
-  const int first = warp_id() * 32 * depth + lane_id();
+// Calls emit(place, i) for the survivors of a tile, of which each thread holds `depth` ordinals, i of the first and every 32nd after it;
+// then `placed` is that of the next tile.
+template <int THREADS, int HELD, class Emit>
+__device__ void place_held(BlockCounts<THREADS>& counts, const int32_t (&held)[HELD], int depth, int i, Placed& placed, const Emit& emit) {
+  // At most 2^13 of each in a block at a time: both travel in one number.
+  int mine = 0;
+#pragma unroll
+  for (int j = 0; j < HELD; ++j) {
+    if (j >= depth) break;
+    mine += held[j] > placed.threshold ? 1 : held[j] == placed.threshold ? 1 << 16 : 0;
+  }
+  int all;
+  const int before = counts.sum_before(__reduce_add_sync(kAllLanes, mine), &all);
+  Placed at = {placed.threshold, placed.ties, placed.above + (before & 0xffff), placed.equal + (before >> 16)};
+  int place = at.place();
+  const unsigned lower = (1u << lane_id()) - 1;
+#pragma unroll
+  for (int j = 0; j < HELD; ++j) {
+    if (j >= depth) break;
+    unsigned kept = __ballot_sync(kAllLanes, held[j] > at.threshold);
+    if (at.equal < at.ties) {
+      const bool is_equal = held[j] == at.threshold;
+      const unsigned equal = __ballot_sync(kAllLanes, is_equal);
+      kept |= __ballot_sync(kAllLanes, is_equal && at.equal + __popc(equal & lower) < at.ties);
+      at.equal += __popc(equal);
+    }
+    if (kept >> lane_id() & 1) emit(place + __popc(kept & lower), i + 32 * j);
+    place += __popc(kept);
+  }
+  placed.above += all & 0xffff;
+  placed.equal += all >> 16;
+}
+
+// Calls emit(place, i) for the best k of the ordinals 0 ... n - 1, places in the order of i, for n up to THREADS * kOrdinalsPerThread: one
+// block holds them all, and bisects. All threads of the block call it alike. load(held, first, left) fills held[j]
+// with ordinal first + 32 j where 32 j < left, and with kExcluded elsewhere.
+template <int THREADS, class Load, class Emit>
+__device__ int select_held(BlockCounts<THREADS>& counts, int n, int k, const Load& load, const Emit& emit) {
+  const int depth = (n + THREADS - 1) / THREADS, first = warp_id() * 32 * depth + lane_id();
   int32_t held[kOrdinalsPerThread];
-  const auto load = [&](int begin) {
-#pragma unroll
-    for (int j = 0; j < kOrdinalsPerThread; ++j) {
-      const int i = begin + first + 32 * j;
-      held[j] = j < depth && i < n ? ordinal(i) : kExcluded;
-    }
-  };
-
-  Cut cut;
+  const int left = min(n - first, 32 * depth);
+  load(held, first, left);
   int32_t lo = INT32_MAX, hi = INT32_MIN;
-  if (!BINS || n <= kHeld) {
-    load(0);
 #pragma unroll
-    for (int j = 0; j < kOrdinalsPerThread; ++j) {
-      if (j < depth && first + 32 * j < n) {
-        lo = min(lo, held[j]);
-        hi = max(hi, held[j]);
-      }
-    }
-    counts.range(lo, hi, &lo, &hi);
-    cut = find_cut(lo, hi, n, k, [&](int32_t threshold) -> int64_t {
-      int count = 0;
-#pragma unroll
-      for (int j = 0; j < kOrdinalsPerThread; ++j) count += held[j] >= threshold;  // no threshold is as low as kExcluded
-      return counts.sum(count);
-    });
-  } else if constexpr (BINS) {
-    for (int i = thread_id(); i < n; i += THREADS) {
-      const int32_t x = ordinal(i);
-      lo = min(lo, x);
-      hi = max(hi, x);
-    }
-    counts.range(lo, hi, &lo, &hi);
-    cut = find_cut_by_bins(lo, hi, n, k, [&](Bins bins, int32_t range_hi, int64_t wanted) -> FoundBin {
-      Histogram& histogram = block_shared<Histogram>();
-      for (int j = thread_id(); j < kBins * 32; j += THREADS) histogram.count[j / 32][j % 32] = 0;
-      __syncthreads();
-      for (int i = thread_id(); i < n; i += THREADS) {
-        const int32_t x = ordinal(i);
-        if (x >= bins.lo && x <= range_hi) atomicAdd(&histogram.count[bin_of(bins, x)][lane_id()], 1);
-      }
-      __syncthreads();
-      // Thread t has the t-th bin from above; the counts of all bins above it are those of the threads before it.
-      int mine = 0;
-      const int bin = kBins - 1 - thread_id();
-      if (bin >= 0) {
-        for (int j = 0; j < 32; ++j) mine += histogram.count[bin][(lane_id() + j) % 32];
-      }
-      int upto = mine;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, upto, step);
-        if (lane_id() >= step) upto += other;
-      }
-      int all;
-      upto += counts.sum_before(__shfl_sync(kAllLanes, upto, 31), &all);
-      if (bin >= 0 && upto >= wanted && upto - mine < wanted) histogram.found = {bin, upto, upto - mine};
-      __syncthreads();
-      return histogram.found;
-    });
+  for (int j = 0; j < kOrdinalsPerThread; ++j) {
+    if (32 * j < left) lo = min(lo, held[j]);
+    hi = max(hi, held[j]);
   }
-
-  int above_before = 0, equal_before = 0;
-  for (int begin = 0; begin < n; begin += kHeld) {
-    if (BINS && n > kHeld) load(begin);
-    int above = 0, equal = 0;
+  counts.range(lo, hi, &lo, &hi);
+  const Cut cut = find_cut(lo, hi, n, k, [&](int32_t threshold) -> int64_t {
+    int count = 0;
 #pragma unroll
-    for (int j = 0; j < kOrdinalsPerThread; ++j) {
-      if (j >= depth) break;
-      above += __popc(__ballot_sync(kAllLanes, held[j] > cut.threshold));
-      equal += __popc(__ballot_sync(kAllLanes, held[j] == cut.threshold && begin + first + 32 * j < n));
-    }
-    // At most 2^13 of each in a block at a time: both travel in one number.
-    int all;
-    const int before = counts.sum_before(above | equal << 16, &all);
-    above = above_before + (before & 0xffff);
-    equal = equal_before + (before >> 16);
-    const unsigned lower = (1u << lane_id()) - 1;
-#pragma unroll
-    for (int j = 0; j < kOrdinalsPerThread; ++j) {
-      if (j >= depth) break;
-      const int i = begin + first + 32 * j;
-      const unsigned is_above = __ballot_sync(kAllLanes, held[j] > cut.threshold);
-      const unsigned is_equal = __ballot_sync(kAllLanes, held[j] == cut.threshold && i < n);
-      const int my_above = above + __popc(is_above & lower), my_equal = equal + __popc(is_equal & lower);
-      if (i < n && kept(cut, held[j], my_equal)) emit(static_cast<int>(place(cut, my_above, my_equal)), i);
-      above += __popc(is_above);
-      equal += __popc(is_equal);
-    }
-    above_before += all & 0xffff;
-    equal_before += all >> 16;
-  }
-  return static_cast<int>(place(cut, above_before, equal_before));
+    for (int j = 0; j < kOrdinalsPerThread; ++j) count += held[j] >= threshold;  // no threshold is as low as kExcluded
+    return counts.sum(count);
+  });
+  Placed placed = {cut.threshold, cut.threshold == kExcluded ? 0 : static_cast<int>(cut.ties), 0, 0};
+  place_held(counts, held, depth, first, placed, emit);
+  return placed.place();
 }
 
 // The host's side, in select_cuda.cu.
@@ -186,8 +200,6 @@ struct KeptRows {
   const int32_t* cu;
   int32_t* new_cu;
 };
-void launch_select(const Table& table, const DeviceOrdinals& ordinals, const KeptRows& to, int64_t max_n, LaunchDependency dependency,
-                   void* stream);
 
 }  // namespace v2drop
 

@@ -33,10 +33,19 @@ constexpr int64_t kMaxRows = 1 << 30;
 constexpr int kTableRowGroups = 4;
 
 // Competing rows of a segment up to which the blocks of the gather repeat the select, 8 ordinals in the registers of each thread; beyond,
-// select is a kernel of its own, with 8 ordinals in each of 1024 threads, and beyond those it counts by bins from L2.
+// select is a kernel of its own, whose blocks hold 16 ordinals in each of 512 threads, two blocks to an SM, and read more from L2 for every
+// pass. Teams of blocks share long segments: clusters of 8, the size that every GPU with clusters has, or blocks of a cooperative launch.
 constexpr int kOrdinalsPerThread = 8;
 constexpr int kFusedSelect = kThreads * kOrdinalsPerThread;
-constexpr int kSelectThreads = 1024;
+constexpr int kSelectThreads = 512, kHeldOrdinals = 16, kSelectBlocksOfSm = 2;
+constexpr int kClusterBlocks = 8, kGridBlocks = 16;
+
+// Predicted microseconds of a selection on an H200, which choose how many blocks share a segment: what its barriers cost whatever its
+// length, and each row of a block that holds its rows, or reads them for every pass. Instructions counted by tools/sass_count.py.
+struct SelectCost {
+  double fixed, held_row, streamed_row;
+};
+constexpr SelectCost kOneBlockCost = {2.0, 0.0003, 0.00045}, kClusterCost = {3.5, 0.0003, 0.00045}, kGridCost = {9.0, 0.0003, 0.00045};
 
 // Segments that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.
 constexpr int kSegmentsOfTile = 4;

@@ -278,7 +278,10 @@ void add_names(py::module_& module) {
   module.attr("LAUNCH_MODES") = codes({{"auto", V2DROP_LAUNCH_AUTO},
                                        {"cooperative", V2DROP_LAUNCH_COOPERATIVE},
                                        {"fused", V2DROP_LAUNCH_FUSED},
-                                       {"separate", V2DROP_LAUNCH_SEPARATE}});
+                                       {"separate", V2DROP_LAUNCH_SEPARATE},
+                                       {"one_block", V2DROP_LAUNCH_ONE_BLOCK},
+                                       {"cluster", V2DROP_LAUNCH_CLUSTER},
+                                       {"grid", V2DROP_LAUNCH_GRID}});
 
 #define FIELD(index, name)                                                                                              \
   static_assert(offsetof(v2drop_segment, name) == (index) * sizeof(int64_t), "columns are in the order of the struct"); \

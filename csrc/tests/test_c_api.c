@@ -469,7 +469,7 @@ static void test_bad_context(void) {
   const v2drop_source hidden = source_of(NULL, &prev, &cur, NULL, 0, 0), given = source_of(&scores, NULL, NULL, NULL, 0, 0);
   v2drop_context bad[5] = {V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT, V2DROP_CONTEXT_INIT};
   int c;
-  bad[0].threads = -1, bad[1].place = 2, bad[2].place = -1, bad[3].launch_mode = 4, bad[4].reserved = 1;
+  bad[0].threads = -1, bad[1].place = 2, bad[2].place = -1, bad[3].launch_mode = V2DROP_LAUNCH_GRID + 1, bad[4].reserved = 1;
   for (c = 0; c < 5; ++c) {
     BAD("context", v2drop_variation_score(&hidden, &scores, &bad[c]));
     BAD("context", v2drop_variation_score_backward(&scores, &hidden, NULL, NULL, &bad[c]));
@@ -526,7 +526,7 @@ static void test_cuda_only(void) {
   CHECK(context.workspace_bytes <= 4 * 8 + 64 + 1024);
   context.launch_mode = V2DROP_LAUNCH_COOPERATIVE;
   CHECK(DROP_HERE == V2DROP_ERROR_UNSUPPORTED);
-  for (mode = V2DROP_LAUNCH_AUTO; mode <= V2DROP_LAUNCH_SEPARATE; ++mode) {
+  for (mode = V2DROP_LAUNCH_AUTO; mode <= V2DROP_LAUNCH_GRID; ++mode) {
     const v2drop_tensor still = tensor(aligned.rows.before, V2DROP_FLOAT32, 4, 4), moved = tensor(aligned.rows.after, V2DROP_FLOAT32, 4, 4);
     const v2drop_gather rows = {moved, tensor(aligned.rows.out, V2DROP_FLOAT32, 3, 4), -1, 0, 0};
     aligned.rows.after[5] = 2, aligned.rows.after[14] = -3;

@@ -54,11 +54,11 @@ def cuobjdump(option: str, cubin: Path) -> str:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """A function from the name of a source to its kernels for sm_90, by mangled name."""
+    """A function from the name of a source and an architecture to its kernels, by mangled name."""
 
     @functools.cache
-    def of(name: str) -> dict[str, Kernel]:
-        cubin = nvcc(ROOT / "csrc/core" / name, tmp_path_factory.mktemp("cubin") / f"{name}.cubin", "-arch=sm_90", "-cubin")
+    def of(name: str, arch: int = 90) -> dict[str, Kernel]:
+        cubin = nvcc(ROOT / "csrc/core" / name, tmp_path_factory.mktemp("cubin") / f"{name}.cubin", f"-arch=sm_{arch}", "-cubin")
         usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin))
         bodies = re.split(r"\bFunction : (\S+)", cuobjdump("-sass", cubin))
         sass = dict(zip(bodies[1::2], bodies[2::2], strict=True))
@@ -83,9 +83,10 @@ def test_sources_are_those_of_the_build():
     assert sorted(listed) == [str(x.relative_to(ROOT)) for x in SOURCES] != []
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @every_source
-def test_no_spills(name, kernels):
-    for function, kernel in kernels(name).items():
+def test_no_spills(name, arch, kernels):
+    for function, kernel in kernels(name, arch).items():
         local = len(re.findall(r"\b(?:LDL|STL)\b", kernel.sass))
         assert (kernel.stack, local) == (0, 0), f"{function}: {kernel.registers} registers, {kernel.stack} bytes of stack"
 
@@ -135,6 +136,34 @@ def test_gather_moves_16_bytes(source, name, kernels):
     for kernel in named(kernels(source), name).values():
         assert kernel.accesses("STG").count("128") >= 2  # several in flight
         assert kernel.accesses("LDG").count("128") >= kernel.accesses("STG").count("128")
+
+
+TEAMS = ("OneBlock", "ClusterOfBlocks", "GridOfBlocks")
+
+
+@pytest.mark.parametrize("team", TEAMS)
+def test_long_selections_keep_loads_in_flight(team, kernels):
+    """A block loads 16 ordinals a thread before it uses the first, when it reads them for the first time and again.
+
+    Equal bins of neighbouring lanes do not make an atomic fail and repeat: the counters are incremented by POPC.INC.
+    """
+    (kernel,) = (k for f, k in named(kernels("select_segments_cuda.cu"), "select_team_kernel").items() if team in f)
+    loads = [m.start() for m in re.finditer(r"LDG\.E\.STRONG\.GPU|BAR\.SYNC|VIMNMX|ATOMS|UCGABAR", kernel.sass)]
+    runs, run = [], 0
+    for at in loads:
+        run = run + 1 if kernel.sass.startswith("LDG", at) else 0
+        runs.append(run)
+    assert max(runs) >= 16
+    assert len(re.findall(r"ATOMS\.POPC\.INC\.32", kernel.sass)) == 16
+    assert ("UCGABAR_WAIT" in kernel.sass) == (team == "ClusterOfBlocks")
+
+
+def test_clusters_are_compiled_for_those_that_have_them(kernels):
+    """For sm_80 the kernel is empty, and is never launched there."""
+    (kernel,) = (
+        k for f, k in named(kernels("select_segments_cuda.cu", 80), "select_team_kernel").items() if "ClusterOfBlocks" in f
+    )
+    assert kernel.registers < 16
 
 
 def test_dependent_launch(kernels):

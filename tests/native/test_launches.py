@@ -23,6 +23,16 @@ def started():
     return count
 
 
+@pytest.fixture(scope="module")
+def of_kind():
+    """The cluster launches and the cooperative launches so far in this process."""
+    emulator = ctypes.CDLL(str(Path(library.lib().__file__).parent / "libv2drop.so"))
+    counts = [emulator.v2drop_emulate_cluster_launches, emulator.v2drop_emulate_cooperative_launches]
+    for count in counts:
+        count.restype = ctypes.c_int64
+    return lambda: tuple(count() for count in counts)
+
+
 def launches(started, call):
     before = started()
     call()
@@ -150,14 +160,75 @@ def test_the_order_of_threads_changes_no_tile(on, mode, order, monkeypatch):
     same([got.keep, got.hidden], [want.keep, want.hidden])
 
 
+# Who selects from a long segment, and how many launches in clusters and cooperative launches that is.
+TEAMS = pytest.mark.parametrize(("team", "kinds"), [("one_block", (0, 0)), ("cluster", (1, 0)), ("grid", (0, 1))])
+
+
 @IN_EVERY_ORDER
+@TEAMS
 @pytest.mark.parametrize("kind", ["random", "three", "special"])
-def test_the_order_of_threads_changes_no_large_selection(on, kind, order, monkeypatch):
-    """More keys than a block holds, which are counted by bins."""
+def test_the_order_of_threads_changes_no_large_selection(on, of_kind, kind, team, kinds, order, monkeypatch):
+    """More keys than the registers of a block hold, of two segments or three."""
     monkeypatch.setenv("V2DROP_EMULATE_ORDER", order)
     b = LARGE[1]
     x = scores(kind, b.lead, torch.float32)
     hidden = torch.arange(float(b.rows)).expand(b.lead)[..., None]
     want = vk.reference.drop_tokens(None, hidden, 3000, scores=x, **b.arguments())
-    got = vk.drop_tokens(None, hidden, 3000, scores=x, backend=on.backend, **b.arguments())
+    before = of_kind()
+    with native.launch_mode(team):
+        got = vk.drop_tokens(None, hidden, 3000, scores=x, backend=on.backend, **b.arguments())
+    assert tuple(b - a for a, b in zip(before, of_kind(), strict=True)) == kinds
     same([got.keep, got.hidden], [want.keep, want.hidden])
+
+
+@TEAMS
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)])
+def test_teams_select_exactly(on, team, kinds, dtype, masked):
+    """k from nothing to everything, a length that no team divides, scores with a stride, both orders."""
+    n = 9173
+    x = scores("special" if masked else "random", (2, n, 2), dtype)[..., 0]
+    mask = torch.arange(2 * n).view(2, n) % 7 > 1 if masked else None
+    with native.launch_mode(team):
+        for k, order in [(0, "position"), (1, "score"), (4096, "position"), (n - 1, "position"), (n, "score"), (n, "position")]:
+            want = vk.reference.segmented_topk(x, k, order=order, droppable=mask)
+            got = vk.segmented_topk(x, k, order=order, droppable=mask, backend=on.backend)
+            same([got.indices, got.values], [want.indices, want.values])
+
+
+@TEAMS
+@pytest.mark.parametrize("value", [0.0, -1.5, float("nan"), float("-inf")])
+def test_teams_keep_the_first_of_equal_scores(on, team, kinds, value):
+    x = torch.full((1, 8200), value)
+    with native.launch_mode(team):
+        got = vk.segmented_topk(x, 5000, backend=on.backend)
+    same(got.indices, torch.arange(5000)[None])
+
+
+@TEAMS
+def test_teams_read_long_stretches_again(on, team, kinds):
+    """More keys than the registers of a cluster hold: computed ordinals are read again, those of given scores are stored first."""
+    n, k = 70_001, 30_001
+    x = scores("random", (1, n), torch.float16)
+    hidden = x[..., None].contiguous()
+    with native.launch_mode(team):
+        same(vk.segmented_topk(x, k, backend=on.backend).indices, vk.reference.segmented_topk(x, k).indices)
+        got = vk.variation_topk(torch.zeros_like(hidden), hidden, k, metric="l1", backend=on.backend)
+    same(got.indices, vk.reference.variation_topk(torch.zeros_like(hidden), hidden, k, metric="l1").indices)
+
+
+def test_a_device_without_clusters_selects_by_a_grid(on, of_kind, monkeypatch):
+    """Where one segment is long, and by one block where there are many."""
+    found, x = [], scores("random", (1, 60_000), torch.float32)
+    want = vk.reference.segmented_topk(x, 7000).indices
+    for clusters in "1", "0":
+        monkeypatch.setenv("V2DROP_EMULATE_CLUSTERS", clusters)
+        before = of_kind()
+        same(vk.segmented_topk(x, 7000, backend=on.backend).indices, want)
+        found.append(tuple(b - a for a, b in zip(before, of_kind(), strict=True)))
+    assert found == [(1, 0), (0, 1)]
+    with native.launch_mode("cluster"), pytest.raises(RuntimeError, match="launch_mode"):
+        vk.segmented_topk(x, 7000, backend=on.backend)
+    many = scores("random", (12, 2500), torch.float32)
+    before = of_kind()
+    same(vk.segmented_topk(many, 700, backend=on.backend).indices, vk.reference.segmented_topk(many, 700).indices)
+    assert of_kind() == before

@@ -356,7 +356,7 @@ def test_a_problem_that_does_not_fit_is_named_and_nothing_is_run(modules: Any, c
 
 def test_a_launch_mode_that_does_not_apply_is_missing_and_not_broken(modules: Any, check: Any):
     def refuse() -> None:
-        raise RuntimeError("on: a cooperative drop takes at most 2048 competing rows a segment")
+        raise RuntimeError("context.launch_mode: a cooperative drop takes at most 2048 competing rows a segment")
 
     done = check()
     assert done._fault(modules.gpu_candidates.Candidate("cuda-cooperative", [refuse]), "drop").startswith("missing: on: a coop")

@@ -174,7 +174,7 @@ struct Fiber {
 };
 
 std::mutex launching;
-std::atomic<int64_t> launched{0};
+std::atomic<int64_t> launched[3];  // by Launches
 thread_local cudaError_t last_error = cudaSuccess;
 
 struct {
@@ -511,7 +511,7 @@ void require_previous_launch(const char* name) {
   if (!current->waited) fail("%s comes before cudaGridDependencySynchronize in a programmatic launch", name);
 }
 
-int64_t launches() { return launched.load(); }
+int64_t launches(Launches which) { return launched[static_cast<size_t>(which)].load(); }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* body) {
   bool cooperative, early;
@@ -544,13 +544,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
     run_blocks(live, threads, order);
   }
   grid = nullptr;
-  ++launched;
+  ++launched[static_cast<size_t>(Launches::kAll)];
+  if (cluster) ++launched[static_cast<size_t>(Launches::kClusters)];
+  if (cooperative) ++launched[static_cast<size_t>(Launches::kCooperative)];
   return cudaSuccess;
 }
 
 }  // namespace emulate
 
-int64_t v2drop_emulate_launches(void) { return emulate::launches(); }
+int64_t v2drop_emulate_launches() { return emulate::launches(); }
+int64_t v2drop_emulate_cluster_launches() { return emulate::launches(emulate::Launches::kClusters); }
+int64_t v2drop_emulate_cooperative_launches() { return emulate::launches(emulate::Launches::kCooperative); }
 
 cudaError_t cudaPeekAtLastError() { return emulate::last_error; }
 

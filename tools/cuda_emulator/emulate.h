@@ -47,12 +47,15 @@ Lanes warp_barrier(const char* name, unsigned mask, uint64_t value = 0);
 void wait_for_previous_launch();
 void require_previous_launch(const char* name);
 
-// Kernels launched so far in this process, by all threads.
-int64_t launches();
+// Kernels launched so far in this process, by all threads: all of them, those in clusters, and cooperative ones.
+enum class Launches { kAll, kClusters, kCooperative };
+int64_t launches(Launches which = Launches::kAll);
 
 }  // namespace emulate
 
 // The same for a test that loads the library.
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_launches(void);
+extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_cluster_launches(void);
+extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_cooperative_launches(void);
 
 #endif  // V2DROP_TOOLS_EMULATE_H_

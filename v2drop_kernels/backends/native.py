@@ -37,7 +37,9 @@ def launch_mode(name: str) -> Iterator[None]:
     """Launch CUDA drops in this mode inside a ``with`` block, for tests and benchmarks. The results are the same.
 
     ``"auto"``: by size and device; ``"cooperative"``: one launch; ``"fused"``: score, then a gather whose blocks repeat the
-    selection; ``"separate"``: score, select, gather.
+    selection; ``"separate"``: score, select, gather; ``"one_block"``, ``"cluster"`` and ``"grid"``: the same, and who selects
+    from a segment of more than 2048 competing rows, here and in top-k: one block, a thread-block cluster, or blocks of a
+    cooperative launch.
     """
     token = _forced_mode.set(library.LAUNCH_MODES[name])
     try:

@@ -101,7 +101,7 @@ typedef enum v2drop_queries { V2DROP_QUERIES_MEAN = 0, V2DROP_QUERIES_L2 = 1 } v
 
 typedef enum v2drop_place { V2DROP_CPU = 0, V2DROP_CUDA = 1 } v2drop_place;
 
-/* How v2drop_drop_tokens is launched on CUDA. The results are the same. */
+/* How v2drop_drop_tokens is launched on CUDA, and by the last three also how v2drop_topk selects. The results are the same. */
 typedef enum v2drop_launch_mode {
   V2DROP_LAUNCH_AUTO = 0, /* by size and device */
   V2DROP_LAUNCH_COOPERATIVE =
@@ -109,7 +109,12 @@ typedef enum v2drop_launch_mode {
           * scores nothing precedes the gather: then it is V2DROP_LAUNCH_FUSED, or SEPARATE where that applies */
   V2DROP_LAUNCH_FUSED =
       2, /* score; then a gather whose blocks repeat the selection; up to 2048 competing rows in a segment, else separate */
-  V2DROP_LAUNCH_SEPARATE = 3 /* score, select, gather */
+  V2DROP_LAUNCH_SEPARATE = 3, /* score, select, gather */
+  /* The same, and who selects from a segment of more than 2048 competing rows: one block, a thread-block cluster of 8, or up to 16 blocks
+   * of a cooperative launch; V2DROP_ERROR_UNSUPPORTED where the device or the number of segments does not allow it. */
+  V2DROP_LAUNCH_ONE_BLOCK = 4,
+  V2DROP_LAUNCH_CLUSTER = 5,
+  V2DROP_LAUNCH_GRID = 6
 } v2drop_launch_mode;
 
 #define V2DROP_MAX_DIMS 8
