@@ -359,7 +359,9 @@ def test_a_launch_mode_that_does_not_apply_is_missing_and_not_broken(modules: An
         raise RuntimeError("context.launch_mode: a cooperative drop takes at most 2048 competing rows a segment")
 
     done = check()
-    assert done._fault(modules.gpu_candidates.Candidate("cuda-cooperative", [refuse]), "drop").startswith("missing: context.launch_mode: a coop")
+    assert done._fault(modules.gpu_candidates.Candidate("cuda-cooperative", [refuse]), "drop").startswith(
+        "missing: context.launch_mode: a coop"
+    )
     assert done.broken == 0
 
 
