@@ -66,7 +66,7 @@ class Step {
     packed_ = floats(vectors * pitch_);
     factors_ = floats(stats);
     sums_ = floats(stats);
-    if (a.heads > 0) droppable_sums_ = floats(stats);
+    if (a.heads > 0) chosen_by_ = floats(stats);
     for (int64_t e = 0; e < entries; ++e) {
       for (int64_t h = 0; h < a.q.heads; ++h) {
         for (int64_t i = 0; i < queries(e); ++i) {
@@ -110,9 +110,11 @@ class Step {
   // The exponentials, or products, of one block of keys of one kv head.
   void weigh(int64_t e, int64_t kv, int64_t block) {
     const int64_t first = block * kBlock, n = std::min(kBlock, a_.k.rows - first), vectors = group_ * queries_;
-    unsigned char visible[kBlock], droppable[kBlock];
+    unsigned char visible[kBlock], counts[kBlock];
     if (a_.key_mask.data) read_mask(a_.key_mask, e, first, n, visible);
-    if (a_.heads > 0) read_mask(a_.droppable, e, first, n, droppable);
+    if (a_.heads > 0) read_mask(a_.droppable, e, first, n, counts);
+    // A softmax gives 1 in total: what gives least to the other keys gives most, and exactly 0 where there are none.
+    for (int64_t i = 0; a_.heads > 0 && !a_.dot && i < n; ++i) counts[i] = !counts[i];
     float* const out = weights(e, kv * group_, 0, block);
     int64_t reached = 0;
     for (int64_t i = 0; i < queries(e); ++i) reached = std::max(reached, reach(e, i, first, n));
@@ -132,7 +134,7 @@ class Step {
       }
       const int64_t at = (vector(e, kv * group_, 0) + v) * blocks_ + block;
       if (!a_.dot) k_.exponentials(x, n, &factors_[at], &sums_[at]);
-      if (a_.heads > 0) droppable_sums_[at] = k_.sum_where(x, droppable, n);
+      if (a_.heads > 0) chosen_by_[at] = k_.sum_where(x, counts, n);
     }
   }
 
@@ -152,8 +154,8 @@ class Step {
         scale = most == -std::numeric_limits<float>::infinity() && all == 0 ? 0.0f : scale / all;
       }
       if (a_.heads > 0) {
-        for (int64_t j = 0; j < blocks_; ++j) total += droppable_sums_[at + j] * factors[j];
-        total *= scale;
+        for (int64_t j = 0; j < blocks_; ++j) total += chosen_by_[at + j] * factors[j];
+        total *= a_.dot ? scale : -scale;
         uint32_t bits;
         __builtin_memcpy(&bits, &total, sizeof bits);
         totals[static_cast<size_t>(h)] = ordinal_of_bits(bits);
@@ -207,8 +209,8 @@ class Step {
   const int64_t query0_;
   float* const scores_;
   int64_t group_, blocks_, pitch_, queries_ = 0;
-  // [entry][head][query][block]: maxima that become factors, sums, and sums over droppable keys.
-  Floats weights_, packed_, factors_, sums_, droppable_sums_;
+  // [entry][head][query][block]: maxima that become factors, sums, and the sums by which heads are chosen.
+  Floats weights_, packed_, factors_, sums_, chosen_by_;
 };
 
 }  // namespace

@@ -25,7 +25,7 @@ struct Weighing {
   bool causal, dot;
   float scale;
   // [entry][head][query of the step][row, or split].
-  float *logits, *maxima, *sums, *droppable_sums;  // the last one is null where it is not wanted
+  float *logits, *maxima, *sums, *droppable_sums;  // the last one, by which heads are chosen, is null where none are
 
   __device__ int64_t query_row(int64_t entry, int query) const {
     return *reinterpret_cast<const int64_t*>(query_rows + entry * query_rows_batch + (query0 + query) * query_rows_row);
@@ -128,7 +128,8 @@ __device__ inline void weigh_vector(const Weighing& a, int64_t entry, int64_t pa
     const bool seen = key < end && reach >= 0 && (!a.causal || key <= reach) &&
                       (!a.key_mask || a.key_mask[entry * a.key_mask_batch + key * a.key_mask_row]);
     x[i] = seen ? tile.logits[v][lane_id() + 32 * i] : a.dot ? 0.0f : -INFINITY;
-    counts[i] = seen && a.droppable_sums && a.is_droppable(entry, key);
+    // A softmax gives 1 in total: what gives least to the other keys gives most, and exactly 0 where there are none.
+    counts[i] = seen && a.droppable_sums && a.is_droppable(entry, key) == a.dot;
     if (key < end) a.logits[pair * a.rows + key] = x[i];
     most = fmaxf(most, x[i]);
   }
@@ -199,7 +200,7 @@ struct Reduction {
 // Of every (head, query) pair: the maximum, and what its exponentials are multiplied with.
 struct Pairs {
   float maximum[kAttentionPairs], factor[kAttentionPairs];
-  int32_t total[kAttentionPairs];  // the key of the sum over droppable rows
+  int32_t total[kAttentionPairs];  // the key of what a head gives to the droppable rows
 };
 
 __global__ void __launch_bounds__(kThreads, kBlocksOfSm) reduce_kernel(const __grid_constant__ Reduction r) {
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSm) reduce_kernel(const __g
     }
     all = warp_sum(all);
     const float factor = a.dot ? scale : most == -INFINITY && all == 0 ? 0.0f : __fdiv_rn(scale, all);
-    droppable = warp_sum(droppable) * factor;
+    droppable = warp_sum(droppable) * (a.dot ? factor : -factor);
     if (lane_id() == 0) {
       pairs.maximum[pair] = base_of(most);
       pairs.factor[pair] = factor;

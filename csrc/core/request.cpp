@@ -86,7 +86,8 @@ RowView check_rows(const char* name, const v2drop_tensor* tensor, bool has_dim) 
   }
   const int64_t bytes = kDtypeBytes[tensor->dtype];
   if (reinterpret_cast<uintptr_t>(tensor->data) % static_cast<uintptr_t>(bytes) != 0) fail("%s: data is not aligned to its dtype", name);
-  if (has_dim && tensor->stride[lead] != 1 && tensor->shape[lead] > 1) fail("%s: the last dimension must have stride 1", name);
+  if (has_dim && tensor->stride[lead] != 1 && tensor->shape[lead] > 1 && !is_empty(*tensor))
+    fail("%s: the last dimension must have stride 1", name);
   RowView view = {static_cast<char*>(tensor->data), 1, tensor->shape[lead - 1], has_dim ? tensor->shape[lead] : 1, 0, 0, tensor->dtype};
   // An extent of one or none is never stepped over, and its stride may be anything.
   if (view.rows > 1) view.row_stride = tensor->stride[lead - 1] * bytes;
@@ -106,6 +107,7 @@ void check_same_rows(const char* name, const RowView& view, const char* model_na
 
 // A result must not overlap itself, or its rows would overwrite each other.
 void check_writable(const char* name, const v2drop_tensor& tensor) {
+  if (is_empty(tensor)) return;
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] > 1 && tensor.stride[d] == 0) fail("%s: dimension %d has stride 0, a result must not overlap itself", name, d);
   }
@@ -126,7 +128,7 @@ HeadRows check_heads(const char* name, const v2drop_tensor* tensor) {
   if (tensor->ndim != 4) fail("%s: must be [batch, heads, rows, dim], got %d dimensions", name, tensor->ndim);
   const int64_t bytes = kDtypeBytes[tensor->dtype];
   if (reinterpret_cast<uintptr_t>(tensor->data) % static_cast<uintptr_t>(bytes) != 0) fail("%s: data is not aligned to its dtype", name);
-  if (tensor->stride[3] != 1 && tensor->shape[3] > 1) fail("%s: the last dimension must have stride 1", name);
+  if (tensor->stride[3] != 1 && tensor->shape[3] > 1 && !is_empty(*tensor)) fail("%s: the last dimension must have stride 1", name);
   const auto stride = [&](int d) { return tensor->shape[d] > 1 ? tensor->stride[d] * bytes : 0; };
   return {static_cast<char*>(tensor->data),
           tensor->shape[0],

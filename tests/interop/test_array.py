@@ -293,3 +293,22 @@ def test_arrays_on_a_gpu(cupy, b):
 def test_arrays_in_two_places(cupy):
     with pytest.raises(ValueError, match="h_prev must lie in the memory of a GPU as h_cur does, got an array in host memory"):
         va.drop_tokens(H, cupy.asarray(H), 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.uint8, np.int64])
+def test_compact_refuses_rows_beyond_the_last_of_any_dtype(dtype):
+    """2**64 - 1 wrapped to -1, which is padding."""
+    h = np.zeros((1, 5, 2), np.float32)
+    assert va.compact(np.array([[4, 1]], dtype), h).hidden.shape == (1, 2, 2)
+    for row in (np.iinfo(dtype).max, 5):
+        with pytest.raises(ValueError, match="keep"):
+            va.compact(np.array([[0, row]], dtype), h)
+
+
+def test_masked_arrays_are_refused():
+    """Their masks were ignored."""
+    x = np.ma.masked_array(np.zeros((1, 4), np.float32), mask=[[0, 1, 0, 0]])
+    with pytest.raises(TypeError, match="scores must be an array without a mask"):
+        va.segmented_topk(x, 2)
+    with pytest.raises(TypeError, match="hidden must be an array without a mask"):
+        va.compact(np.array([[0]]), np.ma.zeros((1, 4, 2), np.float32))

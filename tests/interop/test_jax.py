@@ -263,3 +263,13 @@ def test_on_a_gpu(b):
         if not b.packed:
             want = gradients_of(lambda c: vk.drop_tokens(prev, c, 3, backend="cpu").hidden.float().sum(), cur)
             same([loss(to_jax(prev), to_jax(cur))], want)
+
+
+@pytest.mark.parametrize("row", [5, 2**31, 2**32, 2**62])
+def test_compact_refuses_rows_beyond_the_last_with_x64(row):
+    """2**32 wrapped to row 0."""
+    with jax.enable_x64(True):
+        with pytest.raises(Exception, match="keep"):
+            jax.block_until_ready(vj.compact(jnp.array([[0, row]], jnp.int64), jnp.zeros((1, 5, 2), jnp.float32)).hidden)
+        got = vj.compact(jnp.array([[4, -1, -(2**40)]], jnp.int64), jnp.ones((1, 5, 2), jnp.float32)).hidden
+        assert got[0, :, 0].tolist() == [1, 0, 0]

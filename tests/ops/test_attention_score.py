@@ -617,3 +617,20 @@ def test_reference_takes_a_backends_arguments():
     same(
         attention(q, k, rows, None, None, True, 40**-0.5, "softmax", "mean", "mean"), vk.attention_score(q, k, backend="reference")
     )
+
+
+@cross(everything=["none", "droppable", "masked"], heads=[1, 3], queries=["mean", "l2"], dtype=FLOATS)
+def test_heads_that_give_all_are_chosen_from_the_lowest(on, everything, heads, queries, dtype):
+    """Every head of a softmax gives 1 in total where all visible rows are droppable: rounding chose among them."""
+    q, k = normal((2, 8, 2, 16), dtype, "q"), normal((2, 2, 70, 16), dtype, "k")
+    given = {"key_mask": torch.arange(70).expand(2, -1) > 4, "queries": queries}
+    if everything != "none":
+        given["droppable"] = torch.ones(2, 70, dtype=torch.bool)
+    if everything == "masked":
+        given["droppable"] = given["key_mask"]
+    alone = torch.cat([q[:, :heads], q[:, :1].expand(-1, 8 - heads, -1, -1)], 1)
+    per_head = [score(on, q[:, h : h + 1], k[:, :1], **given) for h in range(heads)]
+    got = score(on, q, k, heads=heads, **given)
+    if queries == "mean":
+        torch.testing.assert_close(got, torch.stack(per_head).mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got, score(on, alone, k, heads=heads, **given), rtol=1e-5, atol=1e-7)

@@ -317,3 +317,40 @@ def test_gradients_are_differentiated_once(on):
     else:
         with pytest.raises(RuntimeError, match="once_differentiable"):
             g.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"droppable": [[], []]},
+        {"droppable": [(0, 3), (6, 6)]},
+        {"droppable": [(6, 6), (6, 6)]},
+        {"droppable": vk.TokenLayout.padded([(2, 6), []], 6, lengths=[4, 0], padding_side="left")},
+        {"droppable": vk.TokenLayout.padded([(2, 6), (6, 6)], 6, lengths=[4, 0], padding_side="left")},
+    ],
+    ids=["text-only", "empty-at-the-end", "all-empty", "no-tokens", "no-tokens-at-the-end"],
+)
+def test_gradients_with_nothing_to_select(on, given):
+    """IndexError, or an assertion of the device: an empty segment at the end was looked for in an item behind the last."""
+    s = normal((2, 6), torch.float32, "s").to(on.device).requires_grad_()
+    values, indices = vk.segmented_topk(s, 2, backend=on.backend, **given)
+    want = torch.zeros(2, 6)
+    values[indices >= 0].sum().backward()
+    if given["droppable"] not in ([[], []], [(6, 6), (6, 6)]):
+        start = 0 if isinstance(given["droppable"], list) else 2
+        stop = 3 if isinstance(given["droppable"], list) else 6
+        want[0, start + s[0, start:stop].topk(2).indices.cpu()] = 1
+    same(s.grad.cpu(), want)
+    h = normal((2, 6, 4), torch.float32, "h").to(on.device).requires_grad_()
+    got = vk.variation_topk(torch.zeros_like(h), h, 2, backend=on.backend, **given)
+    got.values[got.indices >= 0].sum().backward()
+    assert h.grad.isfinite().all()
+    assert int(h.grad.any(-1).sum()) == int(want.sum())
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
+def test_gradients_of_no_scores(on, shape):
+    s = torch.zeros(shape, device=on.device, requires_grad=True)
+    values = vk.segmented_topk(s, 2, backend=on.backend).values
+    (grad,) = torch.autograd.grad(values.sum(), s)
+    same(grad.cpu(), torch.zeros(shape))

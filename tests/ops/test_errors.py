@@ -201,6 +201,8 @@ def companion_cases(op, *args, of):
         one("labels-dims", ValueError, "labels must be", labels=h(B, N, 1).long()),
         one("labels-float", TypeError, "labels must be signed integers", labels=h(B, N)),
         one("labels-unsigned", TypeError, "labels must be signed integers", labels=h(B, N).to(torch.uint8)),
+        one("labels-uint16", TypeError, "labels must be signed integers", labels=h(B, N).to(torch.uint16)),
+        one("labels-uint64", TypeError, "labels must be signed integers", labels=h(B, N).to(torch.uint64)),
         one("labels-bool", TypeError, "labels must be signed integers", labels=h(B, N).bool()),
         one("labels-elsewhere", ValueError, "labels must be on the device", labels=h(B, N, device=META).long()),
         one("positions-unknown", ValueError, "positions must be one of", positions="absolute"),

@@ -28,6 +28,10 @@ EVERY = pytest.mark.parametrize("b", [*BATCHES, *LARGE], ids=str)
         (5, 0.5, {"rounding": "round"}, 2),  # halves go to the even count
         (7, 0.5, {"rounding": "round"}, 4),
         (3, Fraction(1, 3), {}, 1),
+        (576, 1 / 3, {}, 192),  # the decimal that 1 / 3 prints as is below a third
+        (576, 64 / 576, {}, 64),
+        (577, 5e-324, {}, 0),
+        (577, 5e-324, {"rounding": "ceil"}, 1),
         (576, 0, {}, 0),
         (576, 0.0, {"at_least": 1}, 1),
         (0, 0.5, {"at_least": 1}, 0),
@@ -48,6 +52,14 @@ def test_n_keep_is_exact_for_all_percentages():
         for percent in range(101):
             assert vk.n_keep(n, percent / 100) == n * percent // 100
             assert vk.n_keep(n, percent / 100, "ceil") == -(-n * percent // 100)
+
+
+def test_n_keep_gives_back_every_count_of_a_ratio():
+    """258 of the 577 ratios n / 576 lost a token."""
+    for n in (576, 577, 6272):
+        for count in range(n + 1):
+            for rounding in ("floor", "round", "ceil"):
+                assert vk.n_keep(n, count / n, rounding) == count
 
 
 @EVERY

@@ -17,6 +17,7 @@ from v2drop_kernels.ops.merge_dropped.sparsevlm import recycled_clusters
 from v2drop_kernels.ops.merge_dropped.visionzip import contextual_targets
 from v2drop_kernels.ops.weighted_merge import weighted_merge
 from v2drop_kernels.ops.weighted_merge.groups import groups
+from v2drop_kernels.ops.weighted_merge.reference import weighted_merge as plain_merge
 
 if not INTERPRETED:  # the interpreter counts as CPU too
     backends = pytest.mark.backends("reference", "triton")
@@ -614,3 +615,33 @@ INDEX, MASK, SCORES = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dt
 def test_merge_errors(call, error, said):
     with pytest.raises(error, match=said):
         call()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "rows", "message"),
+    [
+        ([[-1, 2]], [[0, 1, 2]], "offsets must ascend"),
+        ([[0, 4]], [[0, 1, 2]], "offsets must ascend"),
+        ([[2, 1]], [[0, 1, 2]], "offsets must ascend"),
+        ([[0, 3]], [[0, 3, 2]], r"rows must lie in \[0, 3\), got 3"),
+        ([[0, 3]], [[0, -1, 2]], r"rows must lie in \[0, 3\), got -1"),
+    ],
+)
+def test_edges_that_do_not_exist(on, offsets, rows, message):
+    """A negative offset read before the buffer, and a row beyond the last one the next item."""
+    x = torch.tensor([[[1.0], [2.0], [4.0]], [[torch.nan]] * 3], device=on.device)
+    lists = torch.tensor(offsets * 2, device=on.device), torch.tensor(rows * 2, device=on.device)
+    with pytest.raises(ValueError, match=message):
+        weighted_merge(x, *lists, backend=on.backend)
+    unread = plain_merge(x[:1].expand(2, 3, 1), *lists)
+    assert unread.isfinite().all()
+    assert unread.max() <= 7
+
+
+def test_cosines_of_tiny_rows(on):
+    """The squares of 1e-25 are nothing in float32: cosines reached 1e13, and the wrong pair merged."""
+    metric = normal((2, 10, 8), torch.float32, "tiny").to(on.device)
+    x = normal((2, 10, 4), torch.float32, "x").to(on.device)
+    for scale in (2.0**-83, 2.0**-120, 2.0**90):
+        got = bipartite_merge(x, metric * scale, 3, backend=on.backend)
+        same(list(got), list(bipartite_merge(x, metric, 3, backend=on.backend)))

@@ -333,3 +333,9 @@ def test_similarity_of_bad_input():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None, True])
+def test_random_score_refuses_a_seed_that_is_no_int(seed):
+    with pytest.raises(TypeError, match="seed must be an int"):
+        vk.random_score((1, 4), seed)

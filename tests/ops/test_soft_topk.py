@@ -373,6 +373,21 @@ def test_soft_topk_keeps_what_segmented_topk_keeps():
         assert torch.equal(soft_topk(x, 1 - k / 40), torch.zeros(3, 40).scatter(1, want, 1))
 
 
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("ties", TIES)
+def test_a_ratio_that_is_nan_gives_nan(ties, hard):
+    """The hard mask was all zeros."""
+    mask = soft_topk(scores("random", (2, 5), torch.float32), torch.tensor([0.4, torch.nan]), ties=ties, hard=hard)
+    assert mask[0].isfinite().all()
+    assert mask[1].isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_cannot_be(temperature):
+    with pytest.raises(ValueError, match="temperature must be greater than 0 and finite"):
+        soft_topk(torch.zeros(1, 3), 0.5, temperature=temperature)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("kind", ["random", "three", "special"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any
@@ -15,8 +16,8 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
     n : int
         Tokens in the segment.
     ratio : float
-        Share that is kept, in [0, 1]. It is read as the decimal that it prints as, so ``n_keep(100, 0.29)`` is 29
-        although ``int(100 * 0.29)`` is 28.
+        Share that is kept, in [0, 1]. A float is read as the simplest fraction that rounds to it, so 0.29 is 29/100, ``1 / 3``
+        a third and ``64 / 576`` a ninth: ``n_keep(100, 0.29)`` is 29, although ``int(100 * 0.29)`` is 28.
     rounding : {"floor", "round", "ceil"}
         ``"round"`` sends halves to the even count, as Python's ``round``.
     at_least : int
@@ -35,8 +36,8 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
 
     Examples
     --------
-    >>> n_keep(576, 0.28), n_keep(576, 0.0, at_least=1)
-    (161, 1)
+    >>> n_keep(576, 0.28), n_keep(576, 64 / 576), n_keep(576, 0.0, at_least=1)
+    (161, 64, 1)
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"n must be an int >= 0, got {n!r}")
@@ -47,4 +48,23 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
     ways: dict[str, Any] = {"floor": math.floor, "round": round, "ceil": math.ceil}
     if rounding not in ways:
         raise ValueError(f"rounding must be 'floor', 'round' or 'ceil', got {rounding!r}")
-    return min(n, max(at_least, ways[rounding](n * Fraction(str(ratio)))))
+    return min(n, max(at_least, ways[rounding](n * _fraction(ratio))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _fraction(ratio: float | Fraction) -> Fraction:
+    """The ratio itself, or of the fractions that round to a float the one with the smallest denominator."""
+    if not isinstance(ratio, float):
+        return Fraction(ratio)
+    exact = Fraction(ratio)
+    low, high = ((exact + Fraction(math.nextafter(ratio, to))) / 2 for to in (-1.0, 2.0))
+    return exact if ratio == 0 else _simplest(low, high)
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """The fraction between two positive ones with the smallest denominator, from their continued fractions."""
+    whole = math.ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    below = whole - 1
+    return below + 1 / _simplest(1 / (high - below), 1 / (low - below))

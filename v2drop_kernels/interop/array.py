@@ -100,6 +100,8 @@ def compact(
         raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
+    if rows.dtype.kind == "u":  # beyond the rows stays beyond them in a signed dtype, where 2**64 - 1 would be padding
+        rows = call.xp.minimum(rows, rows.dtype.type(min(at.rows, np.iinfo(rows.dtype).max)))
     rows = call.xp.ascontiguousarray(rows, dtype=np.int64)
     gathers, unflatten = flatten(
         at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
@@ -264,6 +266,8 @@ class _Call:
 
 def _from_protocol(name: str, x: Any) -> Any:
     """An array of another library as one of NumPy or CuPy that shares its memory."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, got a MaskedArray: give x.filled(value)")
     try:
         if hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == _ON_CUDA:
             # Not torch's __cuda_array_interface__, which has no word for bfloat16.

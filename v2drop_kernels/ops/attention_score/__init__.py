@@ -10,6 +10,7 @@ from ...backends.choice import resolve_backend
 from ...backends.requests import AttentionRequest
 from ...core import arguments
 from ..autograd import differentiable
+from ..precision import full_precision
 from . import reference
 from .gradient import attention_score_backward
 from .queries import last_rows
@@ -59,7 +60,7 @@ def attention_score(
         The softmax over all keys that the query sees, in float32, or the scaled logit itself.
     heads : {"mean", "sum", "max"} or int
         How the heads of a query become one. An int ``h``: the mean over the ``h`` heads that give most to the droppable rows
-        (equal totals: the lower head).
+        (equal totals, as all are where every visible row is droppable: the lower head).
     queries : {"mean", "l2"}
         How the queries of an item become one: their mean, or their 2-norm ``sqrt(sum s^2)``.
     layout : {"BHSD", "BSHD"}
@@ -182,6 +183,7 @@ def cls_attention_score(
     return attention_score(q, k, causal=False, scale=scale, heads=heads, backend=backend)[:, 1:]
 
 
+@full_precision
 def text_raters(vision_rows: torch.Tensor, text_rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
     """Choose the text tokens that rate the vision tokens: those that vision tokens are drawn to more than to the average one.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..precision import full_precision
 from .queries import chunks
 from .reference import attention, attention_score, best_heads, over_heads, padded, uncounted
 
 
+@full_precision
 def attention_score_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -36,16 +38,17 @@ def attention_score_backward(
         some, rows = q[:, :, part], query_rows[:, part]
         hidden, probabilities = attention(some, k, rows, key_mask, causal, scale, mode)
         weights = probabilities.masked_fill(uncounted(hidden, droppable), 0)
+        order = best_heads(probabilities, droppable, mode, heads) if isinstance(heads, int) else None
         share = grad[:, None, None].expand(weights.shape)
         if queries == "l2":
-            share = share * over_heads(weights, heads)[:, None]
+            share = share * over_heads(weights, heads, order)[:, None]
         if heads == "max":  # equal maxima share it
             most = weights == weights.amax(1, keepdim=True)
             share = share * most / most.sum(1, keepdim=True)
         elif heads == "mean":
             share = share / h
         elif heads != "sum":
-            chosen = torch.zeros_like(weights[..., 0]).scatter(1, best_heads(weights, int(heads)), 1 / int(heads))
+            chosen = torch.zeros_like(weights[..., 0]).scatter(1, order, 1 / int(heads))
             share = share * chosen[..., None]
         share = share.masked_fill(uncounted(hidden, droppable), 0)
         if mode == "softmax":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from ...backends.requests import AttentionRequest
+from ..precision import full_precision
 from .queries import chunks, last_rows
 
 
+@full_precision
 def attention_score(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -28,7 +30,8 @@ def attention_score(
     total = wide(k).new_zeros(k.shape[0], k.shape[2])
     for part in chunks(q, k):
         hidden, weights = attention(q[:, :, part], k, query_rows[:, part], key_mask, causal, scale, mode)
-        given = over_heads(weights.masked_fill(uncounted(hidden, droppable), 0), heads)
+        order = best_heads(weights, droppable, mode, heads) if isinstance(heads, int) else None
+        given = over_heads(weights.masked_fill(uncounted(hidden, droppable), 0), heads, order)
         total = total + (given.square() if queries == "l2" else given).sum(1)
     if queries == "mean":
         return total / (query_rows >= 0).sum(1, keepdim=True).clamp(min=1)
@@ -68,21 +71,31 @@ def attention(
     return hidden, logits.masked_fill(hidden, 0)
 
 
-def over_heads(weights: torch.Tensor, heads: str | int) -> torch.Tensor:
-    """``[B, H, Q, S]`` to ``[B, Q, S]``."""
+def over_heads(weights: torch.Tensor, heads: str | int, order: torch.Tensor | None) -> torch.Tensor:
+    """``[B, H, Q, S]`` to ``[B, Q, S]``, with the heads of ``order`` where a number of them is chosen."""
     if heads == "mean":
         return weights.mean(1)
     if heads == "sum":
         return weights.sum(1)
     if heads == "max":
         return weights.amax(1)
-    order = best_heads(weights, int(heads))
+    assert order is not None
     return weights.gather(1, order[..., None].expand(*order.shape, weights.shape[-1])).mean(1)
 
 
-def best_heads(weights: torch.Tensor, heads: int) -> torch.Tensor:
-    """int64 ``[B, heads, Q]``: the heads that give most in total; of equal ones the lower."""
-    return weights.detach().sum(-1).argsort(dim=1, descending=True, stable=True)[:, :heads]
+def best_heads(weights: torch.Tensor, droppable: torch.Tensor | None, mode: str, heads: int) -> torch.Tensor:
+    """int64 ``[B, heads, Q]``: the heads that give most to the droppable rows in total; of equal ones the lower.
+
+    A softmax gives 1 in total, so those that give least to the other rows: exactly 0 where there are none, for all heads alike.
+    """
+    given, counted = weights.detach(), torch.ones((), dtype=torch.bool, device=weights.device)
+    if droppable is not None:
+        counted = droppable[:, None, None]
+    if mode == "softmax":
+        total = -given.masked_fill(counted, 0).sum(-1) + 0 * given.sum(-1)  # NaN where a weight is
+    else:
+        total = given.masked_fill(~counted, 0).sum(-1)
+    return total.argsort(dim=1, descending=True, stable=True)[:, :heads]
 
 
 def uncounted(hidden: torch.Tensor, droppable: torch.Tensor | None) -> torch.Tensor:

@@ -113,7 +113,7 @@ def _attention_logits_fwd_kernel(
             fade = tl.exp(top - base)
             total = total * fade + tl.sum(e, axis=0)
             if SHARES:
-                share = share * fade + tl.sum(tl.where(counted[:, None], e, 0.0), axis=0)
+                share = share * fade + tl.sum(tl.where(counted[:, None], 0.0, e), axis=0)
             top = above
         elif SHARES:
             share += tl.sum(tl.where(counted[:, None], x, 0.0), axis=0)
@@ -161,7 +161,8 @@ def _attention_shares_fwd_kernel(
     if SOFTMAX:
         _, weight, fade = _statistics(partials, flat, stride, blocks, inside, BLOCKS)
         partial = partial * fade
-        share = tl.sum(partial, axis=1) * weight
+        # All is 1: what gives least to the other keys gives most, and exactly 0 where there are none.
+        share = 0.0 - tl.sum(partial, axis=1) * weight
     else:
         share = tl.sum(partial, axis=1)
     tl.store(shares + flat, share, mask=inside)

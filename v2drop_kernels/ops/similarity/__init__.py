@@ -212,6 +212,8 @@ def random_score(
     >>> bool((random_score((2, 4), item_seeds=[7, 8])[1] == random_score((1, 9), item_seeds=[8])[0, :4]).all())
     True
     """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {arguments.kind(seed)}")
     sizes = tuple(like.shape[:2]) if isinstance(like, torch.Tensor) else tuple(like)
     if len(sizes) != 2:
         raise ValueError(f"like must be a tensor [B, N, ...] or sizes (B, N), got {sizes}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..precision import full_precision
 from .reference import key_norm, pivot_rows, unit_rows, wide
 
 
@@ -16,6 +17,7 @@ def key_norm_backward(grad: torch.Tensor, k: torch.Tensor, norm: str) -> torch.T
     return torch.where(length == 0, 0.0, grad * x / length).to(k.dtype)
 
 
+@full_precision
 def cosine_to_pivots_backward(grad: torch.Tensor, x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
     """The gradient in ``x``, as a row and as a pivot; none reaches a row of zeros."""
     values = wide(x)

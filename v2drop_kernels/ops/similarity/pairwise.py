@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 
+from ..precision import full_precision
 
+
+@full_precision
 def cosines(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype = torch.float32) -> torch.Tensor:
     """Cosines ``[B, I, J]`` of all rows of ``a [B, I, C]`` with all rows of ``b [B, J, C]``; 0 where a row is zero."""
     wide = torch.promote_types(wide, torch.float64) if a.dtype == torch.float64 else wide
-    unit = lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    a, b = unit(a.detach().to(wide)), unit(b.detach().to(wide))
-    with _full_precision(a.device.type):
-        return a @ b.transpose(1, 2)
+    a, b = _unit(a.detach().to(wide)), _unit(b.detach().to(wide))
+    return a @ b.transpose(1, 2)
 
 
-def _full_precision(kind: str) -> Any:
-    """Without autocast, which would let a decision hang on half precision."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, or of zeros. First scaled by a power of two, for squares of 1e-25 are nothing in float32."""
+    if x.shape[-1]:
+        exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
+        x = torch.ldexp(x, -exponent.clamp(-126, 126))
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
+@full_precision
 def distances(x: torch.Tensor) -> torch.Tensor:
     """Euclidean distances ``[B, I, I]`` of the rows of ``x``; 0 below 1e-6 of the rows' norms.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...backends.requests import CosineRequest, KeyNormRequest
+from ..precision import full_precision
 
 
 def key_norm(k: torch.Tensor, norm: str) -> torch.Tensor:
@@ -12,6 +13,7 @@ def key_norm(k: torch.Tensor, norm: str) -> torch.Tensor:
     return torch.linalg.vector_norm(wide(k), ord={"l1": 1, "l2": 2}[norm], dim=(1, 3))
 
 
+@full_precision
 def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
     """The cosine of every row of ``[B, N, D]`` with the rows ``pivots [B, P]``: ``[B, P, N]`` float32 (float64 for float64)."""
     x = wide(x)

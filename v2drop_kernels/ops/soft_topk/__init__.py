@@ -6,6 +6,7 @@ for a kernel to save, while one that counts comparisons instead would be O(n^2).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,11 +37,11 @@ def soft_topk(
     scores : Tensor
         ``[B, N]``; float32, float16, bfloat16 or float64.
     ratio : float or Tensor
-        The share ``a`` that is dropped, in [0, 1]; a tensor ``[]`` or ``[B]`` may require a gradient.
+        The share ``a`` that is dropped, in [0, 1]; a tensor ``[]`` or ``[B]`` may require a gradient, and NaN in it gives NaN.
     valid : Tensor, optional
         bool ``[B, N]``: the tokens that compete; the mask of the others is 0. Default: all.
     temperature : float, optional
-        Sharpness of the soft mask, greater than 0. Default: ``n``, the number of valid tokens, as published.
+        Sharpness of the soft mask, finite and greater than 0. Default: ``n``, the number of valid tokens, as published.
     ties : {"index", "released"}
         ``"index"``: equal scores rank by index, the lower one higher, and exactly ``round((1 - a) n)`` tokens are kept (half to
         even; clamped to [0, n]). ``"released"``: as in the released code, equal scores share the highest of their ranks
@@ -120,8 +121,8 @@ def soft_topk(
         if valid.shape != scores.shape:
             raise ValueError(f"valid must have the shape of scores {list(scores.shape)}, got {list(valid.shape)}")
         arguments.same_device("valid", valid, scores.device, "scores")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}")
     arguments.one_of("ties", ties, TIES)
     resolve_name(scores, backend, torch.float32)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32

@@ -40,6 +40,7 @@ def soft_topk(
         chosen = (rank.float() > ratio.float()).to(wide)
     else:
         chosen = (slots < torch.round((1 - ratio) * n)).to(wide)
+    chosen = torch.where(ratio.isnan(), ratio, chosen)
     inside = slots < n
     unsort = lambda x: torch.zeros_like(x).scatter(1, order, torch.where(inside, x, 0.0))
     return unsort(chosen), unsort(slope), order

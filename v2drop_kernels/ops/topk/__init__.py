@@ -156,13 +156,15 @@ def variation_topk(
 def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The values again, as a gather that autograd sees."""
     if scores.numel() == 0:
-        return values
+        return values + scores.sum()  # of nothing, with a graph
     rows = indices.clamp(min=0)
     if scores.dim() == 1:
         found = scores[rows]
     elif plan.uniform is not None:
         found = scores.gather(1, rows)
     else:
-        items = torch.tensor([start // plan.rows for start in plan.column("src_start")], device=scores.device)
+        # An empty segment may start behind the last row of its item, which is another item's or nobody's: it has no values.
+        starts = [min(start, plan.batch * plan.rows - 1) for start in plan.column("src_start")]
+        items = torch.tensor([start // plan.rows for start in starts], dtype=torch.int64, device=scores.device)
         found = scores[items].gather(1, rows)
     return torch.where(indices >= 0, found, values)

@@ -11,7 +11,7 @@ import torch
 from ...backends.choice import resolve_backend
 from ...backends.requests import MergeRequest
 from ...core.arguments import hidden, settled
-from .arguments import floats, integers
+from .arguments import edges_exist, floats, integers
 from .gradient import WeightedMerge
 from .torch_op import OP
 
@@ -36,8 +36,7 @@ def weighted_merge(
     offsets : Tensor
         int64 ``[B, K + 1]``, ascending, within ``[0, E]``. Edges before the first and after the last offset are unused.
     rows : Tensor
-        int64 ``[B, E]``: rows of ``x``. Those of used edges must lie in ``[0, N)``, which is not checked: that would wait
-        for the device.
+        int64 ``[B, E]``: rows of ``x``. Those of used edges must lie in ``[0, N)``.
     weights : Tensor, optional
         Floating point ``[B, E]``; default 1.
     mean : bool
@@ -53,7 +52,8 @@ def weighted_merge(
     Raises
     ------
     ValueError, TypeError
-        Shapes, dtypes or devices that do not fit together.
+        Shapes, dtypes or devices that do not fit together. On the CPU also offsets and rows that cannot be; looking at them would
+        wait for another device, where such edges add nothing.
 
     Notes
     -----
@@ -81,6 +81,8 @@ def weighted_merge(
     runner = resolve_backend(OP, x, backend)
     if not runner.traced:
         x, offsets, rows = settled(x), settled(offsets), settled(rows)
+        if x.device.type == "cpu":
+            edges_exist(offsets, rows, x.shape[1])
         weights = None if weights is None else settled(weights)
     request = MergeRequest(x, offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous(), mean)
     if runner.differentiable or not torch.is_grad_enabled():

@@ -55,3 +55,15 @@ def count(name: str, n: Any) -> None:
     """Raise unless ``n`` is an integer of at least 0."""
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {n!r}")
+
+
+def edges_exist(offsets: torch.Tensor, rows: torch.Tensor, n: int) -> None:
+    """Raise unless ``offsets`` ascend inside the edges and every edge between them is one of ``n`` rows."""
+    edges = rows.shape[1]
+    if offsets.numel() and (int(offsets.min()) < 0 or int(offsets.max()) > edges or bool((offsets.diff(dim=1) < 0).any())):
+        raise ValueError(f"offsets must ascend from 0 to at most the {edges} edges, got others")
+    if rows.numel() and offsets.numel() and (int(rows.min()) < 0 or int(rows.max()) >= n):
+        edge = torch.arange(edges, device=rows.device)
+        wrong = rows[(edge >= offsets[:, :1]) & (edge < offsets[:, -1:]) & ((rows < 0) | (rows >= n))]
+        if len(wrong):
+            raise ValueError(f"rows must lie in [0, {n}), got {int(wrong[0])}")

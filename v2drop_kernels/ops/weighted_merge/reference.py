@@ -24,7 +24,9 @@ def weighted_merge(
         return x[:, :0].sum(1, keepdim=True, dtype=x.dtype).expand(batch, offsets.shape[1] - 1, d)  # zeros, with a gradient
     item = torch.arange(batch, device=x.device)[:, None]
     edge = torch.arange(edges, device=x.device)
-    used = (edge >= offsets[:, :1]) & (edge < offsets[:, -1:])
+    # Nothing but the item's own rows is read, whatever a list on a device may hold, which nobody has looked at.
+    offsets = offsets.clamp(0, edges).cummax(1).values
+    used = (edge >= offsets[:, :1]) & (edge < offsets[:, -1:]) & (rows >= 0) & (rows < n)
     w = torch.where(used, torch.ones((), dtype=wide, device=x.device) if weights is None else weights.to(wide), 0.0)
     # One bag per output row, and one before and after those of each item for the edges that belong to none.
     bags = (torch.nn.functional.pad(offsets, (1, 0)) + item * edges).flatten()
