@@ -11,6 +11,7 @@ import torch
 from ..core.layout import TokenLayout
 from ..core.schedule import Stage
 from ..ops.attention_score import attention_score
+from ..ops.host_ints import host_ints
 from . import _deprecated
 from .adapters import ModelAdapter
 from .adapters import attention as block_attention
@@ -116,7 +117,7 @@ class DropContext:
     @property
     def last(self) -> torch.Tensor:
         """int64 ``[B, 1]``: the last real row of every item."""
-        last = torch.tensor([[max(hi - 1, 0)] for _, hi in self.layout.bounds], device=self.hidden.device)
+        last = host_ints([max(hi - 1, 0) for _, hi in self.layout.bounds], self.hidden.device)[:, None]
         if self.mask is None:
             return last
         # Padding on both sides of a batch is in the mask only: a padding row behind the text may not attend to itself.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core.schedule import Schedule
+from ..ops.host_ints import host_ints
 from .adapters.attention import project, scaling
 from .dropper import TokenDropper
 from .session import DropSession
@@ -114,7 +115,7 @@ def _see(session: DropSession, weights: list[list[torch.Tensor]], block: Any, ar
     """Per item ``[H, V]``: the attention of its last token to the vision tokens that are here."""
     hidden = args[0] if args else kwargs["hidden_states"]
     layout = session.layout
-    last = torch.tensor([[max(hi - 1, 0)] for _, hi in layout.bounds], device=hidden.device)
+    last = host_ints([max(hi - 1, 0) for _, hi in layout.bounds], hidden.device)[:, None]
     query, keys = project(block, hidden, last, kwargs["position_embeddings"])
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     logits = (query.float() @ keys.float().transpose(2, 3))[:, :, 0] * scaling(block)

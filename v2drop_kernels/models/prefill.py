@@ -138,12 +138,12 @@ def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, devic
     """One selection per item, also if the item has several images."""
     if all(len(item) <= 1 for item in spans):
         return TokenLayout.padded(list(spans), rows, batch=len(spans), lengths=lengths, padding_side=side)
-    mask = torch.zeros(len(spans), rows, dtype=torch.bool)
+    mask = torch.zeros(len(spans), rows, dtype=torch.bool, device=device)
     for item, pairs in enumerate(spans):
         for start, stop in pairs:
-            mask[item, start:stop] = True
-    counts = mask.sum(1).tolist()
-    return TokenLayout.from_mask(mask.to(device), counts, lengths=lengths, padding_side=side)
+            mask[item, start:stop] = True  # filled on the device, not copied to it
+    counts = [sum(stop - start for start, stop in item) for item in spans]
+    return TokenLayout.from_mask(mask, counts, lengths=lengths, padding_side=side)
 
 
 def _budgets(setup: Setup, vision: tuple[int, ...], lengths: tuple[int, ...], inject: int) -> dict[int, tuple[int, ...]]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..ops.host_ints import host_ints
+
 
 @dataclass
 class KeptRows:
@@ -58,7 +60,7 @@ def scatter_to_prompt(hidden: torch.Tensor, rows: KeptRows, lengths: tuple[int, 
     present = torch.zeros(keep.shape[0], prompt + 1, dtype=torch.int64, device=keep.device)
     present.scatter_(1, torch.where(keep >= 0, keep, prompt), 1)
     count = present[:, :prompt].cumsum(1)
-    pad = torch.tensor([keep.shape[1] - n if left else 0 for n in lengths], device=keep.device)[:, None]
+    pad = host_ints([keep.shape[1] - n if left else 0 for n in lengths], keep.device)[:, None]
     slot = (count - 1).clamp(min=0) + pad
     gathered = hidden.gather(1, slot[..., None].expand(-1, -1, hidden.shape[2]))
     return gathered.masked_fill((count == 0)[..., None], 0)

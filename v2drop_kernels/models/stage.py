@@ -9,6 +9,7 @@ import torch
 
 from ..core.types import Dropped
 from ..ops.drop_tokens import drop_tokens
+from ..ops.host_ints import host_ints
 from ..ops.variation_score import variation_score
 from .adapters import caches
 from .adapters.arguments import LayerCall
@@ -127,7 +128,7 @@ def _update_positions(setup: Setup, prefill: Prefill, rows: KeptRows, dropped: D
 def _last_ids(ids: Any, batch: int, bounds: Any) -> torch.Tensor:
     """``[..., B, 1]``: the id of the last real row of every item in ``ids [..., 1 or B, N]``."""
     table = ids.expand(*ids.shape[:-2], batch, -1)
-    columns = torch.tensor([max(stop - 1, 0) for _, stop in bounds], device=table.device)
+    columns = host_ints([max(stop - 1, 0) for _, stop in bounds], table.device)
     return table.gather(-1, columns[:, None].expand(*table.shape[:-1], 1))
 
 

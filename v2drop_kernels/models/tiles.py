@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..ops.host_ints import host_ints
 from ..ops.topk.order import ranked
 from .adapters.tower import TOWER, Tower, project_features
 from .ranking import Ranking
@@ -103,7 +104,7 @@ class Tiles:
 
     def budget(self, keep_extra: bool = True) -> torch.Tensor:
         """What the tile's item keeps, int64 ``[T]``; less its rows that are not patches if these are kept first."""
-        keep = torch.tensor(self.context.keep, device=self.item.device)
+        keep = host_ints(self.context.keep, self.item.device)
         return (keep - self._extra if keep_extra else keep).clamp(min=0)[self.item]
 
     def even(self, total: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ class Tiles:
         source.scatter_(
             0, torch.where(patches >= 0, start + patches, nowhere).flatten(), torch.arange(len(embeddings), device=patches.device)
         )
-        source[-1] = -1
+        source[-1:] = -1  # not source[-1], which copies the number from host memory
         row = source[self._patches_of(rows)].to(hidden.device)[..., None]
         return torch.where(row >= 0, embeddings[row[..., 0].clamp(min=0)], hidden)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.schedule import Schedule, Stage
+from ...ops.host_ints import host_ints
 from ...ops.similarity import cosine_to_pivots, key_norm_score
 from ...ops.topk.order import ranked
 from ..context import DropContext
@@ -63,7 +64,7 @@ class DART(Policy):
         pivots = torch.cat([context.row_indices(vision_pivots, self.pivots), context.row_indices(text_pivots, self.text_pivots)], 1)
         # Only forward: the final norm's hooks belong to the session.
         cosines = cosine_to_pivots(context.adapter.decoder.norm.forward(context.hidden), pivots, backend=context.backend)
-        left = torch.tensor(context.keep, device=norms.device)[:, None] - vision_pivots.sum(1, keepdim=True)
+        left = host_ints(context.keep, norms.device)[:, None] - vision_pivots.sum(1, keepdim=True)
         share = -(-left // (pivots >= 0).sum(1, keepdim=True).clamp(min=1))  # without remainder if all pivots exist, by `count`
         pool, place = vision & ~vision_pivots, torch.arange(vision.shape[1], device=vision.device)
         # Vision pivots are kept first, then what the first pivot takes, then the second's, and so on.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...core.schedule import Schedule, Stage
+from ...ops.host_ints import host_ints
 from ...ops.topk.order import ranked
 from ..adapters import ModelAdapter
 from ..adapters.tower import record_cls
@@ -64,7 +65,7 @@ class HiRED(Policy):
         looked, top = self._looked(tiles)
         is_whole = [i for rows, columns in tiles.tower.grids for i in (True, *(False,) * (rows * columns))]
         sizes = [n + 1 for n in (rows * columns for rows, columns in tiles.tower.grids) for _ in range(n + 1)]  # tiles of its image
-        whole, size = torch.tensor(is_whole, device=looked.device), torch.tensor(sizes, device=looked.device)
+        whole, size = host_ints(is_whole, looked.device) != 0, host_ints(sizes, looked.device)
         share = tiles.budget(keep_extra=False) * size // tiles.count
         first = torch.where(size > 1, (share.double() * self.alpha).floor().long(), share)
         budget = torch.where(whole, first, (share - first) * looked // max(top, 1))

@@ -90,7 +90,7 @@ class PruMerge(Policy):
                 f"spans must cover every picture whole where budgets are adaptive: {tiles} pictures of {width} tokens went through "
                 f"the vision tower, and the items have {tuple(left)} left"
             )
-        quartiles = attention.quantile(torch.tensor([0.25, 0.75], device=attention.device), dim=1, keepdim=True)
+        quartiles = attention.quantile(torch.linspace(0.25, 0.75, 2, device=attention.device), dim=1, keepdim=True)
         outlying = (attention > quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])).sum(1)
         # Samples come on top: as many as make them the share `uniform` of both.
         sampled = (outlying.double() * (self.uniform / (1 - self.uniform))).round().long()

@@ -26,6 +26,7 @@ import torch
 from ...core.schedule import Schedule, Stage
 from ...ops.attention_score import text_raters
 from ...ops.attention_score.queries import chunks
+from ...ops.host_ints import host_ints
 from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.sparsevlm import recycled_clusters
 from ...ops.topk.order import ranked
@@ -88,7 +89,7 @@ class SparseVLM(Policy):
             return self._gravity_free(context, prev_hidden, raters)
         scores, droppable = context.attention(context.layer - 1, prev_hidden, raters), context.droppable
         most = [_tokens(n, k) for n, k in zip(context.counts, context.keep, strict=True)]
-        first = torch.arange(scores.shape[1], device=scores.device) < torch.tensor(most, device=scores.device)[:, None]
+        first = torch.arange(scores.shape[1], device=scores.device) < host_ints(most, scores.device)[:, None]
         kept = torch.zeros_like(droppable).scatter_(1, ranked(scores, droppable), first) & droppable
         clusters = context.tower_cache["clusters"] = recycled_clusters(context.hidden, scores, droppable & ~kept, share=RECYCLED)
         centre = clusters == torch.arange(scores.shape[1], device=scores.device)

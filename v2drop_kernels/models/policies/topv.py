@@ -69,7 +69,7 @@ class TopV(Policy):
         rows = context.row_indices(droppable, most)
         there, items = rows >= 0, torch.arange(len(rows), device=rows.device)[:, None]
         x = torch.nn.functional.normalize(context.hidden[items, rows.clamp(min=0)].float(), dim=-1)
-        p = torch.stack([_places(context, item, n, most) for item, n in enumerate(context.counts)]).to(x.device)
+        p = torch.stack([_places(context, item, n, most, x.device) for item, n in enumerate(context.counts)])
         cost = 1 - x @ x.transpose(1, 2) + self.spatial / 2 * torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist")
         cost = cost + self.central * p.norm(dim=-1)[..., None]
         both = there[:, :, None] & there[:, None]
@@ -87,12 +87,12 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, 1 / x, 0)
 
 
-def _places(context: DropContext, item: int, n: int, most: int) -> torch.Tensor:
+def _places(context: DropContext, item: int, n: int, most: int, device: torch.device) -> torch.Tensor:
     """float32 ``[most, 3]``: the cell of each of ``n`` tokens, from the middle, in half diagonals; padding at 0."""
     grid = context.grids[item]
     sizes = grid if grid is not None and context.origin is None and math.prod(grid) == n else (n,)
-    cells = torch.cartesian_prod(*(torch.arange(size) - (size - 1) / 2 for size in sizes)).reshape(n, len(sizes))
-    found = torch.zeros(most, 3)
+    cells = torch.cartesian_prod(*(torch.arange(size, device=device) - (size - 1) / 2 for size in sizes)).reshape(n, len(sizes))
+    found = torch.zeros(most, 3, device=device)
     if n > 1:
         found[:n, : cells.shape[1]] = cells / cells[0].norm()
     return found

@@ -67,7 +67,7 @@ def contextual_targets(kept: torch.Tensor, count: int | torch.Tensor, *, droppab
     mask("kept", kept, kept)
     mask("droppable", droppable, kept)
     left = ~kept if droppable is None else ~kept & droppable
-    wanted = torch.as_tensor(count, device=kept.device).reshape(-1, 1) if isinstance(count, int) else count[:, None]
+    wanted = torch.full((1, 1), count, device=kept.device) if isinstance(count, int) else count[:, None]
     stride = (left.sum(1, keepdim=True) // wanted.clamp(min=1)).clamp(min=1)
     nth = left.cumsum(1) - 1
     return left & (nth % stride == 0) & (nth // stride < wanted)

@@ -11,6 +11,7 @@ from ...backends.choice import resolve_backend
 from ...backends.requests import CosineRequest, KeyNormRequest
 from ...core import arguments
 from ..autograd import differentiable
+from ..host_ints import host_ints
 from ..variation_score import variation_score
 from . import reference
 from .gradient import cosine_to_pivots_backward, key_norm_backward
@@ -222,9 +223,12 @@ def random_score(
     if item_seeds is None:
         items = torch.arange(sizes[0], device=device)
     else:
-        items = torch.as_tensor(item_seeds, dtype=None if isinstance(item_seeds, torch.Tensor) else torch.int64).to(device)
+        items = torch.as_tensor(item_seeds, dtype=None if isinstance(item_seeds, torch.Tensor) else torch.int64)
         if items.dtype != torch.int64 or items.shape != sizes[:1]:
             raise ValueError(f"item_seeds must be one int64 per item, [B] = [{sizes[0]}], got {items.dtype} {list(items.shape)}")
+        if not isinstance(item_seeds, torch.Tensor) and device is not None:
+            items = host_ints(list(item_seeds), torch.device(device))
+        items = items.to(device)
     mixed = _mix(_mix(torch.full_like(items, _signed(seed))) + items)
     bits = _mix(mixed[:, None] + torch.arange(sizes[1], device=device))
     return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24

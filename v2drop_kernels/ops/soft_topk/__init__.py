@@ -128,7 +128,10 @@ def soft_topk(
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if scores.shape[1] == 0:
         return scores.to(wide)
-    if isinstance(ratio, torch.Tensor):
+    if isinstance(ratio, torch.Tensor) and ratio.is_cpu and not scores.is_cpu:
+        # One number in host memory: an argument of the kernel that adds it, where .to() would copy.
+        ratio = torch.zeros((1, 1), dtype=wide, device=scores.device) + ratio
+    elif isinstance(ratio, torch.Tensor):
         ratio = ratio.to(scores.device, wide).reshape(-1, 1)
     else:
         ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)

@@ -17,6 +17,7 @@ from ...core import arguments
 from ...core.arguments import check_device, is_packed
 from ...core.calls import resolve
 from ...core.types import TopK
+from ..host_ints import host_ints
 from ..variation_score import variation_score
 from .torch_op import OP
 
@@ -165,6 +166,6 @@ def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: to
     else:
         # An empty segment may start behind the last row of its item, which is another item's or nobody's: it has no values.
         starts = [min(start, plan.batch * plan.rows - 1) for start in plan.column("src_start")]
-        items = torch.tensor([start // plan.rows for start in starts], dtype=torch.int64, device=scores.device)
+        items = host_ints([start // plan.rows for start in starts], scores.device)
         found = scores[items].gather(1, rows)
     return torch.where(indices >= 0, found, values)
