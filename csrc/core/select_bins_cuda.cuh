@@ -14,7 +14,7 @@ namespace v2drop {
 // Several counters of each bin, by lane, so that at most 32 / kColumns lanes meet in one, also where all ordinals are equal.
 struct Histogram {
   static constexpr int kColumns = 8;
-  alignas(16) int count[kBins][kColumns];
+  alignas(16) int count[kBins + 1][kColumns];  // the last for what is beyond the range
   FoundBin found;
 };
 
@@ -49,9 +49,9 @@ __device__ FoundBin find_bin(Team& team, BlockCounts<kSelectThreads>& counts, Bi
   each_tile([&] {
 #pragma unroll
     for (int j = 0; j < kHeldOrdinals; ++j) {
-      if (j >= depth) break;
+      if (past(j, depth)) break;
       const uint32_t offset = static_cast<uint32_t>(held[j]) - first;  // beyond the width also where the ordinal is below the range
-      if (offset <= width) atomicAdd(column + (offset >> bins.shift) * Histogram::kColumns, 1);
+      atomicAdd(column + (offset <= width ? offset >> bins.shift : kBins) * Histogram::kColumns, 1);  // no branch
     }
   });
   __syncthreads();
@@ -158,7 +158,7 @@ __device__ int select_by_bins(Team& team, BlockCounts<kSelectThreads>& counts, i
     each_tile([&] {
 #pragma unroll
       for (int j = 0; j < kHeldOrdinals; ++j) {
-        if (j >= depth) break;
+        if (past(j, depth)) break;
         above += held[j] > placed.threshold;
         equal += held[j] == placed.threshold;
       }

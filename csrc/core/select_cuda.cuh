@@ -117,6 +117,9 @@ struct DeviceOrdinals {
   }
 };
 
+// Whether ordinal j and those after it are kExcluded in all threads: asked for every fourth only, since kExcluded does no harm.
+__device__ inline bool past(int j, int depth) { return j % 4 == 0 && j >= depth; }
+
 // Kept rows before a place, and the cut.
 struct Placed {
   int32_t threshold;
@@ -133,7 +136,7 @@ __device__ void place_held(BlockCounts<THREADS>& counts, const int32_t (&held)[H
   int mine = 0;
 #pragma unroll
   for (int j = 0; j < HELD; ++j) {
-    if (j >= depth) break;
+    if (past(j, depth)) break;
     mine += held[j] > placed.threshold ? 1 : held[j] == placed.threshold ? 1 << 16 : 0;
   }
   int all;
@@ -143,7 +146,7 @@ __device__ void place_held(BlockCounts<THREADS>& counts, const int32_t (&held)[H
   const unsigned lower = (1u << lane_id()) - 1;
 #pragma unroll
   for (int j = 0; j < HELD; ++j) {
-    if (j >= depth) break;
+    if (past(j, depth)) break;
     unsigned kept = __ballot_sync(kAllLanes, held[j] > at.threshold);
     if (at.equal < at.ties) {
       const bool is_equal = held[j] == at.threshold;

@@ -40,12 +40,13 @@ constexpr int kFusedSelect = kThreads * kOrdinalsPerThread;
 constexpr int kSelectThreads = 512, kHeldOrdinals = 16, kSelectBlocksOfSm = 2;
 constexpr int kClusterBlocks = 8, kGridBlocks = 16;
 
-// Predicted microseconds of a selection on an H200, which choose how many blocks share a segment: what its barriers cost whatever its
-// length, and each row of a block that holds its rows, or reads them for every pass. Instructions counted by tools/sass_count.py.
+// Predicted microseconds of a selection on an H200, which choose how many blocks share a segment: what its barriers and passes cost
+// whatever its length, and each row of a block that holds its rows, or reads them for every pass. Lines through what tools/sass_count.py
+// prints.
 struct SelectCost {
   double fixed, held_row, streamed_row;
 };
-constexpr SelectCost kOneBlockCost = {2.0, 0.0003, 0.00045}, kClusterCost = {3.5, 0.0003, 0.00045}, kGridCost = {9.0, 0.0003, 0.00045};
+constexpr SelectCost kOneBlockCost = {2.8, 0.00037, 0.0005}, kClusterCost = {5.1, 0.0004, 0.0005}, kGridCost = {11.6, 0.0004, 0.0005};
 
 // Segments that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.
 constexpr int kSegmentsOfTile = 4;

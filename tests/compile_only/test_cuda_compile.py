@@ -6,9 +6,12 @@ The flags are those of CMakeLists.txt. What the kernels compute is tested on the
 from __future__ import annotations
 
 import functools
+import importlib
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,6 +159,28 @@ def test_long_selections_keep_loads_in_flight(team, kernels):
     assert max(runs) >= 16
     assert len(re.findall(r"ATOMS\.POPC\.INC\.32", kernel.sass)) == 16
     assert ("UCGABAR_WAIT" in kernel.sass) == (team == "ClusterOfBlocks")
+
+
+def test_counts_of_the_selections():
+    """Instructions a key and pass, and the times that follow on an H200, also where scores need a fourth pass.
+
+    The bounds are the counts of nvcc 13.0, rounded up. The committed counts, for the performance model, are those of the sources.
+    """
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        counter = importlib.import_module("sass_count")
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    made = counter.report(counter.selections(counter.compile_source(ROOT / "csrc/core/select_segments_cuda.cu")))
+    most = {"range": 7, "bins": 10.5, "count": 8.5, "place": 40}
+    for found in made["counts"].values():
+        assert {name for name, bound in most.items() if name in found and found[name]["instructions_per_key"] > bound} == set()
+        assert found["range"]["loads_in_flight"] >= 16
+    assert min(made["predicted_us_four_passes"][team]["6272"] for team in ("OneBlock", "ClusterOfBlocks")) <= 6
+    assert made["predicted_us_four_passes"]["ClusterOfBlocks"]["65536"] <= 12
+    committed = json.loads(counter.OUT.read_text())
+    if committed["nvcc"] == made["nvcc"]:
+        assert committed == made, "run tools/sass_count.py"
 
 
 def test_clusters_are_compiled_for_those_that_have_them(kernels):
