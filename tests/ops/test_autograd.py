@@ -306,19 +306,6 @@ def test_gradients_of_nothing(on):
         assert prev.grad.shape == cur.grad.shape == shape
 
 
-def test_gradients_are_differentiated_once(on):
-    """The backward kernels have no derivative: asking for one raises instead of returning a wrong zero."""
-    prev, cur = (h.requires_grad_() for h in hidden_pair((1, 4, 4), torch.float32, device=on.device))
-    weight = torch.ones(1, 4, device=on.device, requires_grad=True)
-    total = (weight * vk.variation_score(prev, cur, backend=on.backend)).sum()
-    (g,) = torch.autograd.grad(total, cur, create_graph=True)
-    if on.backend == "reference":
-        assert g.requires_grad
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.sum().backward()
-
-
 @pytest.mark.parametrize(
     "given",
     [

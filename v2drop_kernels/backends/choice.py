@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import implementations
 from .protocol import Op, Placement, Runner
@@ -158,6 +159,11 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
 def is_traced(x: torch.Tensor) -> bool:
     """Whether a call on ``x`` must be a node of the dispatcher: it is being traced, or ``x`` is a tensor subclass."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD follows the call; torch.compile follows those by itself."""
+    return (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()) and not torch.compiler.is_compiling()
 
 
 def resolve_name(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> str:

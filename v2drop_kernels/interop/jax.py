@@ -97,7 +97,7 @@ def compact(
     packed = cu_seqlens is not None
     h = _read("hidden", hidden)
     at = batch_shape("hidden", h, packed, _read)
-    rows = _read("keep", keep.indices if isinstance(keep, TopK) else keep)
+    rows: Any = _read("keep", keep.indices if isinstance(keep, TopK) else keep)
     if rows.dtype.kind not in "iu":
         raise TypeError(f"keep must be integers (or a TopK), got {rows.dtype.name}")
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):

@@ -123,7 +123,7 @@ def attention_score(
     request = AttentionRequest(q, k, query_rows, key_mask, droppable, bool(causal), float(scale), mode, heads, queries)
     if 0 in (batch, n, s):  # the kernels expect at least one of each
         return reference.run(request)
-    return differentiable(runner, request, attention_score_backward)
+    return differentiable(OP, runner, request, lambda _, grad, *fields: attention_score_backward(grad, *fields))
 
 
 def cls_attention_score(

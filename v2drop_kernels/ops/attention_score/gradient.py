@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..precision import full_precision
@@ -38,7 +40,7 @@ def attention_score_backward(
         some, rows = q[:, :, part], query_rows[:, part]
         hidden, probabilities = attention(some, k, rows, key_mask, causal, scale, mode)
         weights = probabilities.masked_fill(uncounted(hidden, droppable), 0)
-        order = best_heads(probabilities, droppable, mode, heads) if isinstance(heads, int) else None
+        order: Any = best_heads(probabilities, droppable, mode, heads) if isinstance(heads, int) else None
         share = grad[:, None, None].expand(weights.shape)
         if queries == "l2":
             share = share * over_heads(weights, heads, order)[:, None]

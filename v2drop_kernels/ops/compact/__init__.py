@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from ...backends.choice import is_traced, resolve_backend
+from ...backends.choice import is_traced, resolve_backend, transformed
 from ...backends.requests import CompactRequest
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.types import Compacted, TopK
+from ..autograd import refuse_inplace
 from ..host_ints import kept_items
-from .gradient import recorded
+from .gradient import moved, recorded
 from .keep import check_keep, surviving_rows
 from .torch_op import INPLACE, OP
 
@@ -108,7 +109,9 @@ def compact(
     gathers = gathers if traced else calls.settled_gathers(gathers)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
     request = CompactRequest(rows, gathers)
-    if not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
+    if transformed():
+        outs = moved(runner, rows, gathers)
+    elif not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
         _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, gathers, at.rows)
     else:
         outs = (runner.run if out is None else overwrite.overwriting(runner.run))(request)
@@ -171,6 +174,7 @@ def compact_(
     if not leaves:
         raise ValueError("kv must hold at least one tensor")
     first = leaves[0]
+    refuse_inplace("compact_", leaves)
     if first.dim() != 4:
         raise ValueError(f"kv must hold tensors of 4 dimensions ({kv_layout}), got shape {list(first.shape)}")
     n = first.shape[2 if kv_layout == "BHSD" else 1]

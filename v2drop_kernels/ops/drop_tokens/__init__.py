@@ -6,13 +6,16 @@ from typing import Any, cast
 
 import torch
 
-from ...backends.choice import is_traced, resolve_backend
+from ...backends.choice import is_traced, resolve_backend, transformed
+from ...backends.protocol import Runner
 from ...backends.requests import DropRequest, Source
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.droppable import layout_of
 from ...core.types import Dropped
-from ..compact.gradient import recorded
+from ..autograd import opaque
+from ..compact.gradient import Launched, moved, recorded
+from ..compact.torch_op import OP as COMPACT
 from ..host_ints import host_ints
 from .torch_op import OP
 
@@ -111,10 +114,7 @@ def drop_tokens(
     gathers = gathers if traced else calls.settled_gathers(gathers)
     source = Source(*_ranks(scores, h_prev, gathers[0].tensor, traced), resolved.mask, metric, score_dtype)
     request = DropRequest(source, resolved.plan, resolved.cu_seqlens, gathers, (k, droppable, cu_seqlens))
-    if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
-        keep, outs, cu = recorded(lambda: runner.run(request), runner, gathers, at.rows)
-    else:
-        keep, outs, cu = (runner.run if out is None else overwrite.overwriting(runner.run))(request)
+    keep, outs, cu = _run(runner, request, at.rows, rewrites=out is not None)
     if packed:
         keep = keep.squeeze(0)
         if cu is None:
@@ -130,3 +130,14 @@ def _ranks(scores: torch.Tensor | None, h_prev: Any, h_cur: torch.Tensor, traced
     if scores is None:
         return None, h_prev if traced else arguments.settled(h_prev), h_cur
     return scores if traced else arguments.settled(scores), None, None
+
+
+def _run(runner: Runner, request: DropRequest, rows: int, *, rewrites: bool) -> Launched:
+    """The kept rows, the gathered tensors and new offsets, with a gradient where one is wanted."""
+    gathers = request.gathers
+    if transformed():
+        keep, cu = opaque(lambda chosen: runner.run(chosen)[::2], request._replace(gathers=[]))
+        return keep, moved(resolve_backend(COMPACT, gathers[0].tensor, runner.name, torch.float32), keep, gathers), cu
+    if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
+        return recorded(lambda: runner.run(request), runner, gathers, rows)
+    return (overwrite.overwriting(runner.run) if rewrites else runner.run)(request)

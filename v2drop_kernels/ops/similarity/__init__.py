@@ -63,7 +63,7 @@ def key_norm_score(k: torch.Tensor, *, norm: str = "l1", layout: str = "BHSD", b
         k = arguments.settled(k)
     if 0 in k.shape:  # the kernels expect at least one of each
         return reference.key_norm(k, norm)
-    return differentiable(runner, KeyNormRequest(k, norm), key_norm_backward)
+    return differentiable(KEY_NORM, runner, KeyNormRequest(k, norm), lambda _, grad, *fields: (key_norm_backward(grad, *fields),))
 
 
 def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -112,7 +112,7 @@ def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | No
         x, pivots = arguments.settled(x), arguments.settled(pivots)
     if 0 in x.shape or 0 in pivots.shape:  # the kernels expect at least one of each
         return reference.cosine_to_pivots(x, pivots)
-    return differentiable(runner, CosineRequest(x, pivots), cosine_to_pivots_backward)
+    return differentiable(COSINE, runner, CosineRequest(x, pivots), lambda _, grad, *f: (cosine_to_pivots_backward(grad, *f),))
 
 
 def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str | None = None) -> torch.Tensor:
@@ -164,11 +164,15 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
         score = variation_score(earlier.flatten(0, -2), later.flatten(0, -2), metric="cosine", backend=backend)
         return score.unflatten(0, later.shape[:-1])
 
-    scores = torch.full_like(video[..., 0], torch.inf, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    frames = torch.arange(video.shape[1], device=x.device)
     if pairs == "previous":
-        scores[:, 1:] = change(video, video[:, 1:])
+        found = [change(video, video[:, 1:])]
+        alone, places = video[:, :1], [frames[:1], frames[1:]]
     else:
-        scores[:, 1::2], scores[:, 2::4] = change(video[:, 0::2], video[:, 1::2]), change(video[:, 0::4], video[:, 2::4])
+        found = [change(video[:, 0::2], video[:, 1::2]), change(video[:, 0::4], video[:, 2::4])]
+        alone, places = video[:, 0::4], [frames[0::4], frames[1::2], frames[2::4]]
+    infinite = torch.full_like(alone[..., 0], torch.inf, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scores = torch.cat([infinite, *found], 1)[:, torch.cat(places).argsort()]
     return scores if x.dim() == 4 else scores[0]
 
 

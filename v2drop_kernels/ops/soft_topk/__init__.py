@@ -10,10 +10,10 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ...backends.choice import resolve_name
+from ...backends.choice import resolve_name, transformed
 from ...core import arguments
+from ..autograd import each
 from .reference import soft_topk as _forward
 from .reference import soft_topk_backward as _backward
 
@@ -135,30 +135,76 @@ def soft_topk(
         ratio = ratio.to(scores.device, wide).reshape(-1, 1)
     else:
         ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)
-    if torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad):
-        return _SoftTopK.apply(scores, ratio, valid, temperature, ties, hard)
+    if transformed() or (torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad)):
+        return _SoftTopK.apply(scores, ratio, valid, temperature, ties, hard)[0]
     return _forward(scores, ratio, valid, temperature, ties, hard)[0]
 
 
 class _SoftTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, scores: torch.Tensor, ratio: torch.Tensor, valid: torch.Tensor | None, temperature: float | None, ties: str,
-        hard: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        mask, slope, order = _forward(scores, ratio, valid, temperature, ties, hard)
-        ctx.save_for_backward(scores, slope, order, valid)
-        ctx.shared = ratio.shape[0] != scores.shape[0]
-        return mask
+    """The mask with its gradients; the slope and the order come along for them, and are no results."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def forward(
+        scores: torch.Tensor, ratio: torch.Tensor, valid: torch.Tensor | None, temperature: float | None, ties: str, hard: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return _forward(scores, ratio, valid, temperature, ties, hard)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        scores, ratio, valid, *_ = inputs
+        _, slope, order = output
+        ctx.mark_non_differentiable(slope, order)
+        ctx.save_for_backward(scores, slope, order, valid)
+        ctx.save_for_forward(scores, slope, order, valid)
+        ctx.shared = ratio.shape[0] != scores.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         scores, slope, order, valid = ctx.saved_tensors
-        d_scores = d_ratio = None
-        if ctx.needs_input_grad[0]:
-            d_scores = _backward(grad, slope, scores, order, valid).to(scores.dtype)
-        if ctx.needs_input_grad[1]:
-            d_ratio = -(grad * slope).sum(1, keepdim=True)
-            d_ratio = d_ratio.sum(0, keepdim=True) if ctx.shared else d_ratio
+        with torch.no_grad():
+            d_scores = d_ratio = None
+            if ctx.needs_input_grad[0]:
+                d_scores = _backward(grad, slope, scores, order, valid).to(scores.dtype)
+            if ctx.needs_input_grad[1]:
+                d_ratio = -(grad * slope).sum(1, keepdim=True)
+                d_ratio = d_ratio.sum(0, keepdim=True) if ctx.shared else d_ratio
+        if torch.is_grad_enabled():
+            d_scores, d_ratio = (None if d is None else _Once.apply(d, grad, scores, slope) for d in (d_scores, d_ratio))
         return d_scores, d_ratio, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, scores_tangent: Any, ratio_tangent: Any, *_: Any) -> tuple[Any, ...]:
+        scores, slope, order, valid = ctx.saved_tensors
+        tangent = torch.zeros_like(slope)
+        if scores_tangent is not None:  # the gradient is linear in the incoming one: this is its transpose
+            pulled: Any = torch.func.vjp(lambda grad: _backward(grad, slope, scores, order, valid), torch.zeros_like(slope))
+            tangent = tangent + pulled[1](scores_tangent.to(slope.dtype))[0]
+        if ratio_tangent is not None:
+            tangent = tangent - slope * ratio_tangent
+        return tangent, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return each(_SoftTopK, info, in_dims, args)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that has none itself: asking for it raises, so that no term of a loss is lost."""
+
+    @staticmethod
+    def forward(gradient: torch.Tensor, *of: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "soft_topk is differentiable once, for its gradient to the scores is an estimate: detach() it where it is used again"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return each(_Once, info, in_dims, args)

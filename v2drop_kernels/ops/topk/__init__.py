@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ...backends.choice import resolve_backend
+from ...backends.choice import resolve_backend, transformed
 from ...backends.requests import Source, TopKRequest
 from ...core import arguments
 from ...core.arguments import check_device, is_packed
 from ...core.calls import resolve
 from ...core.types import TopK
+from ..autograd import opaque
 from ..host_ints import host_ints
 from ..variation_score import variation_score
 from .torch_op import OP
@@ -88,9 +89,11 @@ def segmented_topk(
     resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=runner.traced)
     if not runner.traced:
         scores = arguments.settled(scores)
-    grad = torch.is_grad_enabled() and scores.requires_grad
+    follow = transformed()
+    grad = follow or (torch.is_grad_enabled() and scores.requires_grad)
     source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
-    values, indices = runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, (k, droppable, cu_seqlens)))
+    request = TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, (k, droppable, cu_seqlens))
+    values, indices = opaque(runner.run, request) if follow else runner.run(request)
     return TopK(_gathered(scores, resolved.plan, values, indices) if grad else values, indices)
 
 
@@ -142,7 +145,7 @@ def variation_topk(
     if droppable is not None:
         check_device(droppable, h_cur.device, "h_cur")
     runner = resolve_backend(OP, h_cur, backend)
-    if torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
+    if transformed() or (torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad)):
         # The values carry a gradient: score and select apart, so that autograd sees both.
         scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=runner.name)
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=runner.name)

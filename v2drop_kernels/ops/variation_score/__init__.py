@@ -9,7 +9,8 @@ import torch
 from ...backends.choice import resolve_backend
 from ...backends.requests import Source
 from ...core import arguments
-from .gradient import VariationScore
+from ..autograd import differentiable
+from .gradient import backward_by
 from .torch_op import OP
 
 
@@ -72,6 +73,4 @@ def variation_score(
     if not runner.traced:
         h_prev, h_cur = arguments.settled(h_prev), arguments.settled(h_cur)
     request = Source(None, h_prev, h_cur, None, metric, score_dtype)
-    if not runner.differentiable and torch.is_grad_enabled() and (h_prev.requires_grad or h_cur.requires_grad):
-        return VariationScore.apply(h_prev, h_cur, runner, request)
-    return runner.run(request)
+    return differentiable(OP, runner, request, backward_by(runner.name))

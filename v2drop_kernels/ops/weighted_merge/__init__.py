@@ -11,8 +11,10 @@ import torch
 from ...backends.choice import resolve_backend
 from ...backends.requests import MergeRequest
 from ...core.arguments import hidden, settled
+from ..autograd import differentiable
 from .arguments import edges_exist, floats, integers
-from .gradient import WeightedMerge
+from .gradient import backward
+from .reference import by_products
 from .torch_op import OP
 
 
@@ -85,8 +87,4 @@ def weighted_merge(
             edges_exist(offsets, rows, x.shape[1])
         weights = None if weights is None else settled(weights)
     request = MergeRequest(x, offsets.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous(), mean)
-    if runner.differentiable or not torch.is_grad_enabled():
-        return runner.run(request)
-    if x.requires_grad or (weights is not None and weights.requires_grad):
-        return WeightedMerge.apply(runner, *request)
-    return runner.run(request)
+    return differentiable(OP, runner, request, backward, by_products)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ...backends.protocol import Runner
-from ...backends.requests import MergeRequest
 from ...core import arguments
 from .groups import groups
 
@@ -47,20 +44,9 @@ def gradients(
     return d_x, dots
 
 
-class WeightedMerge(torch.autograd.Function):
-    """The merge by Triton kernels; the backward pass runs them on the transposed list of edges."""
-
-    @staticmethod
-    def forward(ctx: Any, runner: Runner, *fields: Any) -> torch.Tensor:
-        request = MergeRequest(*fields)
-        ctx.save_for_backward(*request[:4])
-        ctx.mean = request.mean
-        return runner.run(request)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        both = ctx.needs_input_grad[4]
-        x, offsets, rows, weights = ctx.saved_tensors
-        d_x, d_weights = gradients(arguments.settled_gradient(grad), x, offsets, rows, weights, ctx.mean, both)
-        return None, d_x, None, None, d_weights if both else None, None
+def backward(needed: dict[int, bool], grad: torch.Tensor, *fields: Any) -> tuple[Any, ...]:
+    """The gradients of a request's fields: of the rows and, where they want one, of the weights."""
+    x, offsets, rows, weights, mean = fields
+    both = needed.get(3, False)
+    d_x, d_weights = gradients(grad, x, offsets, rows, weights, mean, both)
+    return d_x, None, None, d_weights if both else None

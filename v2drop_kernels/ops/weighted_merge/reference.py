@@ -36,3 +36,21 @@ def weighted_merge(
         whole = embedding_bag(torch.arange(batch * edges, device=x.device), w.reshape(-1, 1), bags, mode="sum")
         total = torch.where(whole == 0, 0.0, total / torch.where(whole == 0, 1.0, whole))
     return total.view(batch, -1, d)[:, 1:-1].to(x.dtype)
+
+
+def by_products(request: MergeRequest) -> torch.Tensor:
+    """The same by products with zeros and ones, ``[B, K, E]``: embedding_bag has no second derivatives and no forward mode."""
+    x, offsets, rows, weights, mean = request
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    n, edge = x.shape[1], torch.arange(rows.shape[1], device=x.device)
+    there = (rows >= 0) & (rows < n)
+    owned = (edge >= offsets[:, :-1, None]) & (edge < offsets[:, 1:, None]) & there[:, None]
+    shares = owned.to(wide) if weights is None else torch.where(owned, weights.to(wide)[:, None], 0.0)
+    values = x.to(wide).gather(1, torch.where(there, rows, 0)[..., None].expand(*rows.shape, x.shape[2])) if n else x.new_zeros(
+        *rows.shape, x.shape[2], dtype=wide
+    )  # fmt: skip
+    total = shares @ values
+    if mean:
+        whole = shares.sum(-1, keepdim=True)
+        total = torch.where(whole == 0, 0.0, total / torch.where(whole == 0, 1.0, whole))
+    return total.to(x.dtype)
