@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the native build, the package itself.
 #   make demo [ARGS="photo.jpg --preset 128"]     make bench [ARGS=...]     make bench-c     make setup     make clean
-#   make test     make test-full     make test-main [ARGS="-k compact"]     make mutants     make sanitize     make lint     make format
+#   make test     make test-full     make test-main [ARGS="-k compact"]     make mutants     make sanitize     make fuzz     make lint     make format
 #   make docs     make docs-serve     make wheel [PYTHONS="python3.10 python3.13"]     make gpu-check     make gpu-check-dry
 # PYTHON=/path/to/python3 chooses the Python of a new environment, WORKERS=4 the number of test processes.
 
@@ -21,7 +21,7 @@ WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || { n=$$(nproc 2>/dev/n
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 MAIN := env -u TRITON_INTERPRET -u V2DROP_NATIVE_MODULE
 
-.PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main sanitize gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
+.PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main sanitize fuzz gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -111,6 +111,14 @@ sanitize: setup
 	$(CTEST) --test-dir build/asan
 	$(call build,build/tsan,-DV2DROP_CUDA=OFF -DV2DROP_SANITIZE=thread)
 	TSAN_OPTIONS=die_after_fork=0 $(CTEST) --test-dir build/tsan
+
+# Random calls against oracles, SECONDS for the public API and as many for the C interface under sanitizers; a SEED draws the same calls.
+SECONDS ?= 60
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python tools/fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+	$(call build,build/asan,-DV2DROP_CUDA=EMULATE -DV2DROP_SANITIZE=address$(COMMA)undefined)
+	$(BIN)/python tools/fuzz --seconds $(SECONDS) --seed $(SEED) --c-api "$$(find $(abspath build/asan) -name test_fuzz_cuda -type f)"
 
 test-interpreter: setup
 	@echo "== test 3 of 5: the Triton kernels in Triton's interpreter"

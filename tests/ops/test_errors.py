@@ -214,7 +214,7 @@ CASES = [
     case("packed-3d", ValueError, "h_cur must be", "variation_score", h(), h(), cu_seqlens=[0, 2]),
     *batch_cases("segmented_topk", "scores", data=lambda *s: (h(*s),)),
     case("scores-list", TypeError, "scores must be a tensor", "segmented_topk", [[1.0]], 1),
-    case("scores-integers", TypeError, "scores must be floating", "segmented_topk", h(B, N).long(), 1),
+    case("scores-integers", TypeError, "scores must be float32", "segmented_topk", h(B, N).long(), 1),
     case("scores-3d", ValueError, "scores must be", "segmented_topk", h(), 1),
     case(
         "order",
@@ -242,7 +242,7 @@ CASES = [
         scores=h(B, N + 1),
     ),
     case("scores-3d", ValueError, "scores must have one value", "drop_tokens", None, h(), 2, scores=h(B, N, 1)),
-    case("scores-integers", TypeError, "scores must be floating", "drop_tokens", None, h(), 2, scores=h(B, N).long()),
+    case("scores-integers", TypeError, "scores must be float32", "drop_tokens", None, h(), 2, scores=h(B, N).long()),
     case(
         "scores-elsewhere",
         ValueError,

@@ -594,7 +594,7 @@ INDEX, MASK, SCORES = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dt
         (lambda: bipartite_merge(X, X[:, :3], 1), ValueError, r"metric must be \[B, N, C\]"),
         (lambda: bipartite_merge(X, INDEX, 1), TypeError, "metric must be floating point"),
         (lambda: bipartite_merge(X, X, -1), ValueError, "r must be an integer of at least 0"),
-        (lambda: bipartite_merge(X, X, 1, order="score"), ValueError, "order must be 'position' or 'released'"),
+        (lambda: bipartite_merge(X, X, 1, order="score"), ValueError, "order must be one of 'position', 'released'"),
         (lambda: bipartite_merge(X, X, 1, protected=-1), ValueError, "protected must be"),
         (lambda: bipartite_merge(X, X, 1, size=SCORES[:1]), ValueError, "size must be"),
         (lambda: merge_dropped(X, INDEX, "any"), ValueError, "how must be one of"),

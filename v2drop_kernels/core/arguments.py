@@ -24,8 +24,8 @@ def dtype_name(dtype: Any) -> str:
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the allowed words."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
 
 
 def tensor(name: str, x: Any) -> None:
@@ -91,7 +91,7 @@ def score_dtype_name(score_dtype: Any) -> str:
         return "float32"
     name = getattr(score_dtype, "name", getattr(score_dtype, "__name__", dtype_name(score_dtype)))
     if name not in FLOATS:
-        raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {score_dtype}")
+        raise TypeError(f"score_dtype must be None, float32, float16 or bfloat16, got {shown(score_dtype)}")
     return name
 
 
@@ -128,8 +128,7 @@ def ranked(h_prev: Any, h_cur: Any, scores: Any, packed: bool) -> None:
     hidden("h_cur", h_cur, packed)
     tensor("scores", scores)
     score_shape(scores, h_cur)
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    dtype_in("scores", scores, HIDDEN_DTYPES)
     same_device("scores", scores, h_cur.device, "h_cur")
 
 
@@ -250,8 +249,7 @@ def check_offsets(cu_seqlens: torch.Tensor) -> None:
 
 def check_padding_side(side: str) -> None:
     """Raise unless ``side`` is a side."""
-    if side not in ("right", "left"):
-        raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
+    one_of("padding_side", side, ("right", "left"))
 
 
 def is_tensor(x: Any) -> TypeGuard[torch.Tensor]:
@@ -298,9 +296,35 @@ def require_int(name: str, x: Any) -> None:
 
 def kind(x: Any) -> str:
     """How an error message names a value."""
-    if hasattr(x, "dtype") and hasattr(x, "shape"):
+    return shown(x) if _is_array(x) else f"{type(x).__name__} {shown(x)}"
+
+
+def shown(x: Any) -> str:
+    """A value in an error message: on one line, and not longer than one."""
+    if _is_array(x):
         return f"{x.dtype} tensor of shape {tuple(x.shape)}"
-    return f"{type(x).__name__} {x!r}"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
+
+
+def positive_number(name: str, x: Any) -> None:
+    """Raise unless ``x`` is an int or float greater than 0 that a float32 can hold."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {kind(x)}")
+    if not 0 < x < 3.5e38:
+        raise ValueError(f"{name} must be greater than 0 and finite, got {x}")
+
+
+def sequence_of(name: str, x: Any, n: int) -> None:
+    """Raise unless ``x`` is a list or tuple with one entry per item of a batch of ``n``."""
+    if not isinstance(x, list | tuple):
+        raise TypeError(f"{name} must be a list or tuple of ints, got {kind(x)}")
+    if len(x) != n:
+        raise ValueError(f"{name} must have one int per item ({n}), got {len(x)}")
 
 
 def is_packed(droppable: Any, cu_seqlens: Any) -> bool:

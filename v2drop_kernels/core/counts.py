@@ -7,6 +7,8 @@ import math
 from fractions import Fraction
 from typing import Any
 
+from .arguments import one_of, shown
+
 
 def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> int:
     """Turn a keep ratio into a count. Every ratio in this package is converted here.
@@ -40,14 +42,13 @@ def n_keep(n: int, ratio: float, rounding: str = "floor", at_least: int = 0) -> 
     (161, 64, 1)
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"n must be an int >= 0, got {n!r}")
+        raise ValueError(f"n must be an int >= 0, got {shown(n)}")
     if isinstance(ratio, bool) or not isinstance(ratio, int | float | Fraction) or not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be a number in [0, 1], got {ratio!r}")
+        raise ValueError(f"ratio must be a number in [0, 1], got {shown(ratio)}")
     if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
-        raise ValueError(f"at_least must be an int >= 0, got {at_least!r}")
+        raise ValueError(f"at_least must be an int >= 0, got {shown(at_least)}")
     ways: dict[str, Any] = {"floor": math.floor, "round": round, "ceil": math.ceil}
-    if rounding not in ways:
-        raise ValueError(f"rounding must be 'floor', 'round' or 'ceil', got {rounding!r}")
+    one_of("rounding", rounding, tuple(ways))
     return min(n, max(at_least, ways[rounding](n * _fraction(ratio))))
 
 

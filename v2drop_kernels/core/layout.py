@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arguments import check_padding_side, check_spans, host_cu_seqlens, is_pair, is_tensor, kind, per_segment_k, require_int
+from .arguments import (
+    check_padding_side,
+    check_spans,
+    host_cu_seqlens,
+    is_pair,
+    is_tensor,
+    kind,
+    per_segment_k,
+    require_int,
+    sequence_of,
+    shown,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +111,11 @@ class TokenLayout:
         """
         check_padding_side(padding_side)
         require_int("seq_len", seq_len)
-        if batch is None and lengths is not None:
+        if batch is not None:
+            require_int("batch", batch)
+            if batch >= 2**31:
+                raise ValueError(f"batch must be less than 2**31, got {batch}")
+        elif isinstance(lengths, list | tuple):
             batch = len(lengths)
         per_item = _per_item_spans(spans, batch)
         bounds = _padded_bounds(len(per_item), seq_len, lengths, padding_side)
@@ -171,11 +186,10 @@ class TokenLayout:
                       for t, (lo, hi) in zip(per_item, bounds, strict=True)]  # fmt: skip
         elif isinstance(counts, int):
             counts = [counts] * batch
-        if len(counts) != batch:
-            raise ValueError(f"counts must have one int per item ({batch}), got {len(counts)}")
+        sequence_of("counts", counts, batch)
         for i, (c, (lo, hi)) in enumerate(zip(counts, bounds, strict=True)):
             if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c <= hi - lo:
-                raise ValueError(f"counts[{i}] must be an int in [0, {hi - lo}], got {c!r}")
+                raise ValueError(f"counts[{i}] must be an int in [0, {hi - lo}], got {shown(c)}")
         return TokenLayout(((),) * batch, rows, bounds, packed, padding_side, mask, tuple(counts))
 
     @staticmethod
@@ -307,11 +321,10 @@ class TokenLayout:
 def _padded_bounds(batch: int, rows: int, lengths: Sequence[int] | None, padding_side: str) -> tuple[tuple[int, int], ...]:
     if lengths is None:
         return ((0, rows),) * batch
-    if len(lengths) != batch:
-        raise ValueError(f"lengths must have one int per item ({batch}), got {len(lengths)}")
+    sequence_of("lengths", lengths, batch)
     for i, n in enumerate(lengths):
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= rows:
-            raise ValueError(f"lengths[{i}] must be an int in [0, {rows}], got {n!r}")
+            raise ValueError(f"lengths[{i}] must be an int in [0, {rows}], got {shown(n)}")
     return tuple((rows - n, rows) if padding_side == "left" else (0, n) for n in lengths)
 
 
@@ -331,6 +344,6 @@ def _per_item_spans(spans: Any, batch: int | None) -> tuple[Spans, ...]:
         elif is_pair(item):
             item = (item,)
         if not isinstance(item, list | tuple) or not all(is_pair(s) for s in item):
-            raise TypeError(f"droppable spans of item {i} must be (start, stop) pairs of ints, got {item!r}")
+            raise TypeError(f"droppable spans of item {i} must be (start, stop) pairs of ints, got {shown(item)}")
         items.append(tuple(tuple(s) for s in item))
     return tuple(items)

@@ -103,12 +103,14 @@ def compact(
     if rows.ndim != (1 if packed else 2) or (not packed and rows.shape[0] != at.batch):
         raise ValueError(f"keep must be {'[T]' if packed else f'[{at.batch}, S]'}, got shape {list(rows.shape)}")
     most = min(at.rows, jnp.iinfo(rows.dtype).max)  # beyond the rows stays beyond them in int32, where 2**32 would be row 0
-    rows = (jnp.minimum(rows, most) if rows.dtype.kind == "u" else jnp.clip(rows, -1, most)).astype(jnp.int32)
+    bounded: Any = jnp.minimum(rows, most) if rows.dtype.kind == "u" else jnp.clip(rows, -1, most)
+    rows = bounded.astype(jnp.int32)
     gathers, unflatten = flatten(
         at, hidden=h, position_ids=position_ids, kv=kv, kv_layout=kv_layout,
         attention_mask=attention_mask, rope=rope, labels=labels, read=_read, broadcast=jnp.broadcast_to,
     )  # fmt: skip
-    cu = longest = None
+    cu: Any = None
+    longest = None
     if packed:
         offsets = host_cu_seqlens(arrays.host_ints("cu_seqlens", cu_seqlens), at.rows)
         cu = ((rows >= 0) & (rows < jnp.array(offsets, jnp.int32)[:, None])).sum(1, dtype=jnp.int32)

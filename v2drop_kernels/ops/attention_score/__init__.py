@@ -18,6 +18,7 @@ from .torch_op import OP
 
 MODES = ("softmax", "dot")
 QUERIES = ("mean", "l2")
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 def attention_score(
@@ -104,6 +105,8 @@ def attention_score(
     for word, value, allowed in (("mode", mode, MODES), ("queries", queries, QUERIES)):
         arguments.one_of(word, value, allowed)
     arguments.head_reduction(heads, q.shape[1])
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {arguments.shown(causal)}")
     for name, mask in (("key_mask", key_mask), ("droppable", droppable)):
         if mask is not None:
             arguments.table(name, mask, (batch, s), torch.bool, k)
@@ -115,12 +118,12 @@ def attention_score(
         query_rows = last_rows(q, k, causal)
     if scale is None:
         scale = q.shape[3] ** -0.5
-    elif not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+    elif isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= FLOAT32_MAX:
+        raise TypeError(f"scale must be a float within float32, got {arguments.shown(scale)}")
     runner = resolve_backend(OP, k, backend)
     if not runner.traced:
         q, k, query_rows = (arguments.settled(x) for x in (q, k, query_rows))
-    request = AttentionRequest(q, k, query_rows, key_mask, droppable, bool(causal), float(scale), mode, heads, queries)
+    request = AttentionRequest(q, k, query_rows, key_mask, droppable, causal, float(scale), mode, heads, queries)
     if 0 in (batch, n, s):  # the kernels expect at least one of each
         return reference.run(request)
     return differentiable(OP, runner, request, lambda _, grad, *fields: attention_score_backward(grad, *fields))

@@ -49,7 +49,7 @@ def attention_score_backward(
             share = share * most / most.sum(1, keepdim=True)
         elif heads == "mean":
             share = share / h
-        elif heads != "sum":
+        elif order is not None:
             chosen = torch.zeros_like(weights[..., 0]).scatter(1, order, 1 / int(heads))
             share = share * chosen[..., None]
         share = share.masked_fill(uncounted(hidden, droppable), 0)

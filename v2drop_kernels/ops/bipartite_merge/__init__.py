@@ -99,8 +99,7 @@ def bipartite_merge(
     rows_of("metric", metric, x)
     count("r", r)
     count("protected", protected)
-    if order not in ("position", "released"):
-        raise ValueError(f"order must be 'position' or 'released', got {order!r}")
+    arguments.one_of("order", order, ("position", "released"))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if size is None:
         size = torch.ones((batch, n), dtype=wide, device=x.device)

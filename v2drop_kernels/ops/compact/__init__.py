@@ -178,6 +178,8 @@ def compact_(
     if first.dim() != 4:
         raise ValueError(f"kv must hold tensors of 4 dimensions ({kv_layout}), got shape {list(first.shape)}")
     n = first.shape[2 if kv_layout == "BHSD" else 1]
+    if rows is not None:
+        arguments.require_int("rows", rows)
     if rows is not None and rows != n:
         raise ValueError(f"kv must have rows = {rows}, got {n}")
     at = calls.BatchShape(first.shape[0], n, first.device, "kv")

@@ -105,7 +105,7 @@ def drop_tokens(
     at = calls.batch_shape("h_cur", h_cur, packed)
     traced = is_traced(h_cur)
     resolved = calls.resolve("drop", h_cur, k, droppable, cu_seqlens, traced=traced)
-    layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if positions == "group" else None
+    layout = layout_of(droppable, at.batch, at.rows, cu_seqlens) if isinstance(positions, str) and positions == "group" else None
     gathers, unflatten = calls.flatten(
         at, hidden=h_cur, position_ids=calls.input_positions(positions, position_ids, layout, at.device), kv=kv,
         kv_layout=kv_layout, attention_mask=attention_mask, rope=rope, labels=labels, extra=resolved.mask,

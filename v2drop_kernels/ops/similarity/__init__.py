@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,6 +158,7 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
     arguments.tensor("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [B, F, P, D] or [F, P, D], got shape {list(x.shape)}")
+    arguments.dtype_in("x", x, arguments.HIDDEN_DTYPES)
     video = x if x.dim() == 4 else x[None]
 
     def change(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
@@ -217,25 +219,34 @@ def random_score(
     >>> bool((random_score((2, 4), item_seeds=[7, 8])[1] == random_score((1, 9), item_seeds=[8])[0, :4]).all())
     True
     """
+    sizes = tuple(like.shape[:2]) if isinstance(like, torch.Tensor) else tuple(like) if isinstance(like, list | tuple) else ()
+    if len(sizes) != 2:
+        raise ValueError(f"like must be a tensor [B, N, ...] or sizes (B, N), got {arguments.kind(like)}")
+    for size in sizes:
+        arguments.require_int("like", size)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {arguments.kind(seed)}")
-    sizes = tuple(like.shape[:2]) if isinstance(like, torch.Tensor) else tuple(like)
-    if len(sizes) != 2:
-        raise ValueError(f"like must be a tensor [B, N, ...] or sizes (B, N), got {sizes}")
     if isinstance(like, torch.Tensor) and device is None:
         device = like.device
     if item_seeds is None:
         items = torch.arange(sizes[0], device=device)
+    elif isinstance(item_seeds, torch.Tensor):
+        items = item_seeds.to(device)
     else:
-        items = torch.as_tensor(item_seeds, dtype=None if isinstance(item_seeds, torch.Tensor) else torch.int64)
-        if items.dtype != torch.int64 or items.shape != sizes[:1]:
-            raise ValueError(f"item_seeds must be one int64 per item, [B] = [{sizes[0]}], got {items.dtype} {list(items.shape)}")
-        if not isinstance(item_seeds, torch.Tensor) and device is not None:
-            items = host_ints(list(item_seeds), torch.device(device))
-        items = items.to(device)
+        items = host_ints(_integers(item_seeds), torch.device(device or "cpu"))
+    if items.dtype != torch.int64 or items.shape != sizes[:1]:
+        raise ValueError(f"item_seeds must be one int64 per item, [B] = [{sizes[0]}], got {items.dtype} {list(items.shape)}")
     mixed = _mix(_mix(torch.full_like(items, _signed(seed))) + items)
     bits = _mix(mixed[:, None] + torch.arange(sizes[1], device=device))
     return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _integers(seeds: Any) -> list[int]:
+    """The seeds as the integers that int64 wraps them to."""
+    try:
+        return [_signed(operator.index(seed)) for seed in seeds]
+    except TypeError:
+        raise TypeError(f"item_seeds must be a sequence of ints or an int64 tensor, got {arguments.kind(seeds)}") from None
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

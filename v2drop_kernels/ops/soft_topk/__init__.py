@@ -6,7 +6,6 @@ for a kernel to save, while one that counts comparisons instead would be O(n^2).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -99,8 +98,7 @@ def soft_topk(
     tensor(True)
     """
     arguments.tensor("scores", scores)
-    if not scores.is_floating_point() or scores.dtype.itemsize == 1:
-        raise TypeError(f"scores must be float32, float16, bfloat16 or float64, got {scores.dtype}")
+    arguments.dtype_in("scores", scores, arguments.HIDDEN_DTYPES)
     if scores.dim() != 2:
         raise ValueError(f"scores must be [B, N], got shape {list(scores.shape)}")
     if isinstance(ratio, torch.Tensor):
@@ -121,8 +119,9 @@ def soft_topk(
         if valid.shape != scores.shape:
             raise ValueError(f"valid must have the shape of scores {list(scores.shape)}, got {list(valid.shape)}")
         arguments.same_device("valid", valid, scores.device, "scores")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be greater than 0 and finite, got {temperature}")
+    if temperature is not None:
+        arguments.positive_number("temperature", temperature)
+        temperature = float(temperature)
     arguments.one_of("ties", ties, TIES)
     resolve_name(scores, backend, torch.float32)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32

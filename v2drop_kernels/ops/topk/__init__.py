@@ -80,8 +80,7 @@ def segmented_topk(
     if scores.dim() != (1 if packed else 2):
         want = "[T] because cu_seqlens is given" if packed else "[B, N] (a packed [T] needs cu_seqlens)"
         raise ValueError(f"scores must be {want}, got shape {list(scores.shape)}")
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    arguments.dtype_in("scores", scores, arguments.HIDDEN_DTYPES)
     arguments.one_of("order", order, arguments.ORDERS)
     if droppable is not None:
         check_device(droppable, scores.device, "scores")

@@ -53,8 +53,8 @@ def mask(name: str, t: Any, x: torch.Tensor) -> None:
 
 def count(name: str, n: Any) -> None:
     """Raise unless ``n`` is an integer of at least 0."""
-    if not isinstance(n, int) or n < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {n!r}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {arguments.shown(n)}")
 
 
 def edges_exist(offsets: torch.Tensor, rows: torch.Tensor, n: int) -> None:
