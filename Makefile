@@ -15,10 +15,10 @@ NATIVE := CMakeLists.txt $(shell find cmake csrc tools/cuda_emulator -type f 2>/
 COMMA := ,
 CMAKE := PATH="$(abspath $(BIN)):$$PATH" cmake
 CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=error --progress --parallel 2
-# Tests run in several processes, one file of tests in one process; on a GPU, which they would share, in one.
+# Tests run in several processes, and one that has none left takes half of those of another; on a GPU, which they would share, in one.
 WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || { n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)); })
 # Passive: threads that wait leave their core to the other processes.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 MAIN := env -u TRITON_INTERPRET -u V2DROP_NATIVE_MODULE
 
 .PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main sanitize fuzz gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
@@ -57,7 +57,6 @@ bench-c: setup
 # emulated kernels and the compiler need processes of their own. The parts run one after another also with -j: their output stays
 # readable, and the closing line of the main tests is the last one.
 test: setup
-	+@$(MAKE) --no-print-directory test-native
 	+@$(MAKE) --no-print-directory test-emulated
 	+@$(MAKE) --no-print-directory test-interpreter
 	+@$(MAKE) --no-print-directory test-compile-only
@@ -79,17 +78,14 @@ define build
 	@PATH="$(abspath $(BIN)):$$PATH" tools/setup.sh run "build $(1)" $(1)/build.log cmake --build $(1)
 endef
 
+# One build serves the C and C++ tests and the CUDA C++ kernels on the CPU: the same sources, compiled for an emulator of CUDA's threads.
 test-native: setup
-	@echo "== test 1 of 5: the C and C++ tests"
-	$(call build,build/ctest,-DV2DROP_CUDA=OFF)
-	@$(CTEST) --test-dir build/ctest
-
-# The CUDA C++ kernels on the CPU: the same sources, compiled for an emulator of CUDA's threads.
-test-emulated: setup
-	@echo "== test 2 of 5: the CUDA C++ kernels on the CPU"
+	@echo "== test 1 of 4: the C and C++ tests, and the CUDA C++ kernels on the CPU"
 	$(call build,build/emulated,-DV2DROP_CUDA=EMULATE -DV2DROP_BUILD_PYTHON=ON -DV2DROP_JAX=OFF \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)")
 	@$(CTEST) --test-dir build/emulated
+
+test-emulated: test-native
 	@V2DROP_NATIVE_MODULE="$$(ls $(abspath build/emulated)/_C*.so)" env -u TRITON_INTERPRET $(PYTEST) tests/ops tests/native tests/interop/test_array.py $(ARGS)
 
 # On a machine with a GPU and its own torch: test, measure and report, without network or the setup above. Call it again to go on.
@@ -121,15 +117,15 @@ fuzz: setup
 	$(BIN)/python tools/fuzz --seconds $(SECONDS) --seed $(SEED) --c-api "$$(find $(abspath build/asan) -name test_fuzz_cuda -type f)"
 
 test-interpreter: setup
-	@echo "== test 3 of 5: the Triton kernels in Triton's interpreter"
+	@echo "== test 2 of 4: the Triton kernels in Triton's interpreter"
 	@$(MAIN) TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/native $(ARGS)
 
 test-compile-only: setup
-	@echo "== test 4 of 5: kernels compiled for GPUs that are not here"
+	@echo "== test 3 of 4: kernels compiled for GPUs that are not here"
 	@$(MAIN) $(PYTEST) tests/compile_only $(ARGS)
 
 test-main: setup
-	@echo "== test 5 of 5: the main tests"
+	@echo "== test 4 of 4: the main tests"
 	@$(MAIN) $(PYTEST) --doctest-modules $(if $(filter tests/% v2drop_kernels/%,$(ARGS)),,tests v2drop_kernels) $(ARGS)
 
 lint: setup

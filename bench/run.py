@@ -26,6 +26,7 @@ import readme_table
 import suite
 import tables
 import targets
+import torch
 from providers import providers
 from registry import OPS
 
@@ -167,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = "dry" if options.quick else "ungated" if options.ungated else "full"
     if os.environ.get("TRITON_INTERPRET") == "1" and not options.quick:
         parser.error("TRITON_INTERPRET=1 would measure Triton's interpreter")
+    if options.quick and not options.suite:  # compilation would take most of the time; a test traces every compiled provider
+        torch.compiler.set_stance("force_eager")
     out = options.out or readme_table.RESULTS
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

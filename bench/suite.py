@@ -59,7 +59,8 @@ def measure(path: Path, run: str, chosen: Sequence[Setting] | None = None) -> in
             if row["check"].startswith("wrong"):
                 wrong += 1
                 print(f"{setting}: {row['check']}", flush=True)
-            harness.release_memory()
+            if not dry:  # a collection takes longer than a dry measurement
+                harness.release_memory()
     finally:
         torch.set_num_threads(threads)
     for name, why in skipped:

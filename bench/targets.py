@@ -206,7 +206,8 @@ def measure(target: Target[Any], gate: NoiseGate, dry: bool = False) -> dict[str
         return row | {"status": f"unavailable: {missing}"}
     finally:
         torch.set_num_threads(before)
-        release_memory()
+        if not dry:
+            release_memory()
 
 
 def _attempts(target: Target[Any], gate: NoiseGate, ours: Call, other: Call, dry: bool) -> dict[str, Any]:

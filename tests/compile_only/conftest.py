@@ -1,4 +1,8 @@
-"""By default a kernel is compiled for sm_90 and for one of the other targets, in turn; V2DROP_TEST_FULL=1 takes every target."""
+"""Which target a kernel is compiled for: every one with V2DROP_TEST_FULL=1.
+
+By default a test with one case takes sm_90 and one of the other targets. Of a test with several cases the first, third, ... are
+compiled for sm_90, those between them for the other targets in turn.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the targets whose turn it is not."""
     if FULL:
         return
-    cases: dict[tuple[object, ...], list[pytest.Item]] = collections.defaultdict(list)
+    tests: dict[tuple[str, str], dict[tuple[object, ...], list[pytest.Item]]]
+    tests = collections.defaultdict(lambda: collections.defaultdict(list))
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "target" in callspec.params:
-            others = tuple(sorted((name, str(value)) for name, value in callspec.params.items() if name != "target"))
-            cases[item.location[0], item.originalname, others].append(item)
-    left_out = set()
-    for turn, alike in enumerate(cases.values()):
-        others = [item for item in alike if ALWAYS not in item.callspec.id.split("-")]
-        left_out.update(item for i, item in enumerate(others) if i != turn % len(others))
+            case = tuple(sorted((name, str(value)) for name, value in callspec.params.items() if name != "target"))
+            tests[item.location[0], item.originalname][case].append(item)
+    chosen, turn = set(), 0
+    for cases in tests.values():
+        for i, alike in enumerate(cases.values()):
+            others = [item for item in alike if ALWAYS not in item.callspec.id.split("-")]
+            if i % 2 == 0:
+                chosen.update(item for item in alike if item not in others)
+            if i % 2 == 1 or len(cases) == 1:
+                chosen.add(others[turn % len(others)])
+                turn += 1
+    left_out = {item for cases in tests.values() for alike in cases.values() for item in alike} - chosen
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

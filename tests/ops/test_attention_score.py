@@ -370,7 +370,10 @@ def test_attention_compiles(on, dynamic):
 
     def function(q, k, query_rows, key_mask, droppable):
         given = {"query_rows": query_rows, "key_mask": key_mask, "droppable": droppable, "backend": on.backend}
-        score = vk.attention_score(q * 1, k, heads=2, **given) + vk.attention_score(q, k, queries="l2", causal=False, **given)
+        score = vk.attention_score(q * 1, k, heads=2, **given)
+        if dynamic and on.backend == "reference":  # some thirty operations a call instead of one, compiled for every length
+            return score
+        score = score + vk.attention_score(q, k, queries="l2", causal=False, **given)
         return score + vk.attention_score(q, k, backend=on.backend)
 
     counter = CompileCounterWithBackend("aot_eager")

@@ -83,14 +83,15 @@ def test_drop_tokens_of_everything(on, b, k, key):
         assert b.droppable.after(b.k(k)) == got.layout
 
 
-@cross(b=LARGE, dtype=FLOATS)
+@cross(b=fewer(LARGE, LARGE[:2]), dtype=FLOATS)
 def test_drop_tokens_of_large_batches(on, b, dtype):
-    """Beyond 2048 competing rows, and beyond 8192."""
+    """Beyond 2048 competing rows, and beyond 8192. In the interpreter a thousand gathered rows take seconds, so there are fewer."""
     prev, cur = hidden_pair((*b.lead, 8), dtype)
-    got = drop(on, prev, cur, b.k("n/3"), **b.arguments(), **companions(b))
-    keep = oracle.keep(exact(prev, cur, "l2").float(), b, b.ks("n/3"))
+    k = fewer([b.k("n/3")], [99])[0]
+    got = drop(on, prev, cur, k, **b.arguments(), **companions(b))
+    keep = oracle.keep(exact(prev, cur, "l2").float(), b, [k] * len(b.flat))
     check_compacted(got, keep, cur, companions(b))
-    check_facts(got, b, keep, b.ks("n/3"))
+    check_facts(got, b, keep, [k] * len(b.flat))
 
 
 @cross(b=[BATCHES[5], BATCHES[9], BATCHES[11], BATCHES[16]], strides=STRIDES, dtype=FLOATS)

@@ -191,7 +191,7 @@ def test_similarity_opcheck(on):
     torch.library.opcheck(ops.key_norm_backward.default, (up[:, 0], x[:, None], "l1"), test_utils=utils)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", fewer([False, True], [False]), ids=lambda x: "dynamic" if x else "static")
 def test_similarity_compiles(on, dynamic):
     """One graph, forward and backward; with dynamic shapes one compilation serves every length."""
     torch._dynamo.reset()
@@ -205,7 +205,7 @@ def test_similarity_compiles(on, dynamic):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
     pivots = torch.tensor([[0, 2, -1], [3, 3, 5]]).to(on.device)
-    for n in (24, 44, 80) if dynamic else (24,):
+    for n in (24, 44) if dynamic else (24,):
         found = []
         for call in (compiled, function):
             leaf = normal((2, n, 8), torch.float32, "x").to(on.device).requires_grad_()

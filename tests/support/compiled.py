@@ -8,7 +8,6 @@ of production. Runs in a process of its own without ``TRITON_INTERPRET``.
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import subprocess
 import tempfile
@@ -94,20 +93,20 @@ def compile_for(target: GPUTarget, item: Launch) -> Compiled:
         # The AMD back end states it in the kernel's metadata.
         assert re.search(r"\.vgpr_spill_count: +0\b", asm["amdgcn"])
         return Compiled(asm)
-    usage, sass = _disassemble(asm["cubin"])
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    sass = _disassemble(asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", sass).groups())
     assert stack == 0, (registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", sass)))
     assert not re.search(r"\b(LDL|STL)\b", sass)
     return Compiled(asm, registers, stack, sass)
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    tool = triton.knobs.nvidia.cuobjdump.path
+def _disassemble(cubin: bytes) -> str:
+    """What the kernel uses, and its instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-        return run([tool, "-res-usage", path]).stdout, run([tool, "-sass", path]).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def hidden(n: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import os
 import shutil
@@ -86,6 +87,13 @@ def test_a_dry_run_never_reaches_the_committed_results_or_the_readme(dry: Path):
     table = run(BENCH / "readme_table.py", "--results", dry)
     assert table.returncode != 0
     assert "not hold a full, gated measurement" in table.stderr
+
+
+@pytest.mark.parametrize("op", ["score", "select", "compact", "drop"])
+def test_the_compiled_provider_is_one_graph(modules: Any, op: str, monkeypatch: pytest.MonkeyPatch):
+    """The dry run calls it without compiling it. Here it is traced; inductor is tested in tests/ops/test_library.py."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    modules.verify.verified(op, modules.providers.providers(op)["compile-out"], modules.registry.DRY_CASES[1])
 
 
 @pytest.mark.parametrize("fault", ["score", "kept", "row", "raises"])
