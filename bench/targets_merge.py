@@ -28,7 +28,7 @@ class Inputs:
         self.n, self.d, self.c, self.k = (60, 16, 8, 12) if dry else (576, 4096, 1024, 64)
         self.generator = g = torch.Generator().manual_seed(0)
         self.x = torch.randn(1, self.n, self.d, generator=g)
-        self.metric, self.scores = torch.randn(1, self.n, self.c, generator=g), torch.rand(1, self.n, generator=g)
+        self.features, self.scores = torch.randn(1, self.n, self.c, generator=g), torch.rand(1, self.n, generator=g)
         self.keep = self.scores.topk(self.k).indices.sort().values
         self.kept = torch.zeros(1, self.n, dtype=torch.bool).scatter(1, self.keep, True)
 
@@ -56,14 +56,14 @@ def copied(given: Inputs) -> tuple[str, Call]:
 
 
 def prumerge(given: Inputs) -> Sides:
-    run = lambda: merge_dropped(given.x, given.keep, "prumerge", metric=given.metric, scores=given.scores)
+    run = lambda: merge_dropped(given.x, given.keep, "prumerge", features=given.features, scores=given.scores)
     return "merge_dropped", run, *copied(given)
 
 
 def visionzip(given: Inputs) -> Sides:
     targets = contextual_targets(given.kept, 10)
     both = torch.cat([given.keep, targets.nonzero()[None, :, 1]], 1)
-    run = lambda: merge_dropped(given.x, both, "visionzip", metric=given.metric, targets=targets)
+    run = lambda: merge_dropped(given.x, both, "visionzip", features=given.features, targets=targets)
     return "merge_dropped", run, *copied(given)
 
 
@@ -76,8 +76,8 @@ def sparsevlm(given: Inputs) -> Sides:
 
 def tome(given: Inputs) -> Sides:
     tower = torch.randn(1, given.n + 1, given.c, generator=given.generator)
-    metric = tower[:, :, :64]  # as wide as one head's keys
-    merge = lambda: bipartite_merge(tower, metric, given.n // 36)
+    features = tower[:, :, :64]  # as wide as one head's keys
+    merge = lambda: bipartite_merge(tower, features, given.n // 36)
     merged = merge()
     offsets, edge = groups(merged.row, merged.hidden.shape[1])
     return "bipartite_merge", merge, "its sums alone", lambda: weighted_merge(tower, offsets, edge, mean=True)

@@ -228,12 +228,12 @@ def cosine(a, b):
     return float(a @ b / product) if product else 0.0
 
 
-def naive_bipartite(x, metric, r, size, protected, order):
+def naive_bipartite(x, features, r, size, protected, order):
     """One item: proposals as (cosine descending, row ascending), one merge after the other."""
     n = len(x)
     proposals = []
     for a in range(0, n, 2):
-        partners = [(-cosine(metric[a], metric[b]), b) for b in range(1, n, 2) if b >= protected]
+        partners = [(-cosine(features[a], features[b]), b) for b in range(1, n, 2) if b >= protected]
         if a >= protected and partners:
             proposals.append((*min(partners), a))
     r = min(r, max(n - protected, 0) // 2)
@@ -260,16 +260,16 @@ def naive_bipartite(x, metric, r, size, protected, order):
 )  # fmt: skip
 def test_bipartite_merge(on, n, r, protected, ties, order):
     x = normal((2, n, 6), torch.float32, "x")
-    metric = normal((2, n, 5), torch.float32, "m")
+    features = normal((2, n, 5), torch.float32, "m")
     if ties:  # four directions, of lengths that are powers of two: cosines are exact, and tie
         pick = torch.randint(0, 4, (2, n), generator=seeded("t", n))
-        metric = torch.eye(5)[pick] * 2.0 ** torch.randint(-2, 3, (2, n, 1), generator=seeded("s", n))
-        metric[:, n // 2] = 0
+        features = torch.eye(5)[pick] * 2.0 ** torch.randint(-2, 3, (2, n, 1), generator=seeded("s", n))
+        features[:, n // 2] = 0
     size = torch.randint(1, 5, (2, n), generator=seeded("size", n)).float()
     options = {"protected": protected, "order": order, "backend": on.backend}
-    got = bipartite_merge(*moved(on, x, metric), r, size=size.to(on.device), **options)
+    got = bipartite_merge(*moved(on, x, features), r, size=size.to(on.device), **options)
     for b in range(2):
-        hidden, total, keep, row = naive_bipartite(x[b], metric[b], r, size[b], protected, order)
+        hidden, total, keep, row = naive_bipartite(x[b], features[b], r, size[b], protected, order)
         assert got.keep[b].tolist() == keep
         assert got.row[b].tolist() == row
         assert got.size[b].tolist() == total
@@ -302,8 +302,8 @@ def test_bipartite_merge_again_and_again():
 def test_gradcheck_of_bipartite_merge():
     x = torch.randn(2, 9, 3, generator=seeded("x"), dtype=torch.float64).requires_grad_()
     size = (1 + torch.rand(2, 9, generator=seeded("s"), dtype=torch.float64)).requires_grad_()
-    metric = torch.randn(2, 9, 3, generator=seeded("m"))
-    assert torch.autograd.gradcheck(lambda x, s: bipartite_merge(x, metric, 3, size=s)[:2], (x, size))
+    features = torch.randn(2, 9, 3, generator=seeded("m"))
+    assert torch.autograd.gradcheck(lambda x, s: bipartite_merge(x, features, 3, size=s)[:2], (x, size))
 
 
 # --- PruMerge, VisionZip, SparseVLM
@@ -315,7 +315,7 @@ def kept_rows(batch, n, k, *key, pad=0):
     return keep
 
 
-def naive_prumerge(x, keep, metric, scores, targets, droppable, neighbours):
+def naive_prumerge(x, keep, features, scores, targets, droppable, neighbours):
     out = torch.zeros(len(keep), x.shape[1], dtype=torch.float64)
     kept = [i for i in keep if i >= 0]
     for j, i in enumerate(keep):
@@ -326,7 +326,7 @@ def naive_prumerge(x, keep, metric, scores, targets, droppable, neighbours):
             members = [t for t in range(len(x)) if droppable[t] and (t not in kept or targets[t])]
             out[j] = sum((float(scores[t]) * x[t].double() for t in members), torch.zeros(x.shape[1]).double())
         elif droppable[i]:
-            others = sorted((-cosine(metric[i], metric[t]), t) for t in range(len(x)) if t != i and droppable[t])
+            others = sorted((-cosine(features[i], features[t]), t) for t in range(len(x)) if t != i and droppable[t])
             for _, t in others[:neighbours]:
                 out[j] += float(scores[t]) * x[t].double()
     return out
@@ -336,7 +336,7 @@ def naive_prumerge(x, keep, metric, scores, targets, droppable, neighbours):
 @cross(n=[1, 5, 60], neighbours=[0, 4, 32], extra=[False, True], masked=[False, True])
 def test_prumerge(on, n, neighbours, extra, masked):
     k = max(1, n // 3)
-    x, metric = normal((2, n, 8), torch.float32, "x"), normal((2, n, 12), torch.float32, "m")
+    x, features = normal((2, n, 8), torch.float32, "x"), normal((2, n, 12), torch.float32, "m")
     scores = torch.rand(2, n, generator=seeded("s", n))
     keep = kept_rows(2, n, k, "k", pad=1 if n > 5 else 0)
     droppable = torch.rand(2, n, generator=seeded("d", n)) < 0.7 if masked else torch.ones(2, n, dtype=torch.bool)
@@ -345,12 +345,12 @@ def test_prumerge(on, n, neighbours, extra, masked):
         targets[0, keep[0, 0]] = True
         droppable[0, keep[0, 0]] = True
     got = merge_dropped(
-        *moved(on, x, keep), "prumerge", metric=metric.to(on.device), scores=scores.to(on.device),
+        *moved(on, x, keep), "prumerge", features=features.to(on.device), scores=scores.to(on.device),
         targets=targets.to(on.device) if extra else None, droppable=droppable.to(on.device) if masked else None,
         neighbours=neighbours, backend=on.backend,
     )  # fmt: skip
     for b in range(2):
-        want = naive_prumerge(x[b], keep[b].tolist(), metric[b], scores[b], targets[b], droppable[b], neighbours)
+        want = naive_prumerge(x[b], keep[b].tolist(), features[b], scores[b], targets[b], droppable[b], neighbours)
         # At most n terms of at most max|x|, each a product and an addition.
         torch.testing.assert_close(got[b].cpu(), want.float(), rtol=0, atol=2 * n * n * 2**-24 * float(x.abs().max()))
 
@@ -371,12 +371,12 @@ def test_contextual_targets(n, count, seed):
         assert each[b].nonzero()[:, 0].tolist() == naive_targets(kept[b], max(count - b, 0), droppable[b])
 
 
-def naive_visionzip(x, keep, metric, targets, droppable):
+def naive_visionzip(x, keep, features, targets, droppable):
     out = torch.zeros(len(keep), x.shape[1], dtype=torch.float64)
     came = {j: [] for j, i in enumerate(keep) if i >= 0 and targets[i]}
     for t in range(len(x)):
         if droppable[t] and t not in keep and came:
-            came[min(came, key=lambda j: (-cosine(metric[t], metric[keep[j]]), j))].append(t)
+            came[min(came, key=lambda j: (-cosine(features[t], features[keep[j]]), j))].append(t)
     for j, i in enumerate(keep):
         if i >= 0:
             out[j] = x[i].double()
@@ -388,18 +388,18 @@ def naive_visionzip(x, keep, metric, targets, droppable):
 @backends
 @cross(n=[2, 40], dominant=[0, 1, 10], count=[0, 1, 5], masked=[False, True])
 def test_visionzip(on, n, dominant, count, masked):
-    x, metric = normal((3, n, 8), torch.float32, "x"), normal((3, n, 6), torch.float32, "m")
+    x, features = normal((3, n, 8), torch.float32, "x"), normal((3, n, 6), torch.float32, "m")
     droppable = torch.rand(3, n, generator=seeded("d", n)) < 0.8 if masked else torch.ones(3, n, dtype=torch.bool)
     kept = torch.zeros(3, n, dtype=torch.bool).scatter(1, kept_rows(3, n, min(dominant, n), "k"), True)
     targets = contextual_targets(kept, count, droppable=droppable)
     rows = [row.nonzero()[:, 0].tolist() for row in kept | targets]
     keep = torch.tensor([row + [-1] * (max(map(len, rows)) - len(row)) for row in rows], dtype=torch.int64)
     got = merge_dropped(
-        *moved(on, x, keep), "visionzip", metric=metric.to(on.device), targets=targets.to(on.device),
+        *moved(on, x, keep), "visionzip", features=features.to(on.device), targets=targets.to(on.device),
         droppable=droppable.to(on.device) if masked else None, backend=on.backend,
     )  # fmt: skip
     for b in range(3):
-        want = naive_visionzip(x[b], keep[b].tolist(), metric[b], targets[b], droppable[b])
+        want = naive_visionzip(x[b], keep[b].tolist(), features[b], targets[b], droppable[b])
         # A share, a product and an addition for each of at most n rows, and the target.
         torch.testing.assert_close(got[b].cpu(), want.float(), rtol=0, atol=3 * (n + 1) * 2**-24 * float(x.abs().max()))
 
@@ -488,13 +488,13 @@ def test_gradcheck_of_merge_dropped(how):
     n, keep = 12, torch.tensor([[0, 3, 7, -1], [11, 2, 5, 6]])
     x = torch.randn(2, n, 3, generator=seeded("x"), dtype=torch.float64).requires_grad_()
     scores = torch.rand(2, n, generator=seeded("s"), dtype=torch.float64).requires_grad_()
-    metric = torch.randn(2, n, 4, generator=seeded("m"))
+    features = torch.randn(2, n, 4, generator=seeded("m"))
     targets = torch.zeros(2, n, dtype=torch.bool)
     targets[0, 3] = targets[1, 2] = True
     clusters = torch.full((2, n), -1)
     clusters[0, [3, 4, 5]], clusters[1, [2, 9]] = 3, 2
     given = {"prumerge": {"targets": targets}, "visionzip": {"targets": targets}, "sparsevlm": {"clusters": clusters}}[how]
-    call = lambda x, s: merge_dropped(x, keep, how, metric=metric, scores=s, neighbours=3, **given)
+    call = lambda x, s: merge_dropped(x, keep, how, features=features, scores=s, neighbours=3, **given)
     assert (
         torch.autograd.gradcheck(call, (x, scores)) if how == "prumerge" else torch.autograd.gradcheck(lambda x: call(x, scores), x)
     )
@@ -504,7 +504,7 @@ def test_gradcheck_of_merge_dropped(how):
 @pytest.mark.parametrize("how", ["prumerge", "visionzip", "sparsevlm"])
 def test_merge_dropped_in_half_precision(how, dtype):
     """The decisions and the sums are those of float32 on the same values; only the result is rounded."""
-    x, metric, scores = normal((2, 30, 8), dtype, "x"), normal((2, 30, 6), dtype, "m"), normal((2, 30), dtype, "s")
+    x, features, scores = normal((2, 30, 8), dtype, "x"), normal((2, 30, 6), dtype, "m"), normal((2, 30), dtype, "s")
     keep, dropped = torch.arange(0, 30, 3).expand(2, -1), torch.arange(30).expand(2, -1) % 3 > 0
     targets = torch.arange(30).expand(2, -1) % 9 == 0
     if how == "sparsevlm":
@@ -513,7 +513,7 @@ def test_merge_dropped_in_half_precision(how, dtype):
         keep = torch.cat([keep, torch.stack([row[row >= 0].unique() for row in clusters])], 1)
         given = {"clusters": clusters}
     else:
-        given = {"metric": metric, "scores": scores, **({"targets": targets} if how == "visionzip" else {})}
+        given = {"features": features, "scores": scores, **({"targets": targets} if how == "visionzip" else {})}
     got = merge_dropped(x, keep, how, **given)
     widened = {name: t.float() if t.is_floating_point() else t for name, t in given.items()}
     same(got, merge_dropped(x.float(), keep, how, **widened).to(dtype))
@@ -521,28 +521,28 @@ def test_merge_dropped_in_half_precision(how, dtype):
 
 def test_merges_leave_the_host_alone():
     """Meta tensors have no values to wait for."""
-    x, metric = torch.empty(2, 20, 4, device="meta", requires_grad=True), torch.empty(2, 20, 3, device="meta")
+    x, features = torch.empty(2, 20, 4, device="meta", requires_grad=True), torch.empty(2, 20, 3, device="meta")
     scores = torch.empty(2, 20, device="meta")
     mask, rows = torch.empty(2, 20, dtype=torch.bool, device="meta"), torch.empty(2, 5, dtype=torch.int64, device="meta")
     clusters = recycled_clusters(x, scores, mask)
     assert contextual_targets(mask, 3).shape == clusters.shape == (2, 20)
     for how in ("prumerge", "visionzip", "sparsevlm"):
-        got = merge_dropped(x, rows, how, metric=metric, scores=scores, targets=mask, clusters=clusters)
+        got = merge_dropped(x, rows, how, features=features, scores=scores, targets=mask, clusters=clusters)
         assert got.shape == (2, 5, 4)
         got.sum().backward()
-    assert bipartite_merge(x, metric, 4).hidden.shape == (2, 16, 4)
+    assert bipartite_merge(x, features, 4).hidden.shape == (2, 16, 4)
 
 
 def test_merges_under_autocast():
     """Where tokens go, and their sums, are those without autocast."""
-    x, metric = normal((2, 40, 16), torch.float32, "x"), normal((2, 40, 64), torch.float32, "m")
+    x, features = normal((2, 40, 16), torch.float32, "x"), normal((2, 40, 64), torch.float32, "m")
     scores, keep = normal((2, 40), torch.float32, "s"), torch.arange(0, 40, 4).expand(2, -1)
     dropped, targets = torch.arange(40).expand(2, -1) % 4 > 0, torch.arange(40).expand(2, -1) % 12 == 0
 
     def everything():
         clusters = recycled_clusters(x, scores, dropped, share=0.9)
-        return [clusters, *bipartite_merge(x, metric, 12), *(
-            merge_dropped(x, keep, how, metric=metric, scores=scores, targets=targets, clusters=clusters)
+        return [clusters, *bipartite_merge(x, features, 12), *(
+            merge_dropped(x, keep, how, features=features, scores=scores, targets=targets, clusters=clusters)
             for how in ("prumerge", "visionzip", "sparsevlm")
         )]  # fmt: skip
 
@@ -553,14 +553,14 @@ def test_merges_under_autocast():
 
 @pytest.mark.parametrize("how", ["prumerge", "visionzip", "sparsevlm"])
 def test_merge_dropped_compiles_to_one_graph(how):
-    x, metric = normal((2, 20, 8), torch.float32, "x"), normal((2, 20, 6), torch.float32, "m")
+    x, features = normal((2, 20, 8), torch.float32, "x"), normal((2, 20, 6), torch.float32, "m")
     scores, keep = normal((2, 20), torch.float32, "s"), torch.arange(0, 20, 4).expand(2, -1)
     dropped, targets = torch.arange(20).expand(2, -1) % 4 > 0, torch.arange(20).expand(2, -1) % 8 == 0
 
     def call(x):
         clusters = recycled_clusters(x, scores, dropped, share=0.9)
-        merged = bipartite_merge(x, metric, 3)
-        return merge_dropped(x, keep, how, metric=metric, scores=scores, targets=targets, clusters=clusters), *merged
+        merged = bipartite_merge(x, features, 3)
+        return merge_dropped(x, keep, how, features=features, scores=scores, targets=targets, clusters=clusters), *merged
 
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
     same(list(got), list(call(x)))
@@ -571,7 +571,7 @@ def test_merge_dropped_compiles_to_one_graph(how):
 def test_merge_dropped_of_nothing(how, batch, n, k):
     x, keep = torch.ones(batch, n, 3), torch.full((batch, k), -1)
     mask = torch.zeros(batch, n, dtype=torch.bool)
-    got = merge_dropped(x, keep, how, metric=x, scores=torch.ones(batch, n), targets=mask, clusters=torch.full((batch, n), -1))
+    got = merge_dropped(x, keep, how, features=x, scores=torch.ones(batch, n), targets=mask, clusters=torch.full((batch, n), -1))
     assert torch.equal(got, torch.zeros(batch, k, 3))
     assert bipartite_merge(x, x, 2).hidden.shape == (batch, n - min(2, max(n - 1, 0) // 2), 3)
 
@@ -591,18 +591,18 @@ INDEX, MASK, SCORES = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dt
         (lambda: weighted_merge(X, INDEX, INDEX, SCORES[:, :3]), ValueError, r"weights must be \[2, 4\]"),
         (lambda: weighted_merge(X, INDEX, INDEX, INDEX), TypeError, "weights must be floating point"),
         (lambda: weighted_merge(X, INDEX, INDEX, backend="gpu"), ValueError, "backend must be one of"),
-        (lambda: bipartite_merge(X, X[:, :3], 1), ValueError, r"metric must be \[B, N, C\]"),
-        (lambda: bipartite_merge(X, INDEX, 1), TypeError, "metric must be floating point"),
+        (lambda: bipartite_merge(X, X[:, :3], 1), ValueError, r"features must be \[B, N, C\]"),
+        (lambda: bipartite_merge(X, INDEX, 1), TypeError, "features must be floating point"),
         (lambda: bipartite_merge(X, X, -1), ValueError, "r must be an integer of at least 0"),
         (lambda: bipartite_merge(X, X, 1, order="score"), ValueError, "order must be one of 'position', 'released'"),
         (lambda: bipartite_merge(X, X, 1, protected=-1), ValueError, "protected must be"),
         (lambda: bipartite_merge(X, X, 1, size=SCORES[:1]), ValueError, "size must be"),
         (lambda: merge_dropped(X, INDEX, "any"), ValueError, "how must be one of"),
         (lambda: merge_dropped(X, INDEX.float(), "prumerge"), TypeError, "keep must be int64"),
-        (lambda: merge_dropped(X, INDEX, "prumerge"), ValueError, "metric must be given for how='prumerge'"),
-        (lambda: merge_dropped(X, INDEX, "prumerge", metric=X), ValueError, "scores must be given"),
-        (lambda: merge_dropped(X, INDEX, "visionzip", metric=X), ValueError, "targets must be given"),
-        (lambda: merge_dropped(X, INDEX, "visionzip", metric=X, targets=INDEX), TypeError, "targets must be bool"),
+        (lambda: merge_dropped(X, INDEX, "prumerge"), ValueError, "features must be given for how='prumerge'"),
+        (lambda: merge_dropped(X, INDEX, "prumerge", features=X), ValueError, "scores must be given"),
+        (lambda: merge_dropped(X, INDEX, "visionzip", features=X), ValueError, "targets must be given"),
+        (lambda: merge_dropped(X, INDEX, "visionzip", features=X, targets=INDEX), TypeError, "targets must be bool"),
         (lambda: merge_dropped(X, INDEX, "sparsevlm"), ValueError, "clusters must be given"),
         (lambda: merge_dropped(X, INDEX, "sparsevlm", clusters=INDEX[:, :2]), ValueError, r"clusters must be \[B, N\]"),
         (lambda: merge_dropped(X, INDEX, "sparsevlm", clusters=INDEX, droppable=MASK[:, :2]), ValueError, "droppable must be"),
@@ -645,3 +645,17 @@ def test_cosines_of_tiny_rows(on):
     for scale in (2.0**-83, 2.0**-120, 2.0**90):
         got = bipartite_merge(x, metric * scale, 3, backend=on.backend)
         same(list(got), list(bipartite_merge(x, metric, 3, backend=on.backend)))
+
+
+def test_features_under_their_old_name():
+    """``metric`` is passed on for one release, with a warning."""
+    x, keep = normal((1, 12, 4), torch.float32, "x"), torch.tensor([[0, 3, 7]])
+    with pytest.warns(DeprecationWarning, match=r"bipartite_merge\(metric=\) is deprecated .* use features="):
+        got = bipartite_merge(x, metric=x, r=3)
+    same(list(got), list(bipartite_merge(x, x, 3)))
+    given = {"scores": torch.ones(1, 12)}
+    with pytest.warns(DeprecationWarning, match=r"merge_dropped\(metric=\)"):
+        got = merge_dropped(x, keep, "prumerge", metric=x, **given)
+    same(got, merge_dropped(x, keep, "prumerge", features=x, **given))
+    with pytest.raises(TypeError, match="both features and metric"):
+        merge_dropped(x, keep, "prumerge", features=x, metric=x, **given)

@@ -55,9 +55,9 @@ if not typing.TYPE_CHECKING:  # otherwise type checkers would accept every name
 
     def __getattr__(name: str) -> object:
         if name in _DEPRECATED:
-            from . import _deprecated
+            from ..core import deprecated
 
-            return _deprecated.class_name(name, _DEPRECATED[name], __getattr__(_DEPRECATED[name]))
+            return deprecated.class_name(name, _DEPRECATED[name], __getattr__(_DEPRECATED[name]))
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

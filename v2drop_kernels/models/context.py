@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core import deprecated
 from ..core.layout import TokenLayout
 from ..core.schedule import Stage
 from ..ops.attention_score import attention_score
 from ..ops.host_ints import host_ints
-from . import _deprecated
 from .adapters import ModelAdapter
 from .adapters import attention as block_attention
 
@@ -83,10 +83,10 @@ class DropContext:
     scores: Callable[[DropContext], torch.Tensor] | None = None
     labels: torch.Tensor | None = None
 
-    before = _deprecated.attribute("DropContext", "before", "prev_hidden")
-    family = _deprecated.attribute("DropContext", "family", "adapter")
-    seen = _deprecated.attribute("DropContext", "seen", "tower_cache")
-    rows_of = _deprecated.method("DropContext", "rows_of", "row_indices")
+    before = deprecated.attribute("DropContext", "before", "prev_hidden")
+    family = deprecated.attribute("DropContext", "family", "adapter")
+    seen = deprecated.attribute("DropContext", "seen", "tower_cache")
+    rows_of = deprecated.method("DropContext", "rows_of", "row_indices")
 
     @property
     def blocks(self) -> Sequence[Any]:
@@ -179,5 +179,5 @@ class DropContext:
 
 def __getattr__(name: str) -> Any:
     if name == "Stop":
-        return _deprecated.class_name("Stop", "DropContext", DropContext)
+        return deprecated.class_name("Stop", "DropContext", DropContext)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core import deprecated
 from ..core import positions as position_modes
 from ..core.schedule import Schedule
-from . import _deprecated, policies
+from . import policies
 from .session import DropSession
 
 if TYPE_CHECKING:
@@ -116,5 +117,5 @@ class TokenDropper:
 
 def __getattr__(name: str) -> Any:
     if name == "Dropping":
-        return _deprecated.class_name("Dropping", "DropSession", DropSession)
+        return deprecated.class_name("Dropping", "DropSession", DropSession)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..core import deprecated
 from ..core.schedule import Schedule
-from . import _deprecated
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class Policy:
         if "method" in own and cls.method.deviations and cls.__doc__:
             cls.__doc__ += f"\n\n    Not as in the published code: {cls.method.deviations}.\n    "
         if "watch" in own and "register_hooks" not in own:
-            _deprecated.warn(f"{cls.__name__}.watch()", f"{cls.__name__}.register_hooks()")
+            deprecated.warn(f"{cls.__name__}.watch()", f"{cls.__name__}.register_hooks()")
             cls.register_hooks = own["watch"]  # type: ignore[method-assign]
         elif "register_hooks" in own and "watch" not in own:
             cls.watch = _watch(own["register_hooks"])  # type: ignore[attr-defined]
@@ -120,7 +120,7 @@ def _watch(register_hooks: Any) -> Any:
 
     def watch(self: Policy, adapter: ModelAdapter, tower_cache: dict[str, Any]) -> Iterator[Any]:
         """Deprecated: use :meth:`register_hooks`."""
-        _deprecated.warn("Policy.watch()", "Policy.register_hooks()")
+        deprecated.warn("Policy.watch()", "Policy.register_hooks()")
         handles: Iterator[Any] = register_hooks(self, adapter, tower_cache)
         return handles
 
@@ -134,5 +134,5 @@ def __getattr__(name: str) -> Any:
     if name == "Stop":
         from .context import DropContext
 
-        return _deprecated.class_name("Stop", "DropContext", DropContext)
+        return deprecated.class_name("Stop", "DropContext", DropContext)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core import deprecated
 from ..core import positions as position_modes
 from ..core.layout import TokenLayout
 from ..core.schedule import Schedule
-from . import _deprecated
 from .adapters import caches
 from .adapters.arguments import LayerCall, named_arguments
 from .adapters.model import check_attention, check_checkpointing
@@ -109,8 +109,8 @@ class DropSession:
         """Droppable tokens of every item of the last prefill, before anything was dropped."""
         return tuple(sum(stop - start for start, stop in item) for item in self._finished().spans)
 
-    learnt = _deprecated.method("DropSession", "learnt", "learned_schedule")
-    totals = _deprecated.method("DropSession", "totals", "vision_token_counts")
+    learnt = deprecated.method("DropSession", "learnt", "learned_schedule")
+    totals = deprecated.method("DropSession", "totals", "vision_token_counts")
 
     @property
     def layout(self) -> TokenLayout:

@@ -123,7 +123,7 @@ class PruMerge(Policy):
         attention, target = context.tower_cache.pop("prumerge")
         keep, keys = tiles.rows(kept), tiles.tower.keys[self.layer][:, 1:]
         merged = merge_dropped(
-            tiles.features, keep, "prumerge", metric=keys, scores=attention, targets=target if self.extra else None,
+            tiles.features, keep, "prumerge", features=keys, scores=attention, targets=target if self.extra else None,
             droppable=tiles.present, neighbours=self.neighbours, backend=context.backend,
         )  # fmt: skip
         return tiles.embed(keep, merged, kept, hidden)

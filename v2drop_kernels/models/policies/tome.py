@@ -101,11 +101,11 @@ def _watch_block(block: Any, record: Tower, index: int, r: int, proportional: bo
         return ((args[0], mask, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "attention_mask": mask})
 
     def compare(module: Any, args: Any, output: torch.Tensor) -> None:
-        notes["metric"] = output.unflatten(-1, (record.heads, -1)).mean(2)
+        notes["features"] = output.unflatten(-1, (record.heads, -1)).mean(2)
 
     def merge(module: Any, args: Any) -> tuple[torch.Tensor]:
         # The order of the released code decides which rows the next block compares.
-        merged = bipartite_merge(args[0], notes.pop("metric"), r, size=notes.get(("size", index)), order="released")
+        merged = bipartite_merge(args[0], notes.pop("features"), r, size=notes.get(("size", index)), order="released")
         notes["hidden"], notes["size", index + 1] = merged.hidden, merged.size
         notes["tokens"] = merged.hidden.shape[1]
         notes["row"] = merged.row.gather(1, notes["row"]) if index else merged.row

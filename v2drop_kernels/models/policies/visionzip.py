@@ -75,6 +75,6 @@ class VisionZip(Policy):
         keep = tiles.rows(kept)
         keys = tiles.tower.keys[self.layer][:, 1:].unflatten(-1, (tiles.tower.heads, -1)).mean(2)
         merged = merge_dropped(
-            tiles.features, keep, "visionzip", metric=keys, targets=targets, droppable=tiles.present, backend=context.backend
+            tiles.features, keep, "visionzip", features=keys, targets=targets, droppable=tiles.present, backend=context.backend
         )
         return tiles.embed(keep.masked_fill(~targets.gather(1, keep.clamp(min=0)), -1), merged, kept, hidden)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...core import arguments
+from ...core.deprecated import argument
 from ..similarity.pairwise import cosines
 from ..topk.order import ranked
 from ..weighted_merge import weighted_merge
@@ -35,9 +36,10 @@ class Merged(NamedTuple):
     row: torch.Tensor
 
 
+@argument("metric", "features")
 def bipartite_merge(
     x: torch.Tensor,
-    metric: torch.Tensor,
+    features: torch.Tensor,
     r: int,
     *,
     size: torch.Tensor | None = None,
@@ -47,14 +49,14 @@ def bipartite_merge(
 ) -> Merged:
     """Merge the ``r`` most similar pairs of tokens (ToMe).
 
-    Rows 0, 2, 4, ... are looked at from rows 1, 3, 5, ...: each even row proposes itself to the odd row of highest cosine, and
-    the ``r`` best proposals are merged, as means weighted by ``size``.
+    Rows 0, 2, 4, ... are compared with rows 1, 3, 5, ...: each even row is paired with the odd row of highest cosine, and the
+    ``r`` most similar pairs are merged, as means weighted by ``size``.
 
     Parameters
     ----------
     x : Tensor
         ``[B, N, D]`` tokens; as for :func:`weighted_merge`.
-    metric : Tensor
+    features : Tensor
         Floating point ``[B, N, C]``: what is compared; ToMe takes the keys of the block, averaged over heads.
     r : int
         Tokens to lose; at most ``(N - protected) // 2`` are.
@@ -65,7 +67,7 @@ def bipartite_merge(
     order : {"position", "released"}
         How the output rows stand. "position": as in the input. "released": as in ToMe's code, the protected rows first, then the
         even rows that stayed, then the odd rows; without protected rows the even rows stand by descending similarity of their
-        proposals, otherwise ascending. With ``r = 0`` the rows stay as they are in both. The order decides which pairs a second
+        pairs, otherwise ascending. With ``r = 0`` the rows stay as they are in both. The order decides which pairs a second
         merge compares, because even rows are compared with odd ones.
     backend : str, optional
         Force a backend for this call.
@@ -81,9 +83,10 @@ def bipartite_merge(
 
     Notes
     -----
-    Ties: an even row proposes to the lowest of equally similar odd rows, and of equal proposals the lower row's is taken. A zero
-    vector has cosine 0 with all. Differentiable in ``x`` and ``size``; the pairs carry no gradient. Compares all pairs, ``[B, N /
-    2, N / 2]``: for the towers' hundreds of tokens, not for a video of ten thousand.
+    Ties: an even row is paired with the lowest of equally similar odd rows; of equally similar pairs the one with the lower even
+    row is merged first. A zero vector has cosine 0 with all. Differentiable in ``x`` and ``size``; the choice of pairs has no
+    gradient. All pairs are compared, ``[B, N / 2, N / 2]``: meant for the hundreds of tokens of a vision tower, not for a video
+    of ten thousand.
 
     Source: ToMe (ICLR 2023), section 3.
 
@@ -96,7 +99,7 @@ def bipartite_merge(
     """
     arguments.hidden("x", x, False)
     batch, n, _ = x.shape
-    rows_of("metric", metric, x)
+    rows_of("features", features, x)
     count("r", r)
     count("protected", protected)
     arguments.one_of("order", order, ("position", "released"))
@@ -110,7 +113,7 @@ def bipartite_merge(
     if r == 0:
         return Merged(x, size.to(wide), index.clone(), index.clone())
     with torch.no_grad():
-        similar = cosines(metric[:, ::2], metric[:, 1::2], wide)  # [B, A, B]
+        similar = cosines(features[:, ::2], features[:, 1::2], wide)  # [B, A, B]
         similar[:, : (protected + 1) // 2] = -torch.inf
         similar[:, :, : protected // 2] = -torch.inf
         best = similar.max(dim=2)

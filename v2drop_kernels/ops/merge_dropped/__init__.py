@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 from ...core import arguments
+from ...core.deprecated import argument
 from ..weighted_merge import weighted_merge
 from ..weighted_merge.arguments import count, floats, integers, mask, rows_of
 from .kept import Kept
@@ -21,12 +22,13 @@ from .visionzip import merge_into_targets
 HOWS = ("prumerge", "visionzip", "sparsevlm")
 
 
+@argument("metric", "features")
 def merge_dropped(
     x: torch.Tensor,
     keep: torch.Tensor,
     how: str,
     *,
-    metric: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     targets: torch.Tensor | None = None,
     clusters: torch.Tensor | None = None,
@@ -36,10 +38,10 @@ def merge_dropped(
 ) -> torch.Tensor:
     """The kept rows after dropped ones flowed into them.
 
-    * ``"prumerge"`` (needs ``metric``, ``scores``): a kept row gets the sum of its ``neighbours`` nearest other rows by cosine of
-      ``metric``, kept or dropped, weighted by ``scores`` (attention of the class token), added. The row in ``targets``, where
+    * ``"prumerge"`` (needs ``features``, ``scores``): a kept row gets the sum of its ``neighbours`` nearest other rows by cosine of
+      ``features``, kept or dropped, weighted by ``scores`` (attention of the class token), added. The row in ``targets``, where
       there is one, becomes the sum of all dropped rows and itself, weighted by ``scores``: PruMerge's extra token.
-    * ``"visionzip"`` (needs ``metric``, ``targets``): every dropped row goes to the target row of highest cosine; a target gets
+    * ``"visionzip"`` (needs ``features``, ``targets``): every dropped row goes to the target row of highest cosine; a target gets
       the mean of what came, added. :func:`contextual_targets` chooses the targets, which ``keep`` must contain.
     * ``"sparsevlm"`` (needs ``clusters``): the row of a cluster's centre becomes the mean of the cluster; the dropped rows outside
       the clusters are lost. :func:`recycled_clusters` makes the clusters, whose centres ``keep`` must contain.
@@ -51,8 +53,9 @@ def merge_dropped(
     keep : Tensor
         int64 ``[B, K]``: distinct rows of ``x`` in any order, -1 for padding.
     how : {"prumerge", "visionzip", "sparsevlm"}
-    metric : Tensor
-        Floating point ``[B, N, C]``, keys: PruMerge's of all heads side by side, VisionZip's averaged over heads.
+    features : Tensor
+        Floating point ``[B, N, C]``: what is compared. Both papers take keys, PruMerge those of all heads side by side, VisionZip
+        their average over heads.
     scores : Tensor
         Floating point ``[B, N]``.
     targets : Tensor
@@ -88,7 +91,7 @@ def merge_dropped(
     --------
     >>> x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 5.0]]])
     >>> targets = torch.tensor([[False, True, False, False]])
-    >>> merge_dropped(x, torch.tensor([[0, 1]]), "visionzip", metric=x, targets=targets)
+    >>> merge_dropped(x, torch.tensor([[0, 1]]), "visionzip", features=x, targets=targets)
     tensor([[[1.0000, 0.0000],
              [1.5000, 3.5000]]])
     """
@@ -96,13 +99,13 @@ def merge_dropped(
     arguments.hidden("x", x, False)
     integers("keep", keep, x, "K")
     batch, n, _ = x.shape
-    needs = {"prumerge": {"metric": metric, "scores": scores}, "visionzip": {"metric": metric, "targets": targets},
+    needs = {"prumerge": {"features": features, "scores": scores}, "visionzip": {"features": features, "targets": targets},
              "sparsevlm": {"clusters": clusters}}[how]  # fmt: skip
     for name, given in needs.items():
         if given is None:
             raise ValueError(f"{name} must be given for how={how!r}")
-    if metric is not None:
-        rows_of("metric", metric, x)
+    if features is not None:
+        rows_of("features", features, x)
     if scores is not None:
         floats("scores", scores, x, n)
     mask("targets", targets, x)
@@ -122,7 +125,7 @@ def merge_dropped(
     everywhere = torch.ones((batch, n), dtype=torch.bool, device=x.device) if droppable is None else droppable
     kept = Kept(keep, slot, everywhere)
     if how == "prumerge":
-        return merge_neighbours(x, kept, cast(torch.Tensor, metric), cast(torch.Tensor, scores), targets, neighbours, backend)
+        return merge_neighbours(x, kept, cast(torch.Tensor, features), cast(torch.Tensor, scores), targets, neighbours, backend)
     if how == "sparsevlm":
         return merge_clusters(x, kept, cast(torch.Tensor, clusters), backend)
-    return merge_into_targets(x, kept, cast(torch.Tensor, metric), cast(torch.Tensor, targets), backend)
+    return merge_into_targets(x, kept, cast(torch.Tensor, features), cast(torch.Tensor, targets), backend)

@@ -12,7 +12,7 @@ from .kept import Kept
 
 
 def merge_neighbours(
-    x: torch.Tensor, kept: Kept, metric: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor | None, neighbours: int,
+    x: torch.Tensor, kept: Kept, features: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor | None, neighbours: int,
     backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """A kept row gets the weighted sum of its nearest rows, added; a target becomes the weighted sum of all dropped rows."""
@@ -22,7 +22,7 @@ def merge_neighbours(
     with torch.no_grad():
         at = keep.clamp(min=0)
         index = torch.arange(n, device=x.device)
-        similar = cosines(metric.gather(1, at[:, :, None].expand(-1, -1, metric.shape[2])), metric)  # [B, K, N]
+        similar = cosines(features.gather(1, at[:, :, None].expand(-1, -1, features.shape[2])), features)  # [B, K, N]
         other = may[:, None] & (index != at[:, :, None])  # a row is no neighbour of its own
         near = ranked(similar, other)[:, :, :m]
         gives = other.gather(2, near) & may.gather(1, at)[:, :, None]

@@ -13,7 +13,7 @@ from .kept import Kept
 
 
 def merge_into_targets(
-    x: torch.Tensor, kept: Kept, metric: torch.Tensor, targets: torch.Tensor, backend: str | None = None
+    x: torch.Tensor, kept: Kept, features: torch.Tensor, targets: torch.Tensor, backend: str | None = None
 ) -> torch.Tensor:
     """Every dropped row goes to the target of highest cosine; a target gets the mean of what came, added."""
     keep, slot, _ = kept
@@ -21,7 +21,7 @@ def merge_into_targets(
     with torch.no_grad():
         at = keep.clamp(min=0)
         receives = (keep >= 0) & targets.gather(1, at)  # [B, K]
-        similar = cosines(metric, metric.gather(1, at[:, :, None].expand(-1, -1, metric.shape[2])))  # [B, N, K]
+        similar = cosines(features, features.gather(1, at[:, :, None].expand(-1, -1, features.shape[2])))  # [B, N, K]
         nearest = similar.masked_fill(~receives[:, None], -torch.inf).argmax(2)
         goes = kept.dropped & receives.any(1, keepdim=True)
         target = torch.where(goes, nearest, slot)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def warn(old: str, new: str, *, stacklevel: int = 3) -> None:
     """Warn that ``old`` is now ``new``, at the caller of the deprecated function."""
     warnings.warn(f"{old} is deprecated and will be removed in 0.2.0: use {new}", DeprecationWarning, stacklevel=stacklevel)
+
+
+def argument(old: str, new: str) -> Callable[[F], F]:
+    """A decorator: the keyword ``old`` is passed on as ``new``."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                if new in kwargs:
+                    raise TypeError(f"{function.__name__}() got both {new} and {old}, its old name")
+                warn(f"{function.__name__}({old}=)", f"{new}=")
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def attribute(owner: str, old: str, new: str) -> Any:
