@@ -284,7 +284,7 @@ def _disagreement(name: str, form: str, x: Any, at: BatchShape) -> ValueError:
     choices = dict.fromkeys(map(_packed_form, forms) if packed else forms)
     want = " or ".join(f"[{', '.join(choice)}]" for choice in choices)
     size = f"T = {at.rows}" if packed else f"B = {at.batch}, N = {at.rows}"
-    hint = f" (S = {'T' if packed else 'N'}; see kv_layout)" if name == "kv" else ""
+    hint = f" (kv_layout is {form!r}, where S = {'T' if packed else 'N'})" if name == "kv" else ""
     return ValueError(f"{name} must be {want} with {size} to agree with {at.of}, got {list(x.shape)}{hint}")
 
 
