@@ -19,11 +19,12 @@ from tables import Row, conditions, duration, read, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
-HEADLINE, SUMMARY, TABLE, ACCURACY, MODEL, GPU = "headline", "results", "bench", "accuracy", "model", "gpu"
+HEADLINE, SUMMARY, TABLE, OTHERS, ACCURACY, MODEL, GPU = "headline", "results", "bench", "others", "accuracy", "model", "gpu"
 FILES = {
     HEADLINE: "README.md",
     SUMMARY: "README.md",
     TABLE: "docs/results/cpu.md",
+    OTHERS: "docs/results/cpu.md",
     ACCURACY: "docs/results/accuracy.md",
     MODEL: "docs/results/model.md",
     GPU: "docs/results/gpu.md",
@@ -100,6 +101,28 @@ def cpu(folder: Path) -> str:
             ),
         ]
     )
+
+
+def others(folder: Path) -> str:
+    """The ratios of the other ops, on one thread: one table per file, with its conditions."""
+    parts = []
+    for name, suite in (("Attention scores and norms", "attention"), ("`soft_topk`", "soft_topk"), ("Merging", "merge")):
+        rows = [row for row in read(folder / f"{suite}.csv") if row["threads"] == "1" and row["value"]]
+        lines = []
+        for row in rows:
+            verdict = {"pass": "met", "fail": "missed", "reported": "-"}[row["status"]]
+            times = [f"{row[side]} {duration(row[f'{side}_min_us'])}" for side in ("a", "b")]
+            lines.append([row["target"], row["case"], *times, f"{float(row['value']):.2f}", row["limit"] or "-", verdict])
+        gate = "without the noise gate, on " if rows[0]["run"] == "ungated" else "on "
+        parts += [
+            f"### {name}",
+            table(["ratio", "case", "A", "B", "value", "target", "result"], lines),
+            paragraph(
+                f"Measured {gate}{conditions(rows[0])}. Every row: "
+                f"[bench/results/cpu/{suite}.csv](../../bench/results/cpu/{suite}.csv)."
+            ),
+        ]
+    return "\n\n".join(parts)
 
 
 def paragraph(text: str) -> str:
@@ -255,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         HEADLINE: headline(options.results),
         SUMMARY: summary(options.results.parent),
         TABLE: table_of_cpu,
+        OTHERS: others(options.results),
         ACCURACY: accuracy(options.results.parent),
         MODEL: model(options.results.parent),
         GPU: gpus(options.results.parent),

@@ -23,6 +23,7 @@ from typing import Any
 
 import harness
 import readme_table
+import schema
 import suite
 import tables
 import targets
@@ -42,7 +43,7 @@ def measure_targets(
     conditions = harness.conditions(run)
     passed, wrong = True, 0
     with path.open("w", newline="") as file:
-        out = csv.DictWriter(file, targets.COLUMNS, restval="", lineterminator="\n")
+        out = csv.DictWriter(file, schema.TARGETS, restval="", lineterminator="\n")
         out.writeheader()
         for target in harness.progress(chosen(dry), "targets"):
             row = targets.measure(target, gate, dry)

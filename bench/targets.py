@@ -19,17 +19,13 @@ import torch
 from harness import ALL_CORES, CONDITIONS, LLC, NoiseGate, interleaved, quantile, release_memory, touch
 from providers import Provider, providers
 from registry import Case, Inputs, inputs_of
+from schema import TARGETS
 from verify import WrongResult, verified
 
 import v2drop_kernels as vk
 
 Call = Callable[[], Any]
 ATTEMPTS, REPETITIONS, SECONDS = 5, 50, 2.0
-
-COLUMNS = (
-    "target", "asserted", "op", "case", "threads", "a", "a_min_us", "a_median_us", "b", "b_min_us", "b_median_us", "value", "unit",
-    "limit", "status", "attempts", "quiet_attempts", *CONDITIONS,
-)  # fmt: skip
 
 
 class Problem(NamedTuple):
@@ -188,7 +184,7 @@ def _overhead(target: Target[Case]) -> tuple[str, Call, str, Call]:
 
 def measure(target: Target[Any], gate: NoiseGate, dry: bool = False) -> dict[str, Any]:
     """One target's row, without the columns of the conditions."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS[: -len(CONDITIONS)], "")
+    row: dict[str, Any] = dict.fromkeys(TARGETS[: -len(CONDITIONS)], "")
     row |= {
         "target": target.name, "asserted": "yes" if target.asserted else "no", "op": target.op, "case": str(target.case),
         "threads": target.threads, "unit": "us" if target.sense == "us" else "ratio",

@@ -48,7 +48,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCH))
     names = (
         "harness", "registry", "verify", "providers", "targets", "suite", "schema", "tables", "readme_table", "gpu_floors",
-        "gpu_report",
+        "gpu_report", "gpu_measure",
     )  # fmt: skip
     before = torch.get_num_threads()
     yield type("Modules", (), {name: importlib.import_module(name) for name in names})
@@ -274,4 +274,7 @@ def test_the_targets_of_other_ops_run_dry(suite: str, tmp_path: Path):
 
 
 def test_results_of_a_cpu_and_of_a_gpu_have_the_columns_of_one_schema(modules: Any):
-    assert list(rows(BENCH / "results" / "cpu" / "results.csv")[0]) == list(modules.schema.RESULTS)
+    folder = BENCH / "results" / "cpu"
+    assert list(rows(folder / "results.csv")[0]) == list(modules.schema.RESULTS)
+    assert list(rows(folder / "targets.csv")[0]) == list(modules.schema.TARGETS)
+    assert modules.gpu_measure.FILES == {"results.csv": modules.schema.RESULTS, "targets.csv": modules.schema.TARGETS}
