@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_constants
+import gpu_fit
 import gpu_ncu
 import gpu_report
 import gpu_sanitizer
@@ -32,6 +33,7 @@ import provenance
 import torch
 from gpu_build import Build
 from gpu_candidates import own_backends
+from gpu_machine import constants, machine_of, machines
 from gpu_measure import LEAST_SECONDS, Check
 from gpu_options import ORDER, begin, environment
 from gpu_outcomes import Outcomes
@@ -131,6 +133,15 @@ class Session:
         gpu_report.write(self.folder, self.env, self.check.outcomes)
         if self.options.out:
             gpu_state.pack(self.folder, self.options.out)
+
+    def predict(self) -> None:
+        """Measured times beside their predictions, and the constants of the model fitted to them: predictions.csv, fitted.json."""
+        machine = machine_of(self.timer.facts["name"]) or machines()["H200"]
+        try:
+            gpu_fit.write(self.folder, gpu_report.results_of(self.folder), self.env.get("constants", {}), machine, constants())
+        except Exception as error:  # what was measured is on disk, and can be compared later
+            self.check.broken += 1
+            print(f"predictions: broken: {type(error).__name__}: {error}", flush=True)
 
     def close(self) -> None:
         """End what runs in the background."""
@@ -280,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         session.close()
     gpu_report.plot(folder)
+    session.predict()
     session.save()
     outcomes = session.check.outcomes
     print(outcomes.words(), flush=True)

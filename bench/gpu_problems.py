@@ -179,9 +179,14 @@ def gather(case: Case, timer: HostTimer, heads: int = 0, layers: int = 4) -> lis
     return [*made, *copies(timer, 2 * sum(e.nbytes for e in expected), len(sets))]
 
 
+def ragged_lengths(case: Case) -> list[int]:
+    """From n / 98 to n, each as many times longer than the one before."""
+    return [max(round(case.n / 98 * 98 ** (i / max(case.batch - 1, 1))), 2) for i in range(case.batch)]
+
+
 def ragged(case: Case, timer: HostTimer) -> list[Candidate]:
     """A packed batch of lengths from n / 98 to n beside a dense one of as many tokens, and kept tokens in runs."""
-    lengths = [max(round(case.n / 98 * 98 ** (i / max(case.batch - 1, 1))), 2) for i in range(case.batch)]
+    lengths = ragged_lengths(case)
     flat = case._replace(batch=1, n=sum(lengths))
     dense = case._replace(n=sum(lengths) // case.batch)
     offsets = [sum(lengths[:i]) for i in range(case.batch + 1)]

@@ -167,6 +167,18 @@ def forbidden(outcomes: Outcomes, results: list[Row]) -> str:
     return "**Failing tests forbid these figures:** " + "; ".join(f"{op} of {b} ({test})" for (b, op), test in found.items()) + "."
 
 
+def predictions(out: Path) -> str:
+    """Times beside what bench/gpu_model.py predicted, and the constants that were fitted to them."""
+    path = out / "predictions.csv"
+    if not path.exists():
+        return "Not compared yet: that is done when a call of the check ends."
+    rows, fit = read(path), json.loads((out / "fitted.json").read_text())
+    fitted = ", ".join(f"{name} {value:.4g}" for name, value in fit["constants"].items()) or "none"
+    lines = [[row[name] for name in rows[0]] for row in rows]
+    text = f"Predicted by `bench/gpu_model.py` as {fit['machine']}; predictions are no results. Fitted constants: {fitted}."
+    return f"{text}\n\n{table(list(rows[0]), lines)}" if rows else text
+
+
 def rewrite(out: Path) -> None:
     """report.md again, after a file beside it changed; nothing where no check has run."""
     if (out / "env.json").exists() and (out / "targets.csv").exists():
@@ -203,6 +215,8 @@ def write(out: Path, env: dict[str, Any], outcomes: Outcomes) -> None:
         "## Floors",
         "Bytes over the measured bandwidth, and models of that and the measured constants: they explain times, they are none.",
         floors_table(results, constants),
+        "## Predictions",
+        predictions(out),
         "## Nsight Compute",
         ncu_table(ncu) if ncu else "Not run yet.",
         "## compute-sanitizer",

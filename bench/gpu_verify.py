@@ -16,6 +16,7 @@ import gpu_report
 import gpu_state
 from gpu_check import ORDER
 from gpu_registry import Group, steps
+from tables import read
 
 SHOWN = 25  # faults that are printed
 MAY_BE_MISSING = ("cupy.argpartition", "flashinfer+gather", "jax.lax.top_k")  # packages that a machine need not have
@@ -26,7 +27,8 @@ def faults(folder: Path, commit: str) -> list[str]:
     found = []
     results, targets = gpu_report.results_of(folder), gpu_report.targets_of(folder)
     state, env = (json.loads((folder / name).read_text()) for name in ("state.json", "env.json"))
-    expected = {"report.md", "tests.jsonl", "model-1.json", "policies.csv", "policies.md", "ncu.csv", "sanitizer.csv"}
+    expected = {"report.md", "tests.jsonl", "model-1.json", "policies.csv", "policies.md", "ncu.csv", "sanitizer.csv",
+                "predictions.csv", "fitted.json"}  # fmt: skip
     found += [f"there is no {name}" for name in sorted(expected - {path.name for path in folder.iterdir()})]
     found += [f"step {step}: no unit is done" for step in ORDER if not any(unit.startswith(f"{step}/") for unit in state["done"])]
     found += [f"{row['group']}: commit {row['commit']} and run {row['run']} in place of {commit} and dry"
@@ -48,6 +50,10 @@ def faults(folder: Path, commit: str) -> list[str]:
         value = row["value"] and math.isfinite(float(row["value"]))
         if row["backend"] == "reference" and not value:
             found.append(f"target {row['target']}, {row['what']}: no value for the reference ({row['status']})")
+    predicted = read(folder / "predictions.csv") if (folder / "predictions.csv").exists() else []
+    for backend in ("triton", "cuda"):
+        ops = {row["group"].split()[0] for row in predicted if row["provider"].split("@")[0] == backend}
+        found += [f"no {op} of {backend} stands beside its prediction" for op in ("drop", "select", "score") if op not in ops]
     judged = {row["target"] for row in targets if row["value"]}
     found += [f"target {number}: no row" for number in map(str, range(1, 16)) if number not in judged]
     constants = env.get("constants", {"all": {"value": math.nan, "how": "none is there"}})
