@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.sass import accesses_before_wait
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/core").glob("*.cu"))
@@ -92,6 +93,43 @@ def test_no_spills(name, arch, kernels):
     for function, kernel in kernels(name, arch).items():
         local = len(re.findall(r"\b(?:LDL|STL)\b", kernel.sass))
         assert (kernel.stack, local) == (0, 0), f"{function}: {kernel.registers} registers, {kernel.stack} bytes of stack"
+
+
+# The first kernel of a call never waits, and what these read was written before the call.
+NEVER_WAIT = {
+    "score_cuda.cu": ("score_kernel", "score_backward_kernel"),
+    "compact_cuda.cu": ("invert_kernel", "compact_inplace_kernel"),
+    "drop_cuda.cu": ("drop_kernel",),
+    "similarity_cuda.cu": ("key_norm_kernel", "pivots_kernel"),
+    "upload_cuda.cu": ("upload_kernel",),
+}
+
+
+@every_source
+def test_nothing_is_accessed_before_the_wait(name, kernels):
+    """A kernel that may start before its predecessor has ended waits for it before it touches global memory."""
+    for function, kernel in kernels(name).items():
+        early = accesses_before_wait(kernel.sass)
+        if early is None:
+            assert any(f"{len(x)}{x}" in function for x in NEVER_WAIT.get(name, ())), f"{function} does not wait"
+        else:
+            assert early == [], function
+
+
+def test_the_check_of_the_wait_finds_an_early_load():
+    assert accesses_before_wait("LDC R1, c[0x0]; LDG.E R2, [R4]; ACQBULK; LDG.E R3, [R4]") == ["LDG.E"]
+    assert accesses_before_wait("LDC R1; S2R R0; ACQBULK; LDG.E R3, [R4]") == []
+    assert accesses_before_wait("LDG.E R3, [R4]; EXIT") is None
+
+
+@every_source
+def test_the_library_neither_copies_nor_synchronises(name, tmp_path):
+    """The host's side of a source calls nothing of the CUDA runtime that waits, copies, or takes and gives memory back."""
+    library = nvcc(ROOT / "csrc/core" / name, tmp_path / "host.o", "-arch=sm_90", "-c")
+    symbols = subprocess.run(["nm", "-u", library], capture_output=True, text=True, check=True).stdout
+    called = set(re.findall(r"\b(cuda\w+)", symbols))
+    assert called  # of the launches
+    assert not {x for x in called if re.search("Memcpy|Memset|Synchronize|Malloc|Free|Query|EventRecord", x)}
 
 
 @every_source

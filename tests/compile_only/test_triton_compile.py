@@ -262,6 +262,21 @@ def test_new_lengths_do_not_recompile(plan):
     assert sources[0] == sources[1] == sources[2]
 
 
+@every_target
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_upload(target, dtype):
+    """Integers travel as arguments: 256 a launch at the most, the rest in a smaller one; other integers are the same kernel."""
+    sources = []
+    for first in (0, 1 << 40):
+        with recorded(target) as launches:
+            launch.upload(range(first, first + 300), torch.device("cpu"), dtype)
+        assert [x.name for x in launches] == ["upload_fwd"] * 2
+        sources.append([specialize(target, x)[0].hash() for x in launches])
+    assert sources[0] == sources[1]
+    for item in launches:
+        compile_for(target, item)
+
+
 ATTENTIONS = [  # B, H, Hkv, Q, S, Dh
     (1, 32, 32, 1, 576, 128),
     (1, 28, 4, 1, 65536, 128),

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from .sass import accesses_before_wait
+
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -86,7 +88,7 @@ def specialize(target: GPUTarget, item: Launch) -> tuple[ASTSource, Any]:
 
 
 def compile_for(target: GPUTarget, item: Launch) -> Compiled:
-    """Compile, and check what holds for every kernel: no spills, no local memory."""
+    """Compile, and check what holds for every kernel: no spills, no local memory, and no access to memory before it waits."""
     source, options = specialize(target, item)
     asm = triton.compile(source, target=target, options=options.__dict__).asm
     if target.backend != "cuda":
@@ -97,6 +99,9 @@ def compile_for(target: GPUTarget, item: Launch) -> Compiled:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", sass).groups())
     assert stack == 0, (registers, stack, len(re.findall(r"\b(?:LDL|STL)\b", sass)))
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    # A launch that may start early waits for its predecessor, before it touches what that may have written; no other waits.
+    waits = bool(launch.options(item.meta).get("launch_pdl"))
+    assert accesses_before_wait(sass) == ([] if waits else None), item.name
     return Compiled(asm, registers, stack, sass)
 
 
