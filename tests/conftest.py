@@ -25,7 +25,7 @@ LEFT_OUT: collections.Counter[str] = collections.Counter()  # tests that were co
 # The compiler needs a process without TRITON_INTERPRET, and minutes: collected only when named.
 collect_ignore = ["compile_only"]
 if not EMULATED:
-    collect_ignore.append("native/test_launches.py")
+    collect_ignore += ["native/test_launches.py", "native/test_emulated_capture.py"]
 
 
 class On(NamedTuple):

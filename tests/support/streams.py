@@ -85,6 +85,7 @@ class NoHostCopies:
 _NO_KERNEL = {
     "empty", "new_empty", "empty_strided", "empty_like", "view", "slice", "split", "split_with_sizes", "unsafe_split_with_sizes",
     "squeeze", "unsqueeze", "detach", "alias", "expand", "select", "as_strided", "_unsafe_view", "unbind", "permute",
+    "lift_fresh",  # of host memory
 }  # fmt: skip
 
 

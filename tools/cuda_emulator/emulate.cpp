@@ -397,6 +397,18 @@ bool has_clusters() {
   return !text || strcmp(text, "0") != 0;
 }
 
+// A launch of a capture: the arguments are inside the body, a copy of the function object that a thread calls.
+struct Recorded {
+  cudaLaunchConfig_t config;
+  std::vector<cudaLaunchAttribute> attributes;
+  void (*thread)(const void*);
+  std::unique_ptr<std::max_align_t[]> body;
+  size_t bytes;
+};
+std::vector<Recorded>& recorded = *new std::vector<Recorded>;
+std::atomic<bool> capturing{false};
+std::atomic<int64_t> synchronised{0};
+
 cudaError_t check(const cudaLaunchConfig_t& config, bool* cooperative, bool* early, unsigned* cluster) {
   *cooperative = *early = false;
   *cluster = 0;
@@ -513,12 +525,64 @@ void require_previous_launch(const char* name) {
 
 int64_t launches(Launches which) { return launched[static_cast<size_t>(which)].load(); }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* body) {
+void begin_capture() {
+  const std::lock_guard<std::mutex> lock(launching);
+  if (capturing) fail("a capture inside a capture");
+  recorded.clear();
+  capturing = true;
+}
+
+size_t end_capture() {
+  const std::lock_guard<std::mutex> lock(launching);
+  capturing = false;
+  return recorded.size();
+}
+
+void replay() {
+  if (capturing) fail("a replay inside a capture");
+  for (Recorded& item : recorded) {
+    item.config.attrs = item.attributes.data();
+    if (launch(item.config, item.thread, item.body.get(), item.bytes) != cudaSuccess) fail("a recorded launch fails");
+  }
+}
+
+bool holds(const void* memory, size_t bytes) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(memory);
+  for (const Recorded& item : recorded) {
+    for (size_t at = 0; at + sizeof(uintptr_t) <= item.bytes; at += sizeof(uintptr_t)) {
+      uintptr_t word;
+      memcpy(&word, reinterpret_cast<const char*>(item.body.get()) + at, sizeof word);
+      if (word >= first && word - first < bytes) return true;
+    }
+  }
+  return false;
+}
+
+void drop_capture() { recorded.clear(); }
+
+void synchronises(const char* name) {
+  if (capturing) fail("%s while launches are captured", name);
+  ++synchronised;
+}
+
+int64_t synchronisations() { return synchronised.load(); }
+
+void gives_back(const void* memory, size_t bytes) {
+  if (holds(memory, bytes)) fail("memory of a captured launch is given back");
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* body, size_t bytes) {
   bool cooperative, early;
   unsigned cluster;
   const cudaError_t error = check(config, &cooperative, &early, &cluster);
   if (error != cudaSuccess) return last_error = error;
   const std::lock_guard<std::mutex> lock(launching);
+  if (capturing) {
+    std::unique_ptr<std::max_align_t[]> copy(new std::max_align_t[bytes / sizeof(std::max_align_t) + 1]);
+    memcpy(copy.get(), body, bytes);
+    recorded.push_back({config, {config.attrs, config.attrs + config.numAttrs}, thread, std::move(copy), bytes});
+    return cudaSuccess;
+  }
   const unsigned blocks = static_cast<unsigned>(volume(config.gridDim)), threads = static_cast<unsigned>(volume(config.blockDim));
   const unsigned together = cooperative ? blocks : cluster ? cluster : 1;
   Order order;
@@ -553,6 +617,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
 }  // namespace emulate
 
 int64_t v2drop_emulate_launches() { return emulate::launches(); }
+int64_t v2drop_emulate_synchronisations() { return emulate::synchronisations(); }
+void v2drop_emulate_begin_capture() { emulate::begin_capture(); }
+int64_t v2drop_emulate_end_capture() { return static_cast<int64_t>(emulate::end_capture()); }
+void v2drop_emulate_replay() { emulate::replay(); }
+int32_t v2drop_emulate_holds(const void* memory, int64_t bytes) { return emulate::holds(memory, static_cast<size_t>(bytes)); }
+void v2drop_emulate_drop_capture() { emulate::drop_capture(); }
 int64_t v2drop_emulate_cluster_launches() { return emulate::launches(emulate::Launches::kClusters); }
 int64_t v2drop_emulate_cooperative_launches() { return emulate::launches(emulate::Launches::kCooperative); }
 

@@ -51,11 +51,34 @@ void require_previous_launch(const char* name);
 enum class Launches { kAll, kClusters, kCooperative };
 int64_t launches(Launches which = Launches::kAll);
 
+// A capture, as of a CUDA graph: launches are not run but recorded, with copies of their arguments; replay() runs them, as often as it is
+// called. holds() says whether a recorded launch has an argument that is an address in this memory. The next capture, or drop_capture(),
+// forgets them.
+void begin_capture();
+size_t end_capture();
+void replay();
+bool holds(const void* memory, size_t bytes);
+void drop_capture();
+
+// Called by functions of the CUDA runtime that make the host wait, as copies from and to pageable memory do: counts, and aborts in a
+// capture.
+void synchronises(const char* name);
+int64_t synchronisations();
+
+// Called where memory is given back: aborts if a recorded launch holds it.
+void gives_back(const void* memory, size_t bytes);
+
 }  // namespace emulate
 
 // The same for a test that loads the library.
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_launches(void);
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_cluster_launches(void);
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_cooperative_launches(void);
+extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_synchronisations(void);
+extern "C" __attribute__((visibility("default"))) void v2drop_emulate_begin_capture(void);
+extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_end_capture(void);
+extern "C" __attribute__((visibility("default"))) void v2drop_emulate_replay(void);
+extern "C" __attribute__((visibility("default"))) int32_t v2drop_emulate_holds(const void* memory, int64_t bytes);
+extern "C" __attribute__((visibility("default"))) void v2drop_emulate_drop_capture(void);
 
 #endif  // V2DROP_TOOLS_EMULATE_H_

@@ -593,6 +593,32 @@ void test_host() {
   CHECK(value == 0x01010101 && cudaStreamSynchronize(nullptr) == cudaSuccess && cudaFree(memory) == cudaSuccess);
 }
 
+__global__ void add_kernel(int* total, int x) {
+  if (threadIdx.x == 0) *total += x;
+}
+
+// A capture runs nothing and copies the arguments; what would wait inside one aborts, and so does giving back memory that it holds.
+void test_capture() {
+  int* total;
+  CHECK(cudaMalloc(&total, sizeof *total) == cudaSuccess);
+  *total = 0;
+  const int64_t before = emulate::launches(), waits = v2drop_emulate_synchronisations();
+  emulate::begin_capture();
+  for (int x : {1, 10}) CHECK(launch(1, 32, add_kernel, total, x) == cudaSuccess);
+  CHECK_ABORTS("cudaMemcpyAsync while launches are captured", cudaMemcpyAsync(total, &waits, 4, cudaMemcpyHostToDevice));
+  CHECK_ABORTS("cudaStreamSynchronize while launches are captured", cudaStreamSynchronize(nullptr));
+  CHECK_ABORTS("cudaDeviceSynchronize while launches are captured", cudaDeviceSynchronize());
+  CHECK_ABORTS("cudaMalloc while launches are captured", cudaMalloc(&total, 4));
+  CHECK(emulate::end_capture() == 2 && *total == 0 && emulate::launches() == before);
+  emulate::replay();
+  emulate::replay();
+  CHECK(*total == 22 && emulate::launches() == before + 4 && v2drop_emulate_synchronisations() == waits);
+  CHECK(emulate::holds(total, sizeof *total) && !emulate::holds(total + 1, sizeof *total));
+  CHECK_ABORTS("memory of a captured launch is given back", cudaFree(total));
+  emulate::drop_capture();
+  CHECK(cudaFree(total) == cudaSuccess && v2drop_emulate_synchronisations() == waits + 1);
+}
+
 void test_threads() {
   const std::vector<int> x(1000, 1);
   std::vector<int> totals(4);
@@ -642,6 +668,7 @@ int main() {
   test_conversions();
   test_errors();
   test_host();
+  test_capture();
   test_threads();
   test_speed();
   std::printf("emulator: %s\n", failures ? "FAILED" : "ok");

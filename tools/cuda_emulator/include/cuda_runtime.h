@@ -5,6 +5,7 @@
 #ifndef V2DROP_TESTS_EMULATE_CUDA_RUNTIME_H_
 #define V2DROP_TESTS_EMULATE_CUDA_RUNTIME_H_
 
+#include <malloc.h>
 #include <math.h>
 #include <string.h>
 
@@ -368,6 +369,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 }
 
 inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  emulate::synchronises("cudaMalloc");
   *memory = nullptr;
   if (bytes == 0) return cudaSuccess;
   if (posix_memalign(memory, 256, bytes) != 0) return cudaErrorMemoryAllocation;
@@ -382,6 +384,8 @@ cudaError_t cudaMalloc(T** memory, size_t bytes) {
   return error;
 }
 inline cudaError_t cudaFree(void* memory) {
+  emulate::synchronises("cudaFree");
+  if (memory) emulate::gives_back(memory, malloc_usable_size(memory));
   free(memory);
   return cudaSuccess;
 }
@@ -397,15 +401,23 @@ enum cudaMemcpyKind {
   cudaMemcpyDeviceToDevice = 3,
   cudaMemcpyDefault = 4
 };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+// All memory of the host is pageable here, so this waits for the copy as cudaMemcpy does.
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {
+  if (kind != cudaMemcpyDeviceToDevice) emulate::synchronises("cudaMemcpyAsync");
   if (bytes) memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   return cudaMemcpyAsync(to, from, bytes, kind);
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  emulate::synchronises("cudaStreamSynchronize");
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() {
+  emulate::synchronises("cudaDeviceSynchronize");
+  return cudaSuccess;
+}
 
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeIgnore = 0,
@@ -434,7 +446,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulate {
-cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* kernel);
+cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*), const void* body, size_t bytes);
 int active_clusters(const cudaLaunchConfig_t& config);
 }  // namespace emulate
 
@@ -449,8 +461,9 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaun
 template <class... Exp, class... Act>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Exp...), Act&&... args) {
   return [&](Exp... parameters) {
-    const auto call = [&] { kernel(parameters...); };
-    return emulate::launch(*config, [](const void* body) { (*static_cast<decltype(call)*>(body))(); }, &call);
+    const auto call = [=] { kernel(parameters...); };
+    static_assert(std::is_trivially_copyable_v<decltype(call)>, "a capture copies the bytes of the arguments");
+    return emulate::launch(*config, [](const void* body) { (*static_cast<decltype(call)*>(body))(); }, &call, sizeof call);
   }(std::forward<Act>(args)...);
 }
 

@@ -1,0 +1,111 @@
+"""The compiled library under capture, in the emulator: its launches are recorded with their arguments and run again later, and
+whatever would make the host wait is counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from support.cases import METRICS, every_op, hidden_pair, same
+from support.ragged import B, D, N, drop_packed, drop_padded, topk
+from support.streams import Pool
+
+from v2drop_kernels import native as library
+from v2drop_kernels.backends import native, tables
+from v2drop_kernels.ops import host_ints
+
+OTHER_PLANS, REPLAYS = 10_000, 4
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    found = ctypes.CDLL(str(Path(library.lib().__file__).parent / "libv2drop.so"))
+    found.v2drop_emulate_end_capture.restype = found.v2drop_emulate_synchronisations.restype = ctypes.c_int64
+    found.v2drop_emulate_holds.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    yield found
+    found.v2drop_emulate_drop_capture()
+
+
+def captured(emulator, monkeypatch, pool, call):
+    with monkeypatch.context() as patch, pool:
+        patch.setattr(tables, "is_capturing", lambda device: True)
+        emulator.v2drop_emulate_begin_capture()
+        result = call()
+        assert emulator.v2drop_emulate_end_capture() > 0
+    return result
+
+
+@pytest.fixture(autouse=True)
+def uploads(monkeypatch):
+    """CPU tensors get their integers as a GPU's would."""
+    monkeypatch.setattr(host_ints, "_upload_for", lambda kind: native.upload)
+
+
+def pass_by(monkeypatch, call, seeds):
+    """Make calls with these plans without running them: what they allocate, keep and give back is real."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_function", lambda name: lambda *arguments: None)
+        for seed in seeds:
+            call(seed)
+    gc.collect()
+
+
+@pytest.mark.parametrize("call", [drop_padded, drop_packed, topk])
+def test_replays_between_ten_thousand_plans(on, emulator, monkeypatch, call):
+    prev, cur = hidden_pair((B, N, D), torch.float32)
+    kept, make = [], tables._plan_tables
+    monkeypatch.setattr(tables, "_plan_tables", lambda *args: kept.append(make(*args)) or kept[-1])
+    call(0, prev, cur, on.backend)  # the plan of the graph is kept from an eager call before
+    pool = Pool()
+    got = captured(emulator, monkeypatch, pool, lambda: call(0, prev, cur, on.backend))
+    for table in kept:
+        memory = table.segments.untyped_storage()
+        assert not emulator.v2drop_emulate_holds(memory.data_ptr(), memory.nbytes())
+    assert len(kept) == 1
+    kept.clear()
+    monkeypatch.setattr(tables, "_plan_tables", make)
+    for i in range(REPLAYS):
+        seeds = range(i * OTHER_PLANS // REPLAYS + 1, (i + 1) * OTHER_PLANS // REPLAYS + 1)
+        pass_by(monkeypatch, lambda seed: call(seed, prev, cur, on.backend), seeds)
+        prev.copy_(prev.roll(1, dims=1)), cur.copy_(cur.roll(3, dims=2))
+        for x in (*got, *(x for x in pool.tensors if x.dtype == torch.uint8)):  # results and scratch memory
+            x.fill_(77)
+        emulator.v2drop_emulate_replay()
+        same(list(got), list(call(0, prev, cur, "reference")))
+
+
+def test_a_kept_table_would_be_noticed(on, emulator, monkeypatch):
+    """A test of the test: a graph that uses a table from before the capture holds its memory."""
+    prev, cur = hidden_pair((B, N, D), torch.float32)
+    kept, make = [], tables._plan_tables
+    monkeypatch.setattr(tables, "_plan_tables", lambda *args: kept.append(make(*args)) or kept[-1])
+    monkeypatch.setattr(tables, "may_keep", lambda device: True)
+    drop_padded(-1, prev, cur, on.backend)
+    captured(emulator, monkeypatch, Pool(), lambda: drop_padded(-1, prev, cur, on.backend))
+    memory = kept[0].segments.untyped_storage()
+    assert emulator.v2drop_emulate_holds(memory.data_ptr(), memory.nbytes())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_call_makes_the_host_wait(on, emulator, metric):
+    prev, cur = hidden_pair((2, 40, 8), torch.float32)
+    before = emulator.v2drop_emulate_synchronisations()
+    every_op(on, prev, cur, metric, 9)
+    for call in (drop_padded, drop_packed, topk):
+        call(-2, *hidden_pair((B, N, D), torch.float32), on.backend)
+    assert emulator.v2drop_emulate_synchronisations() == before
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_uploads_of_any_length(on, emulator, count, dtype):
+    """1024 integers a launch."""
+    values = [(-1) ** i * i * 5 for i in range(count)]
+    before = emulator.v2drop_emulate_launches()
+    got = native.upload(values, torch.device("cpu"), dtype)
+    assert emulator.v2drop_emulate_launches() - before == -(-count // 1024)
+    assert torch.equal(got, torch.tensor(values, dtype=dtype))
