@@ -128,7 +128,9 @@ def forced_name(argument: str | None) -> str | None:
 
 
 def traced_choice(kind: str, dtype: torch.dtype, argument: str | None) -> str:
-    """The choice as a constant of a compiled graph."""
+    """The choice as a constant of a compiled graph; on meta tensors, where no backend runs, any that has kernels for the dtype."""
+    if kind == "meta" and implementations.unserved_dtype(dtype) is None:
+        return forced_name(argument) or "cpu"
     return choose_name(kind, dtype, forced_name(argument))
 
 
@@ -158,7 +160,17 @@ def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
 
 def is_traced(x: torch.Tensor) -> bool:
     """Whether a call on ``x`` must be a node of the dispatcher: it is being traced, or ``x`` is a tensor subclass."""
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("torch.jit.trace cannot record the ops of v2drop_kernels, whose plans are Python: use torch.export")
+    return type(x) not in _PLAIN_TENSORS or x.is_meta or (torch._C._len_torch_dispatch_stack() > 0 and _recorded())
+
+
+def _recorded() -> bool:
+    """Whether a graph is being made, as by make_fx, or tensors stand for others. Modes of the user see no op."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL))
 
 
 def transformed() -> bool:

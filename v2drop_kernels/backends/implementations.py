@@ -20,7 +20,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unserved_dtype(dtype: torch.dtype) -> str | None:
+def unserved_dtype(dtype: torch.dtype) -> str | None:
+    """Why kernels do not serve hidden states of a dtype, or None where they do."""
     return None if dtype in _KERNEL_DTYPES else f"serves float32, float16 and bfloat16 hidden states, not {dtype}"
 
 
@@ -49,7 +50,7 @@ class Triton:
 
     def supports(self, request: Placement) -> str | None:
         kind, dtype = request
-        if reason := _unserved_dtype(dtype):
+        if reason := unserved_dtype(dtype):
             return reason
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -73,7 +74,7 @@ class Native:
 
     def supports(self, request: Placement) -> str | None:
         kind, dtype = request
-        if reason := _unserved_dtype(dtype):
+        if reason := unserved_dtype(dtype):
             return reason
         return native.unavailable(self.name, kind)
 

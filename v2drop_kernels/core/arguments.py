@@ -188,7 +188,24 @@ def settled(x: torch.Tensor) -> torch.Tensor:
 
     For eager calls only, where memory is read; the dispatcher does this for the traced ones.
     """
+    if type(x).__name__ not in _MEMORY:
+        _require_memory(x)
     return x.clone() if x.is_neg() or x.is_conj() else x
+
+
+_MEMORY = ("Tensor", "Parameter")  # types that certainly have one
+
+
+def _require_memory(x: torch.Tensor) -> None:
+    """Raise for a subclass that wraps other tensors, or none, among plain tensors: only the dispatcher can read it."""
+    try:
+        found = bool(x.untyped_storage().data_ptr()) or not x.numel()
+    except RuntimeError:
+        found = False
+    if not found:
+        raise TypeError(
+            f"h_cur, hidden or x must be a {type(x).__name__} as well where another tensor is: it has no memory to read"
+        )
 
 
 def settled_gradient(grad: torch.Tensor) -> torch.Tensor:

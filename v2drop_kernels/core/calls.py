@@ -225,7 +225,11 @@ def flatten(
 
 def settled_gathers(gathers: list[GatherSpec]) -> list[GatherSpec]:
     """The gathers of torch tensors, each :func:`arguments.settled`."""
-    return [g._replace(tensor=g.tensor.clone()) if g.tensor.is_neg() or g.tensor.is_conj() else g for g in gathers]
+    found = []
+    for gather in gathers:
+        settled = arguments.settled(gather.tensor)
+        found.append(gather if settled is gather.tensor else gather._replace(tensor=settled))
+    return found
 
 
 def flatten_leaves(name: str, value: Any, read: Callable[[str, Any], Any] | None = None) -> tuple[Any, list[Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...backends.choice import is_traced
 from ...backends.requests import CompactRequest
 from ...core import calls
 from ...core.arguments import is_packed, per_segment_k
@@ -32,7 +33,7 @@ def run_inplace(request: CompactRequest) -> None:
 def _check_rows(request: CompactRequest, *, ascending: bool) -> None:
     """Raise unless the rows of ``keep`` lie inside the input (and ascend); only where reading them costs no synchronisation."""
     keep, gathers = request
-    if keep.device.type != "cpu":
+    if keep.device.type != "cpu" or is_traced(keep):
         return
     rows = gathers[0].tensor.shape[gathers[0].row_dim]
     if keep.numel() and int(keep.max()) >= rows:
