@@ -12,6 +12,7 @@ from ...core import arguments
 from ..autograd import differentiable
 from ..precision import full_precision
 from . import reference
+from .arguments import head_reduction, query_and_keys
 from .gradient import attention_score_backward
 from .queries import last_rows
 from .torch_op import OP
@@ -100,11 +101,11 @@ def attention_score(
     >>> attention_score(q, k, droppable=torch.tensor([[False, True, True, False, False]]))
     tensor([[0.0000, 0.2000, 0.2000, 0.0000, 0.0000]])
     """
-    q, k = arguments.query_and_keys(q, k, layout)
+    q, k = query_and_keys(q, k, layout)
     batch, n, s = q.shape[0], q.shape[2], k.shape[2]
     for word, value, allowed in (("mode", mode, MODES), ("queries", queries, QUERIES)):
         arguments.one_of(word, value, allowed)
-    arguments.head_reduction(heads, q.shape[1])
+    head_reduction(heads, q.shape[1])
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {arguments.shown(causal)}")
     for name, mask in (("key_mask", key_mask), ("droppable", droppable)):
@@ -173,7 +174,7 @@ def cls_attention_score(
     tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
     arguments.one_of("form", form, ("mean", "sum", "single-head"))
-    q, k = arguments.query_and_keys(q, k, "BHSD")
+    q, k = query_and_keys(q, k, "BHSD")
     if q.shape[2] != 1:
         raise ValueError(f"q must hold the one query of [CLS], got {q.shape[2]} queries")
     if k.shape[2] < 1:
