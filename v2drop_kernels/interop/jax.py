@@ -8,7 +8,7 @@ Row indices are int32, as those of ``jax.lax.top_k``. ``vmap`` calls the library
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def compact(
         cu = ((rows >= 0) & (rows < jnp.array(offsets, jnp.int32)[:, None])).sum(1, dtype=jnp.int32)
         longest = kept_max_seqlen(rows.shape[0], offsets, traced=False)
     results = _gather(_Move.of(gathers, at.rows, at.batch or 1), rows, tuple(spec.tensor for spec in gathers))
-    return Compacted(keep=rows, cu_seqlens=cu, max_seqlen=longest, **unflatten(list(results)))
+    return Compacted(keep=cast(Any, rows), cu_seqlens=cast(Any, cu), max_seqlen=longest, **unflatten(list(results)))
 
 
 @documented(JAX)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -50,7 +50,7 @@ def attention_score_backward(
         elif heads == "mean":
             share = share / h
         elif order is not None:
-            chosen = torch.zeros_like(weights[..., 0]).scatter(1, order, 1 / int(heads))
+            chosen = torch.zeros_like(weights[..., 0]).scatter(1, cast(torch.Tensor, order), 1 / int(heads))
             share = share * chosen[..., None]
         share = share.masked_fill(uncounted(hidden, droppable), 0)
         if mode == "softmax":
