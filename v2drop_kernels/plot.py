@@ -1,4 +1,4 @@
-"""Pictures of what was kept, and of where. matplotlib (extra ``plot``) is imported when a picture is made, not before."""
+"""Figures of the kept tokens and of their positions. matplotlib (extra ``plot``) is imported when a figure is made."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def kept(
     Parameters
     ----------
     image : array
-        ``[H, W, 3]`` uint8, or floats in [0, 1]; a PIL image will do.
+        ``[H, W, 3]`` uint8, or floats in [0, 1]; a PIL image is accepted.
     kept : sequence
-        The patches that a stage keeps, numbered row by row as vision tokens are; or a list with one such sequence (or
-        Tensor) per stage. ``-1`` (the padding of ragged results) is skipped.
+        The patches that a stage keeps, numbered row by row like vision tokens; or a list with one such sequence (or Tensor) per
+        stage. ``-1`` (the padding of ragged results) is skipped.
     grid : (int, int)
         Rows and columns of patches.
     titles : sequence of str, optional
@@ -83,7 +83,7 @@ def retention(kept: Any, n: int | Sequence[int], *, intervals: int = 10) -> np.n
     Parameters
     ----------
     kept : sequence
-        Per prompt the kept tokens, numbered from 0; one such sequence (or Tensor) will do. ``-1`` is skipped.
+        Per prompt the kept tokens, numbered from 0; for one prompt, its sequence (or Tensor) alone is accepted. ``-1`` is skipped.
     n : int | sequence of int
         How many tokens each prompt had.
     intervals : int
@@ -124,7 +124,7 @@ def positional_bias(
     Parameters
     ----------
     kept : mapping
-        Per method, as the legend shall call it, what :func:`retention` takes.
+        Name of each method in the legend, and the argument ``kept`` of :func:`retention` for it.
     n, intervals
         As in :func:`retention`.
     title, caption : str, optional
@@ -167,7 +167,7 @@ def ilvas(curves: Mapping[str, Any], *, filters: Sequence[int] = (), title: str 
     Parameters
     ----------
     curves : mapping
-        Per curve, as the legend shall call it, an :class:`v2drop_kernels.models.Ilvas`, or its values.
+        Name of each curve in the legend, and an :class:`v2drop_kernels.models.Ilvas` or its values.
     filters : sequence of int
         Layers to mark, such as ``curve.filters(4)``.
     title : str, optional

@@ -192,7 +192,7 @@ def _trail(digits: np.ndarray, start: int, hops: int) -> list[int]:
 
 
 def prompt(words: tuple[str, ...], order: str = "after") -> tuple[int, ...]:
-    """Token ids of a question with its image tokens; `order` says where the question stands."""
+    """Token ids of a question with its image tokens; `order` places the question before or after the picture."""
     if order not in ("after", "before"):
         raise ValueError(f"order must be 'after' or 'before', got {order!r}")
     unknown = [word for word in words if word not in IDS]
@@ -215,7 +215,7 @@ def decode(ids: list[int] | tuple[int, ...]) -> tuple[int, ...]:
 def examples(
     split: str, count: int, *, seed: int = 0, kinds: tuple[str, ...] = KINDS, orders: tuple[str, ...] = ("after", "before")
 ) -> list[Example]:
-    """`count` questions, each about a picture of its own; kinds and orders take turns."""
+    """`count` questions, each about another picture; kinds and orders alternate."""
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     made = scenes(split, count, rng)
     found = []

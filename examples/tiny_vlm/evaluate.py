@@ -1,7 +1,6 @@
-"""Held-out accuracy of the tiny model, and what losing the picture costs: `python -m examples.tiny_vlm.evaluate`.
+"""Held-out accuracy of the tiny model, with the picture and after it is dropped: `python -m examples.tiny_vlm.evaluate`.
 
-Dropping before block L is done by masks: no block from L on sees the dropped tokens, earlier ones do. That equals removing their
-rows.
+Dropping before block L is done by masks that hide the dropped tokens from block L on. That equals removing their rows.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def batches(count: int, seed: int) -> list[train.Batch]:
 
 
 def evaluate(net: Any, count: int = 1024, seed: int = 1, layers: tuple[int, ...] = (2, 3), share: float = 0.11) -> dict[str, Any]:
-    """Percent of `count` answers that are exact: as it is, by order and kind, and after dropping before each of `layers`."""
+    """Percent of `count` answers that are exact: undropped, by order and kind, and after dropping before each of `layers`."""
     made = batches(count, seed)
     kinds = torch.cat([batch.kinds[:, 0] for batch in made])
 

@@ -165,7 +165,8 @@ def rate(progress: float, peak: float) -> float:
 
 
 def curriculum(mistakes: np.ndarray) -> np.ndarray:
-    """Which kinds are asked, given each one's share of wrong answers: look-ups, paths, then the two that hide their middle."""
+    """The kinds of questions to ask, given the share of wrong answers of each: look-ups, paths, then the two whose middle steps
+    are not asked for."""
     share = dict(zip(data.KINDS, mistakes, strict=True))
     hidden = ("steps", "hops")
     paths = [v for k, v in share.items() if k not in ("list", *hidden)]
@@ -204,7 +205,7 @@ def progress_bar(what: str) -> Iterator[Callable[[float], None]]:
 
 
 def measure(net: Any, head: torch.nn.Module, batches: list[Batch]) -> dict[str, float]:
-    """Held-out accuracy by kind and order, and what hiding the whole picture from block 2 on leaves."""
+    """Held-out accuracy by kind and order, and with the whole picture hidden from block 2 on."""
     net.eval()
     after, before = batches
     found = {"after": answers_right(net, after), "before": answers_right(net, before)}

@@ -1,7 +1,7 @@
 """Where the droppable tokens of a batch are, as integers on the host.
 
 A *segment* is a contiguous run of tokens that shares one budget: a batch item, or one image of an item. Everything here is
-integers on the host, so that the shapes of results need no synchronisation. torch is imported only where a tensor is at hand.
+integers on the host, so that the shapes of results need no synchronisation. torch is imported only where a tensor is given.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class TokenLayout:
         Parameters
         ----------
         spans : (start, stop) | sequence
-            One pair for every item alike, or per item a pair, a list of pairs, or an empty list (text only).
+            One pair for all items, or per item a pair, a list of pairs, or an empty list (text only).
         seq_len : int
             ``N``.
         batch : int, optional
@@ -157,8 +157,8 @@ class TokenLayout:
         mask : Tensor
             bool ``[B, N]``, or ``[T]`` with ``cu_seqlens``.
         counts : sequence of int | int, optional
-            True tokens per item. Without it they are counted: **one host synchronisation** when the mask is on a GPU.
-            They are trusted: a wrong count keeps a wrong number of tokens, never reads out of bounds.
+            True tokens per item. Without it they are counted: **one host synchronisation** when the mask is on a GPU. They are not
+            checked: a wrong count keeps a wrong number of tokens, but never reads out of bounds.
         lengths, padding_side, cu_seqlens
             As in :meth:`padded` and :meth:`packed`.
         """
@@ -205,7 +205,7 @@ class TokenLayout:
         Parameters
         ----------
         input_ids : Tensor
-            ``[B, N]`` integer ids in which the vision tokens stand expanded, one placeholder each.
+            ``[B, N]`` integer ids, with one placeholder per vision token.
         token_id : int
             The placeholder (``config.image_token_id``).
         attention_mask : Tensor, optional
@@ -249,7 +249,7 @@ class TokenLayout:
     def after(self, k: Any) -> TokenLayout:
         """The layout of the result of ``drop_tokens(..., k, droppable=self)``, known before it runs.
 
-        A layout made from a mask comes back without its mask: the new one is ``Dropped.layout``'s.
+        For a layout made from a mask the result has no mask; that of the result is in ``Dropped.layout``.
         """
         return self.after_keeping(per_segment_k(k, self.groups))
 

@@ -3,7 +3,7 @@
 *persistent*: a token keeps the id that it was given at the input (best in the paper, and V2Drop's choice).
 *compacted*: the kept rows of every item are numbered 0, 1, 2, ... anew (PyramidDrop).
 *group*: vision and text have disjoint ranges, given once and never updated: the droppable tokens of an item are numbered
-from 0, the others follow from the number of droppable tokens on, so generation goes on at the same id as without grouping.
+from 0, the others follow from the number of droppable tokens on, so generation continues at the same id as without grouping.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a model drops tokens, and how many it keeps: frozen, checked, written to JSON. Host integers only, no torch.
+"""Where a model drops tokens and how many it keeps: frozen and checked classes with a JSON form. Host integers only, no torch.
 
 One layer convention: ``layer`` is 0-based and means "before decoder block ``layer`` runs". A stage's variation score compares
 the input of block ``layer`` with the input of block ``layer - 1``, as V2Drop's released code does. ``layer_of`` converts the
@@ -31,7 +31,7 @@ LAYER_OFFSETS = {
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One drop.
+    """One drop of a schedule.
 
     Attributes
     ----------
@@ -41,14 +41,15 @@ class Stage:
         An int is the number of tokens kept of each item (``1`` is one token), a float in [0, 1] the share kept of the
         droppable tokens that are still there (``1.0`` is all of them).
     policy : str
-        What ranks the tokens, by the name of its module in ``models/policies``: "variation" (change by the previous block),
-        "random" (seeded chance), "fastv" (attention of the last prompt token) and so on. Looked up when a TokenDropper is made.
+        The method that ranks the tokens, by the name of its module in ``models/policies``: "variation" (change by the previous
+        block), "random" (seeded random numbers), "fastv" (attention of the last prompt token) and so on. It is looked up when a
+        TokenDropper is created.
     metric : {"l2", "l1", "cosine"}
-        Of the variation.
+        The metric of the policy "variation".
     rounding, at_least
         How a share becomes a count, as in :func:`n_keep`. The released V2Drop code keeps one token at "drop 100 %".
     options : mapping
-        Of the policy, by the names of its fields; as JSON knows them: strings, numbers, lists.
+        Options of the policy, by the names of its fields; values that JSON can hold: strings, numbers, lists.
     """
 
     layer: int
@@ -99,10 +100,10 @@ class Schedule:
     stages : tuple of Stage
         Layers ascend; counts given as ints do not grow.
     name, source : str
-        For people: what it is called, and where it was published.
+        Its name, and where it was published, for display.
     inject : int
         Late injection (HiDivDrop, section 3.1): the droppable tokens enter before this 0-based block, under the position ids that
-        they have in the prompt; the blocks before it see the text alone. No stage lies before it.
+        they have in the prompt; the blocks before it process the text alone. No stage lies before it.
 
     Examples
     --------
@@ -184,7 +185,8 @@ class Schedule:
         return prefill_flops([x + text for x in self.tokens(n, layers)], hidden, intermediate)
 
     def flops_share(self, n: int, layers: int, hidden: int, intermediate: int, *, text: int = 0) -> float:
-        """:meth:`flops` over those of the same prompt without dropping; its inverse is the speed-up to hope for."""
+        """:meth:`flops` over those of the same prompt without dropping; its inverse is the largest speed-up that the saved FLOPs
+        allow."""
         positive("layers", layers)
         positive("n", n)
         full = Schedule(()).flops(n, layers, hidden, intermediate, text=text)
@@ -196,7 +198,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Read what :meth:`to_json` wrote; unknown or missing fields are refused by name."""
+        """Read what :meth:`to_json` wrote; an unknown or missing field raises a ``ValueError`` that names it."""
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
@@ -208,7 +210,8 @@ class Schedule:
 
     @classmethod
     def from_paper(cls, method: str, dropped: Mapping[int, float], *, at_least: int = 0, **stage: Any) -> Schedule:
-        """A schedule in a paper's words: ``{its layer number: percent of the present tokens that it drops}``.
+        """A schedule from the numbers that a paper prints:
+        ``{layer: percent of the tokens still present that are dropped before it}``.
 
         >>> Schedule.from_paper("sparsevlm", {2: 50}).stages[0].layer
         3
@@ -227,7 +230,7 @@ def layer_of(method: str, number: int) -> int:
     Parameters
     ----------
     method : {"v2drop", "fastv", "vtw", "pdrop", "hidivdrop-filter", "hidivdrop-exit", "sparsevlm"}
-        Whose numbers they are.
+        The paper or code whose numbering is used.
     number : int
 
     Examples
@@ -254,7 +257,7 @@ def prefill_flops(tokens: Iterable[int], hidden: int, intermediate: int) -> int:
 
 
 def model_sizes(config: Any) -> tuple[int, int, int]:
-    """``(layers, hidden, intermediate)`` of a transformers config; a vision-language model's decoder counts."""
+    """``(layers, hidden, intermediate)`` of a transformers config; of a vision-language model, those of its decoder."""
     config = getattr(config, "text_config", None) or config
     names = ("num_hidden_layers", "hidden_size", "intermediate_size")
     missing = [name for name in names if not isinstance(getattr(config, name, None), int)]

@@ -27,7 +27,7 @@ class TopK(NamedTuple):
 
 
 class Compacted(NamedTuple):
-    """The arrays that were given to the compaction, with the kept rows only.
+    """The compacted arrays: those that were given, with the kept rows only.
 
     ``S`` is the new number of rows per item; shorter items are padded (zeros, mask 0, labels -100) on the layout's
     padding side. Packed input comes back packed, ``[T', ...]``, with new ``cu_seqlens``. Fields that were not given are None.
@@ -39,8 +39,8 @@ class Compacted(NamedTuple):
     keep : Tensor
         int64 ``[B, S]`` (or ``[T']``): the input row of every output row, ``-1`` for padding.
     position_ids, kv, attention_mask, rope, labels
-        As given, with ``S`` rows; ``kv`` and ``rope`` keep the structure they came in. ``attention_mask`` is made
-        (bool, ``keep >= 0``) when none was given and the result is ragged.
+        As given, with ``S`` rows; ``kv`` and ``rope`` keep their nested structure. ``attention_mask`` is created (bool,
+        ``keep >= 0``) when none was given and the result is ragged.
     cu_seqlens : Tensor | None
         int32 ``[B + 1]`` of the packed result.
     layout : TokenLayout | None

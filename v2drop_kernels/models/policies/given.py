@@ -17,7 +17,7 @@ from ..policy import Method, Policy
 class Given(Policy):
     """No options."""
 
-    method = Method(paper="-", where="decoder", score="the caller's", needs_weights=False)
+    method = Method(paper="-", where="decoder", score="given by the caller", needs_weights=False)
 
     def score(self, context: DropContext) -> torch.Tensor:
         return context.given_scores()

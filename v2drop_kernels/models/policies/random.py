@@ -19,7 +19,7 @@ from ..policy import Method, Policy
 class Random(Policy):
     """No options; ``TokenDropper(seed=)``."""
 
-    method = Method(paper="control", where="decoder", score="seeded chance", needs_weights=False)
+    method = Method(paper="control", where="decoder", score="seeded random numbers", needs_weights=False)
     seeded: ClassVar[bool] = True
 
     def score(self, context: DropContext) -> torch.Tensor:

@@ -44,9 +44,9 @@ class TopV(Policy):
     method = Method(
         paper="TopV, CVPR 2025, abstract",
         where="decoder",
-        score="supply in an entropic transport of the vision tokens onto themselves",
+        score="mass of each token in an entropic optimal transport between the vision tokens",
         needs_weights=False,
-        deviations="all but the three terms, Sinkhorn and the layer: formulas were not at hand",
+        deviations="all but the three terms of the cost, Sinkhorn's algorithm and the layer: the other formulas were not available",
         presets=(
             Schedule(
                 (Stage(2, 0.46, policy="topv"),),

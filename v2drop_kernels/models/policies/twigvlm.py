@@ -62,7 +62,7 @@ class TwigVLM(Policy):
         where="decoder",
         score="given: last token's attention in a trained twig",
         needs_weights=True,
-        deviations="the twig itself is the caller's",
+        deviations="the trained twig is not included; the caller gives its scores",
         presets=tuple(twig_schedule(average, name=f"twigvlm-{average}") for average in (192, 128, 64)),
     )
 

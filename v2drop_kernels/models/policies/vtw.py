@@ -23,7 +23,7 @@ class VTW(Policy):
     method = Method(
         paper="VTW, AAAI 2025",
         where="decoder",
-        score="none: all vision tokens go",
+        score="none: all vision tokens are dropped",
         needs_weights=False,
         presets=(Schedule((Stage(15, 0, policy="vtw"),), "vtw", "VTW, K = 15 of 32 blocks (LLaVA-1.5-7B): average 270 of 576"),),
     )

@@ -1,4 +1,4 @@
-"""Scores by attention: what one or several queries give to keys that are there already, without ever forming [S, S]."""
+"""Attention scores: the attention of one or several queries to cached keys, without computing the [S, S] matrix."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def attention_score(
         not 1 costs one contiguous copy.
     query_rows : Tensor, optional
         int64 ``[B, Q]``: which row of ``k`` each query is, negative where an item has no such query, so that items may have
-        different numbers of rounds or raters. Default: the last ``Q`` rows.
+        different numbers of queries. Default: the last ``Q`` rows.
     key_mask : Tensor, optional
         bool ``[B, S]``, False where a key is padding.
     droppable : Tensor, optional
@@ -61,10 +61,10 @@ def attention_score(
     mode : {"softmax", "dot"}
         The softmax over all keys that the query sees, in float32, or the scaled logit itself.
     heads : {"mean", "sum", "max"} or int
-        How the heads of a query become one. An int ``h``: the mean over the ``h`` heads that give most to the droppable rows
+        Reduction over the heads of a query. An int ``h``: the mean over the ``h`` heads that give most to the droppable rows
         (equal totals, as all are where every visible row is droppable: the lower head).
     queries : {"mean", "l2"}
-        How the queries of an item become one: their mean, or their 2-norm ``sqrt(sum s^2)``.
+        Reduction over the queries of an item: their mean, or their 2-norm ``sqrt(sum s^2)``.
     layout : {"BHSD", "BSHD"}
         Of both ``q`` and ``k``; ``"BSHD"`` is ``[B, Q, H, Dh]`` and ``[B, S, Hkv, Dh]``.
     backend : str, optional
@@ -82,10 +82,10 @@ def attention_score(
 
     Notes
     -----
-    One read of ``k`` whatever the number of heads that share it; the queries go through in pieces, so that the scratch is at most
-    64 MB, or the logits of one query. Accumulates in float32, in an order that depends on the backend and on ``S``, never on the
-    batch or the thread count. Differentiable in ``q`` and ``k``: the backward is plain PyTorch, makes the logits again and treats
-    the choice of heads as constant. Equivalent plain torch for one query, the last row::
+    One read of ``k`` whatever the number of heads that share it; the queries are processed in chunks, so that scratch memory is at
+    most 64 MB, or the logits of one query. Accumulates in float32, in an order that depends on the backend and on ``S``, never on
+    the batch or the thread count. Differentiable in ``q`` and ``k``: the backward is plain PyTorch, recomputes the logits and
+    treats the choice of heads as constant. Equivalent plain torch for one query, the last row::
 
         k = k.repeat_interleave(H // Hkv, 1)
         (q @ k.transpose(2, 3) * Dh**-0.5).float().softmax(-1).mean(1)[:, 0]
@@ -93,7 +93,8 @@ def attention_score(
     Source: HiDivDrop, section 3.3 and appendix F.3 (the last text token, one or n rounds, all text tokens, L2 norm); FastV (mean
     over heads); SparseVLM (raters, top heads); cross-modal pruning, appendix C (dot products).
 
-    Not for models that run FlashAttention throughout and can spare no projection: :func:`variation_score` needs none.
+    Not for models that run FlashAttention throughout, where one more projection would cost too much: :func:`variation_score` needs
+    no queries or keys.
 
     Examples
     --------
@@ -140,9 +141,9 @@ def cls_attention_score(
     q : Tensor
         ``[B, H, 1, Dh]``, the query of [CLS].
     k : Tensor
-        ``[B, H, 1 + P, Dh]``, all keys; row 0 is the key of [CLS] itself, which takes its share of the softmax.
+        ``[B, H, 1 + P, Dh]``, all keys; row 0 is the key of [CLS] itself, which takes part in the softmax.
     form : {"mean", "sum", "single-head"}
-        The mean over heads (FasterVLM), their sum (VisionZip, HiRED), or one softmax over the heads put end to end, at scale
+        The mean over heads (FasterVLM), their sum (VisionZip, HiRED), or one softmax over the concatenated heads, at scale
         ``(H Dh) ** -0.5`` (LLaVA-PruMerge).
     scale : float, optional
         Of the logits, in place of the form's own.
@@ -189,7 +190,7 @@ def cls_attention_score(
 
 @full_precision
 def text_raters(vision_rows: torch.Tensor, text_rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """Choose the text tokens that rate the vision tokens: those that vision tokens are drawn to more than to the average one.
+    """Choose SparseVLM's text raters: the text tokens whose similarity to the vision tokens is above average.
 
     Parameters
     ----------
@@ -211,9 +212,9 @@ def text_raters(vision_rows: torch.Tensor, text_rows: torch.Tensor, embeds: torc
 
     Notes
     -----
-    Every vision token distributes itself over the item's text tokens by ``softmax(v . t)``; a text token rates when its mean over
-    the vision tokens exceeds the mean of these over the text tokens. An item with fewer than two text tokens, or with no vision
-    token, has no rater. Computed in float32; no gradient. Equivalent plain torch for one item:
+    Each vision token has a weight for every text token of its item, ``softmax(v . t)``. A text token is a rater when its mean
+    weight over the vision tokens exceeds the average of these means over the text tokens. An item with fewer than two text tokens,
+    or with no vision token, has no rater. Computed in float32; no gradient. Equivalent plain torch for one item:
     ``r = (v @ t.T).softmax(-1).mean(0); r > r.mean()``.
 
     Source: SparseVLM, section 3.2 (the released code takes them once, from the input embeddings).

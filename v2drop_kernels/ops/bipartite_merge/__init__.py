@@ -59,11 +59,11 @@ def bipartite_merge(
     features : Tensor
         Floating point ``[B, N, C]``: what is compared; ToMe takes the keys of the block, averaged over heads.
     r : int
-        Tokens to lose; at most ``(N - protected) // 2`` are.
+        Tokens to remove; at most ``(N - protected) // 2`` are removed.
     size : Tensor, optional
         ``[B, N]``: how many tokens each row stands for already; default 1.
     protected : int
-        Leading rows (1: the class token) that merge with none.
+        Leading rows (1: the class token) that are never merged.
     order : {"position", "released"}
         How the output rows stand. "position": as in the input. "released": as in ToMe's code, the protected rows first, then the
         even rows that stayed, then the odd rows; without protected rows the even rows stand by descending similarity of their

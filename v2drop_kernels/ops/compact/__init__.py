@@ -76,10 +76,10 @@ def compact(
     Raises
     ------
     ValueError, TypeError
-        A tensor whose rows, batch or device differ from those of ``hidden`` (the message names it). On the CPU, a row of
-        ``keep`` that cannot be: outside the input; with ``droppable``, one that is not among the droppable tokens of its
-        segment, one listed twice, or a number of rows other than ``k``. On a GPU looking would synchronise: a row that cannot
-        be reads as an empty row there, and of a segment at most ``k`` rows count.
+        A tensor whose rows, batch or device differ from those of ``hidden`` (the message names it). On the CPU, an invalid row of
+        ``keep``: outside the input; with ``droppable``, one that is not among the droppable tokens of its segment, one listed
+        twice, or a number of rows other than ``k``. On a GPU this check would synchronise with the host: an invalid row is treated
+        as an empty row there, and at most ``k`` rows of a segment are used.
 
     Notes
     -----
@@ -137,9 +137,9 @@ def compact_(
     keep : Tensor | TopK
         int64 ``[B, S]`` positions that survive, ascending within each item; -1 entries are skipped.
     kv : Tensor or nested tuples/lists
-        Tensors ``[B, H, N, Dh]`` or ``[B, N, H, Dh]``, changed in place; any dtype and strides. Item ``b`` ends with its
-        kept rows at the front of the row dimension; the rows behind them keep what they held. A tensor that several layers
-        share may be given once for each: it is moved once.
+        Tensors ``[B, H, N, Dh]`` or ``[B, N, H, Dh]``, changed in place; any dtype and strides. Item ``b`` ends with its kept rows
+        at the front of the row dimension; the contents of the rows after them do not change. A tensor that several layers share
+        may be given once for each: it is moved once.
     kv_layout : {"BHSD", "BSHD"}
     rows : int, optional
         ``N``; default: the first tensor's. All tensors must agree.

@@ -1,4 +1,4 @@
-"""drop_tokens: one drop step of V2Drop, score + select + compaction; the main job."""
+"""drop_tokens: one drop step of V2Drop (score, select, compact), the main op of this package."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def drop_tokens(
     Parameters
     ----------
     h_prev, h_cur : Tensor
-        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; ``h_cur`` is what goes on.
+        Hidden states before and after the layer, ``[B, N, D]`` or packed ``[T, D]``; ``h_cur`` is the one whose rows are kept.
     k : int | list of int | CPU tensor
-        Droppable tokens to keep, for every segment alike or one count per segment; 0 drops them all, more than a segment
-        has keeps it whole. :func:`n_keep` turns ratios into counts.
+        Droppable tokens to keep, one count for all segments or one per segment; 0 drops them all, a count above the size of a
+        segment keeps all of it. :func:`n_keep` turns ratios into counts.
     droppable : optional
-        Which tokens compete; all others (text, system prompt) are kept. None for all, one ``(start, stop)`` for every
-        item, a list with the spans of each item, a bool mask, or a :class:`TokenLayout` (which also knows padding).
+        Which tokens compete; all others (text, system prompt) are kept. None for all, one ``(start, stop)`` for every item, a list
+        with the spans of each item, a bool mask, or a :class:`TokenLayout` (which also describes padding).
     scores : Tensor, optional
         float ``[B, N]`` (packed ``[T]``): rank by these instead (attention, random, ...); ``h_prev`` may then be None.
     position_ids, kv, kv_layout, attention_mask, rope, labels, positions, cu_seqlens
@@ -73,18 +73,18 @@ def drop_tokens(
     Raises
     ------
     ValueError, TypeError
-        Tensors that do not agree, spans or counts that cannot be; the message names the argument.
+        Tensors that do not agree, invalid spans or counts; the message names the argument.
 
     Notes
     -----
-    Order and ties are those of :func:`segmented_topk`; kept tokens stay in position order. No host synchronisation, and
-    safe in CUDA graphs (after one call outside the capture, which puts the plan's tables on the device), except where
-    ``droppable`` is a bare mask or ``positions`` is "group" (hand on ``positions.group_position_ids`` instead). With
-    ``cu_seqlens`` on a GPU the result has capacity ``min(T, sum(k))`` and its own ``cu_seqlens`` says how much of it is used.
-    A packed result goes into varlen attention as it is: ``cu_seqlens``, ``max_seqlen``, and K and V ``[T, H, Dh]`` where
-    ``kv_layout`` is "BSHD" (``examples/varlen_attention.py``).
-    Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and ``rope``; never through the choice. On a GPU: two launches
-    up to 2048 competing tokens, three beyond, and three where only the device knows the lengths.
+    Order and ties are those of :func:`segmented_topk`; kept tokens stay in position order. No host synchronisation, and safe in
+    CUDA graphs (after one call outside the capture, which puts the plan's tables on the device), except where ``droppable`` is a
+    bare mask or ``positions`` is "group" (hand on ``positions.group_position_ids`` instead). With ``cu_seqlens`` on a GPU the
+    result has capacity ``min(T, sum(k))`` and its own ``cu_seqlens`` gives the rows that are used. A packed result goes into
+    varlen attention as it is: ``cu_seqlens``, ``max_seqlen``, and K and V ``[T, H, Dh]`` where ``kv_layout`` is "BSHD"
+    (``examples/varlen_attention.py``). Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and ``rope``; never through the
+    choice of tokens. On a GPU: two launches up to 2048 competing tokens, three beyond, and three where the lengths are on the
+    device only.
 
     Equivalent plain torch for one item and one span ``[a, b)``: ``s = (h_cur - h_prev)[0, a:b].float().norm(dim=-1)``,
     ``i = a + s.topk(k).indices.sort().values``, ``keep = cat([arange(a), i, arange(b, N)])``, ``h_cur[:, keep]`` and the

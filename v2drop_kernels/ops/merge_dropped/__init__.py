@@ -1,7 +1,6 @@
-"""merge_dropped: what is dropped flows into what is kept, in the ways of PruMerge, VisionZip and SparseVLM.
+"""merge_dropped: dropped rows are merged into kept ones, as in PruMerge, VisionZip and SparseVLM.
 
-What flows where is decided from keys or features without a gradient; gradients pass through the sums, to the rows and to the
-weights.
+Keys or features decide, without a gradient, which rows are merged; gradients pass through the sums, to the rows and the weights.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ def merge_dropped(
     neighbours: int = 32,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """The kept rows after dropped ones flowed into them.
+    """The kept rows after dropped ones were merged into them.
 
     * ``"prumerge"`` (needs ``features``, ``scores``): a kept row gets the sum of its ``neighbours`` nearest other rows by cosine of
       ``features``, kept or dropped, weighted by ``scores`` (attention of the class token), added. The row in ``targets``, where
       there is one, becomes the sum of all dropped rows and itself, weighted by ``scores``: PruMerge's extra token.
-    * ``"visionzip"`` (needs ``features``, ``targets``): every dropped row goes to the target row of highest cosine; a target gets
-      the mean of what came, added. :func:`contextual_targets` chooses the targets, which ``keep`` must contain.
+    * ``"visionzip"`` (needs ``features``, ``targets``): every dropped row is assigned to the target row of highest cosine; the mean
+      of the rows assigned to a target is added to it. :func:`contextual_targets` chooses the targets, which ``keep`` must contain.
     * ``"sparsevlm"`` (needs ``clusters``): the row of a cluster's centre becomes the mean of the cluster; the dropped rows outside
       the clusters are lost. :func:`recycled_clusters` makes the clusters, whose centres ``keep`` must contain.
 

@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge's token supplement: every kept row takes in its nearest neighbours."""
+"""LLaVA-PruMerge's token supplement: the nearest neighbours of every kept row are added to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def merge_neighbours(
     x: torch.Tensor, kept: Kept, features: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor | None, neighbours: int,
     backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """A kept row gets the weighted sum of its nearest rows, added; a target becomes the weighted sum of all dropped rows."""
+    """Add to every kept row the weighted sum of its nearest rows; a target becomes the weighted sum of all dropped rows."""
     keep, slot, may = kept
     (batch, n, _), k = x.shape, keep.shape[1]
     m = min(neighbours, max(n - 1, 0))

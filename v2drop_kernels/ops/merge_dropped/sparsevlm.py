@@ -41,9 +41,9 @@ def recycled_clusters(
     dropped : Tensor
         bool ``[B, N]``.
     share : float
-        Which part of the dropped rows is recycled.
+        The share of the dropped rows that is recycled.
     neighbours : int, optional
-        Rows that density looks at; default the number of centres, as released.
+        Nearest rows that the density is computed from; default the number of centres, as in the released code.
 
     Returns
     -------
@@ -58,16 +58,16 @@ def recycled_clusters(
 
     Notes
     -----
-    Deterministic: of equal densities the lower row counts as denser, where the released code adds random noise of 1e-6; of
-    equal products and distances the lower row wins. Carries no gradient, and does not wait for the device: ``n`` may differ
-    between items. Distances below 1e-6 of the rows' norms count as 0. Memory is quadratic in ``share * N``.
+    Deterministic: of equal densities the lower row counts as denser, where the released code adds random noise of 1e-6; of equal
+    products and distances the lower row wins. It has no gradient and does not synchronise with the host; ``n`` may differ between
+    items. Distances below 1e-6 of the rows' norms count as 0. Memory is quadratic in ``share * N``.
 
     Source: SparseVLM (ICML 2025), token recycling; density peaks: Rodriguez and Laio, Science 2014.
 
     Examples
     --------
     >>> x = torch.tensor([[[0.0], [0.1], [5.0], [0.0], [0.2]]])
-    >>> recycled_clusters(x, torch.arange(5.0)[None], torch.tensor([[True, True, False, True, True]]), share=0.8)
+    >>> recycled_clusters(x, torch.arange(5.0)[None], torch.tensor([[True, True, False, True, True]]), share=0.5)
     tensor([[-1,  1, -1,  1,  1]])
     """
     arguments.hidden("x", x, False)

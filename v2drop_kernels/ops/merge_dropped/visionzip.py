@@ -15,7 +15,7 @@ from .kept import Kept
 def merge_into_targets(
     x: torch.Tensor, kept: Kept, features: torch.Tensor, targets: torch.Tensor, backend: str | None = None
 ) -> torch.Tensor:
-    """Every dropped row goes to the target of highest cosine; a target gets the mean of what came, added."""
+    """Every dropped row is assigned to the target of highest cosine; the mean of its assigned rows is added to a target."""
     keep, slot, _ = kept
     k = keep.shape[1]
     with torch.no_grad():

@@ -28,7 +28,7 @@ def key_norm_score(k: torch.Tensor, *, norm: str = "l1", layout: str = "BHSD", b
         ``[B, Hkv, S, Dh]`` keys; float32, float16 or bfloat16 (float64 on the reference backend). Any strides; a last dimension
         whose stride is not 1 costs one contiguous copy.
     norm : {"l1", "l2"}
-        Over heads and channels put end to end.
+        The norm of all heads and channels of a row as one vector.
     layout : {"BHSD", "BSHD"}
         Of ``k``; ``"BSHD"`` is ``[B, S, Hkv, Dh]``.
     backend : str, optional
@@ -76,14 +76,14 @@ def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor, *, backend: str | No
         ``[B, N, D]``; float32, float16 or bfloat16 (float64 on the reference backend). Any strides; a last dimension whose stride
         is not 1 costs one contiguous copy.
     pivots : Tensor
-        int64 ``[B, P]`` rows of ``x``; one that is no row of ``x``, -1 by custom, is no pivot.
+        int64 ``[B, P]`` rows of ``x``. A number outside ``[0, N)``, by convention -1, marks an absent pivot.
     backend : str, optional
         Force a backend for this call.
 
     Returns
     -------
     Tensor
-        float32 ``[B, P, N]`` cosines; 0 where either row is zero, and for what is no pivot.
+        float32 ``[B, P, N]`` cosines; 0 where either row is zero, and for absent pivots.
 
     Raises
     ------
@@ -124,8 +124,8 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
     x : Tensor
         ``[B, F, P, D]`` or ``[F, P, D]``: frames of patches; dtypes as :func:`variation_score`.
     pairs : {"previous", "dycoke"}
-        The partner of frame ``f``: frame ``f - 1``; or, as DyCoke has it, ``f - 1`` for odd ``f``, ``f - 2`` for even ``f`` that
-        4 does not divide, and none for every fourth frame.
+        The frame that frame ``f`` is compared with. "previous": ``f - 1``. "dycoke": ``f - 1`` for odd ``f``, ``f - 2`` where
+        ``f % 4 == 2``, and none where ``f % 4 == 0``.
     backend : str, optional
         Force a backend for this call.
 
@@ -143,7 +143,7 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
     Notes
     -----
     :func:`variation_score` with ``metric="cosine"`` between frames, with its accuracy, determinism and gradient; the frames are
-    copied once where they do not lie at one stride. Equivalent plain torch for ``"previous"``:
+    copied once where their spacing in memory is not uniform. Equivalent plain torch for ``"previous"``:
     ``1 - F.cosine_similarity(x[:, 1:], x[:, :-1], dim=-1)``, frame 0 at ``inf``.
 
     Source: Efficient Video Sampling in vLLM (``"previous"``); DyCoke, section 3.2, stage 1 (``"dycoke"``).
@@ -181,17 +181,17 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
 def random_score(
     like: torch.Tensor | Sequence[int], seed: int = 0, *, item_seeds: Sequence[int] | torch.Tensor | None = None, device: Any = None
 ) -> torch.Tensor:
-    """Score tokens at random: the control that any ranking must beat.
+    """Score tokens at random, as a control for rankings.
 
     Parameters
     ----------
     like : Tensor or (B, N)
-        Whose first two sizes, and device, the scores have.
+        The scores have its first two sizes and its device.
     seed : int
         Of all items.
     item_seeds : sequence of int or int64 Tensor ``[B]``, optional
-        One more seed for every item. Default: its place in the batch; an item that is to draw the same among any neighbours needs
-        one of its own.
+        An additional seed per item. Default: the index of the item in the batch. Give seeds where the scores of an item must not
+        depend on its place in the batch.
     device : optional
         Default the device of ``like``, or the CPU.
 

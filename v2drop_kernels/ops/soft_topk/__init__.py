@@ -1,7 +1,7 @@
 """soft_topk: HiDivDrop's differentiable top-k (section 3.2, DTop-K) with a gradient to the scores and to the ratio.
 
-Made of one sort, so every backend runs the same code: torch sorts well on every device, and beside the sort there is little
-for a kernel to save, while one that counts comparisons instead would be O(n^2).
+Implemented with torch's sort, so every backend runs the same code: apart from the sort there is little work that a kernel could
+save, and a kernel that counts comparisons instead would take O(n^2).
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ def soft_topk(
     Notes
     -----
     **Values.** ``c'_i = 1/n #{j : c_i >= c_j}`` is the normalised rank of score ``c_i`` (NaN ranks first), and
-    ``m_i = sigmoid(temperature * (c'_i - a))`` the soft mask. The hard mask stands in for it straight-through: forward 0 or 1,
-    backward the derivative of ``m``.
+    ``m_i = sigmoid(temperature * (c'_i - a))`` the soft mask. The hard mask is its straight-through form: forward 0 or 1, backward
+    the derivative of ``m``.
 
     **Gradient to the ratio.** Exact for the soft mask: ``dm_i/da = -temperature * m_i * (1 - m_i)``.
 
     **Gradient to the scores: nearest-neighbour density.** ``c'_i = F(c_i)`` with ``F`` the empirical distribution function of the
-    scores, a staircase, whose derivative is 0 or undefined. Put in its place the slope of the chord over the next
+    scores, a step function, whose derivative is 0 or undefined. The gradient uses instead the slope of the chord over the next
     ``w = ceil(sqrt(n) / 2)`` scores on either side: in sorted order these ``w_i`` neighbours (``2 w``, fewer at the ends) span
     ``gap_i``, so ``p_i = dc'_i/dc_i = w_i / (n gap_i)``, the nearest-neighbour estimate of the density at ``c_i`` (Loftsgaarden
     and Quesenberry, 1965; consistent, since ``w`` grows and ``w / n`` falls). ``dc'_i/dc_j = -p_i / w_i`` for each of these
-    neighbours, because it is past them that ``c_i`` climbs. Ranks do not change when all scores move together, and neither do
-    these: the gradients of an item sum to 0. Scores ``s`` times as large get gradients ``1 / s`` times as large. The density is
-    capped at 16 times that of an even spread of the middle half of the scores (of all, where that half is tied), so ties
-    leave the gradient bounded; where all scores are equal, or the neighbours reach an infinity or a NaN, it is 0.
+    neighbours, because a growing ``c_i`` passes them. Ranks do not change when the same number is added to all scores; accordingly
+    the gradients of an item sum to 0. Scores ``s`` times as large get gradients ``1 / s`` times as large. The density is capped at
+    16 times that of an even spread of the middle half of the scores (of all, where that half is tied), so ties leave the gradient
+    bounded; where all scores are equal, or the neighbours reach an infinity or a NaN, it is 0.
 
     O(n log n), and O(n) memory forward and backward; no host synchronisation. Differentiable once. Deterministic, but for the
     last bits of the scores' gradient on a GPU, where torch's ``cumsum`` (float64 here) has no fixed order.

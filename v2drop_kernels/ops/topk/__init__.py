@@ -39,7 +39,7 @@ def segmented_topk(
     scores : Tensor
         ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16 (float64 on the reference).
     k : int | list of int | CPU tensor
-        Tokens to keep, for all segments alike or one count per segment. 0 is allowed; more than a segment has keeps the
+        Tokens to keep, one count for all segments or one per segment. 0 is allowed; a count above the size of a segment keeps the
         whole segment.
     cu_seqlens : sequence of int | Tensor, optional
         int32 ``[B + 1]`` offsets of a packed batch. A tensor on a GPU is not read: groups are then padded to ``max(k)``.
@@ -125,7 +125,7 @@ def variation_topk(
     Raises
     ------
     ValueError, TypeError
-        As both.
+        As :func:`variation_score` and :func:`segmented_topk`.
 
     Notes
     -----

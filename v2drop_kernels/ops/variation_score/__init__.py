@@ -37,8 +37,8 @@ def variation_score(
     cu_seqlens : optional
         Accepted for symmetry with the other ops: scores are row by row, so offsets change nothing.
     score_dtype : dtype, optional
-        Round the difference and the score to this dtype, as eager PyTorch in it does, to reproduce a published choice.
-        Default: float32 throughout.
+        Round the difference and the score to this dtype, as eager PyTorch does in that dtype, to reproduce the selections of
+        published code. Default: float32 throughout.
     backend : str, optional
         Force a backend for this call.
 
@@ -58,9 +58,9 @@ def variation_score(
     in both hidden states; the subgradient at score 0 is 0. Equivalent plain torch:
     ``torch.linalg.vector_norm(h_cur.float() - h_prev.float(), dim=-1)``.
 
-    Source: V2Drop, Algorithm 1 (L2); L1 and cosine are its studied alternatives (supplement, section 7).
+    Source: V2Drop, Algorithm 1 (L2); L1 and cosine are the alternatives that it studies (supplement, section 7).
 
-    Not a ranking of what the model looks at: it measures change, not attention.
+    The score measures change, not attention; :func:`attention_score` ranks by attention.
 
     Examples
     --------

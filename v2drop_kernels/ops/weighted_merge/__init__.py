@@ -54,8 +54,8 @@ def weighted_merge(
     Raises
     ------
     ValueError, TypeError
-        Shapes, dtypes or devices that do not fit together. On the CPU also offsets and rows that cannot be; looking at them would
-        wait for another device, where such edges add nothing.
+        Shapes, dtypes or devices that do not fit together. On the CPU also invalid offsets and rows. On a GPU this check would
+        synchronise with the host; invalid edges add nothing there.
 
     Notes
     -----
