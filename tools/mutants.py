@@ -51,7 +51,10 @@ MUTANTS = [
     Mutant("k may be a bool tensor", ARGUMENTS, "k.is_complex() or k.dtype == torch.bool or", "k.is_complex() or", ERRORS),
     Mutant("cu_seqlens may end early", ARGUMENTS, "and cu[-1] != total", "and cu[-1] > total", ERRORS),
     Mutant("k may be a bool", ARGUMENTS, "if isinstance(x, bool) or not is_int(x)", "if not is_int(x)", ERRORS),
-    Mutant("zero heads", ARGUMENTS, "not 1 <= heads <= h", "not 0 <= heads <= h", f"{ATTENTION}::test_attention_of_bad_input"),
+    Mutant(
+        "zero heads", f"{OPS}/attention_score/arguments.py",
+        "not 1 <= heads <= h", "not 0 <= heads <= h", f"{ATTENTION}::test_attention_of_bad_input",
+    ),
     # Plans.
     Mutant(
         "left padding before the last segment", PLAN,
