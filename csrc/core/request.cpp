@@ -288,10 +288,27 @@ Keep check_keep(const v2drop_tensor* keep) {
   return {reinterpret_cast<int64_t*>(view.data), view.batch, view.rows};
 }
 
-Copy check_gather(const char* name, const v2drop_gather& given, int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
-  char src_name[64], dst_name[64];
-  std::snprintf(src_name, sizeof src_name, "%s.src", name);
-  std::snprintf(dst_name, sizeof dst_name, "%s.dst", name);
+// "gathers[7]" and what follows. By hand: snprintf for three names would take longer than the checks of a tensor.
+struct GatherName {
+  char text[40];
+  GatherName(int64_t index, const char* suffix) {
+    char digits[20];
+    int n = 0;
+    for (; n == 0 || index > 0; index /= 10) digits[n++] = static_cast<char>('0' + index % 10);
+    char* to = append(text, "gathers[");
+    while (n > 0) *to++ = digits[--n];
+    *append(append(to, "]"), suffix) = 0;
+  }
+  static char* append(char* to, const char* from) {
+    const size_t size = std::strlen(from);
+    std::memcpy(to, from, size);
+    return to + size;
+  }
+};
+
+Copy check_gather(int64_t index, const v2drop_gather& given, int64_t batch, int64_t src_rows, int64_t dst_rows, bool in_place) {
+  const GatherName name_of(index, ""), name_of_src(index, ".src"), name_of_dst(index, ".dst");
+  const char *const name = name_of.text, *const src_name = name_of_src.text, *const dst_name = name_of_dst.text;
   const v2drop_tensor &src = given.src, &dst = in_place ? given.src : given.dst;
   check_tensor(src_name, &src);
   check_tensor(dst_name, &dst);
@@ -353,11 +370,7 @@ std::vector<Copy> check_gathers(const v2drop_gather* gathers, int64_t n_gathers,
   if (n_gathers > 0 && !gathers) fail("gathers: is NULL");
   std::vector<Copy> copies;
   copies.reserve(static_cast<size_t>(n_gathers));
-  for (int64_t p = 0; p < n_gathers; ++p) {
-    char name[40];
-    std::snprintf(name, sizeof name, "gathers[%" PRId64 "]", p);
-    copies.push_back(check_gather(name, gathers[p], batch, src_rows, dst_rows, in_place));
-  }
+  for (int64_t p = 0; p < n_gathers; ++p) copies.push_back(check_gather(p, gathers[p], batch, src_rows, dst_rows, in_place));
   return copies;
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // v2drop_kernels._C: the C interface for Python, free of torch. What the functions take:
-//   tensor    (address, dtype code, shape, strides in elements), or None
+//   tensor    (address, dtype code, shape, strides in elements), or None, or a tensor of the type given to set_tensor_type
 //   source    (scores, prev, cur, mask, metric code, dtype code of the scores); the first four are tensors
 //   segments  (address of an int64 table with the columns SEGMENT_FIELDS, number of rows)
-//   gathers   list of (src, dst, batch_dim, row_dim, fill); src and dst are tensors
+//   gathers   list of (src, dst, batch_dim, row_dim, fill); src and dst are tensors. Or a tuple (list of src, list of dst, tuple of
+//             (batch_dim, row_dim, fill))
 //   context   (place, threads, stream, address of the workspace, its bytes, launch mode, address of the segments on the device)
 // The caller keeps everything that is passed by address alive during the call. Tuples are read directly: calls on small tensors are common,
 // and the conversion by pybind11 would cost more than their work.
@@ -19,54 +20,15 @@
 #include <utility>
 #include <vector>
 
+#include "tensors.h"
+#include "trees.h"
 #include "v2drop/v2drop.h"
 
 namespace py = pybind11;
 
 namespace {
 
-int64_t integer(PyObject* object) {
-  const long long value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-// The items of a tuple, whose length must be `size` unless that is negative.
-PyObject** items(PyObject* object, Py_ssize_t size) {
-  if (!PyTuple_Check(object) || (size >= 0 && PyTuple_GET_SIZE(object) != size))
-    throw py::type_error("expected a tuple, as described in csrc/python/module.cpp");
-  return &PyTuple_GET_ITEM(object, 0);
-}
-
-void* address(PyObject* object) {
-  void* value = PyLong_AsVoidPtr(object);
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-class Tensor {
- public:
-  explicit Tensor(PyObject* object) : given_(object != Py_None) {
-    if (!given_) return;
-    PyObject** fields = items(object, 4);
-    PyObject **shape = items(fields[2], -1), **stride = items(fields[3], PyTuple_GET_SIZE(fields[2]));
-    tensor_.data = address(fields[0]);
-    tensor_.dtype = static_cast<int32_t>(integer(fields[1]));
-    const Py_ssize_t ndim = PyTuple_GET_SIZE(fields[2]);
-    if (ndim > V2DROP_MAX_DIMS) throw py::value_error("a tensor has more than 8 dimensions");
-    tensor_.ndim = static_cast<int32_t>(ndim);
-    for (Py_ssize_t d = 0; d < ndim; ++d) {
-      tensor_.shape[d] = integer(shape[d]);
-      tensor_.stride[d] = integer(stride[d]);
-    }
-  }
-  explicit Tensor(const py::handle& object) : Tensor(object.ptr()) {}
-  operator const v2drop_tensor*() const { return given_ ? &tensor_ : nullptr; }
-
- private:
-  bool given_;
-  v2drop_tensor tensor_;
-};
+using namespace python;
 
 class Source {
  public:
@@ -114,20 +76,36 @@ struct Segments {
 
 class Gathers {
  public:
-  explicit Gathers(const py::list& list) {
-    gathers_.reserve(list.size());
-    for (const py::handle object : list) {
-      PyObject** fields = items(object.ptr(), 5);
-      const Tensor src(fields[0]), dst(fields[1]);
-      if (!src) throw py::type_error("a gather has no src");
-      gathers_.push_back({*src, dst ? *dst : v2drop_tensor{}, static_cast<int32_t>(integer(fields[2])),
-                          static_cast<int32_t>(integer(fields[3])), integer(fields[4])});
+  explicit Gathers(const py::handle& object) {
+    if (PyTuple_Check(object.ptr())) {
+      PyObject** fields = items(object.ptr(), 3);
+      PyObject** dimensions = items(fields[2], -1);
+      const Py_ssize_t count = PyTuple_GET_SIZE(fields[2]);
+      if (!PyList_Check(fields[0]) || PyList_GET_SIZE(fields[0]) != count || !PyList_Check(fields[1]) ||
+          PyList_GET_SIZE(fields[1]) != count)
+        throw py::type_error("expected as many src and dst as there are dimensions");
+      gathers_.reserve(count);
+      for (Py_ssize_t i = 0; i < count; ++i) add(PyList_GET_ITEM(fields[0], i), PyList_GET_ITEM(fields[1], i), items(dimensions[i], 3));
+      return;
+    }
+    if (!PyList_Check(object.ptr())) throw py::type_error("expected a list of gathers");
+    gathers_.reserve(PyList_GET_SIZE(object.ptr()));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object.ptr()); ++i) {
+      PyObject** fields = items(PyList_GET_ITEM(object.ptr(), i), 5);
+      add(fields[0], fields[1], fields + 2);
     }
   }
   const v2drop_gather* data() const { return gathers_.data(); }
   int64_t count() const { return static_cast<int64_t>(gathers_.size()); }
 
  private:
+  void add(PyObject* source, PyObject* target, PyObject** dimensions) {
+    const Tensor src(source), dst(target);
+    if (!src) throw py::type_error("a gather has no src");
+    gathers_.push_back({*src, dst ? *dst : v2drop_tensor{}, static_cast<int32_t>(integer(dimensions[0])),
+                        static_cast<int32_t>(integer(dimensions[1])), integer(dimensions[2])});
+  }
+
   std::vector<v2drop_gather> gathers_;
 };
 
@@ -170,7 +148,7 @@ void topk(Handle source, Handle segments, Handle cu_seqlens, int order, Handle v
   call([&] { return v2drop_topk(s, table.data, table.count, cu, order, v, i, where); });
 }
 
-void drop_tokens(Handle source, Handle segments, Handle cu_seqlens, Handle keep, Handle new_cu, const py::list& gathers, Handle context) {
+void drop_tokens(Handle source, Handle segments, Handle cu_seqlens, Handle keep, Handle new_cu, Handle gathers, Handle context) {
   const Source s(source);
   const Segments table(segments);
   const Tensor cu(cu_seqlens), k(keep), n(new_cu);
@@ -179,21 +157,21 @@ void drop_tokens(Handle source, Handle segments, Handle cu_seqlens, Handle keep,
   call([&] { return v2drop_drop_tokens(s, table.data, table.count, cu, k, n, g.data(), g.count(), where); });
 }
 
-void compact(Handle keep, const py::list& gathers, Handle context) {
+void compact(Handle keep, Handle gathers, Handle context) {
   const Tensor k(keep);
   const Gathers g(gathers);
   const Context where(context);
   call([&] { return v2drop_compact(k, g.data(), g.count(), where); });
 }
 
-void compact_backward(Handle keep, int64_t rows, const py::list& gathers, Handle context) {
+void compact_backward(Handle keep, int64_t rows, Handle gathers, Handle context) {
   const Tensor k(keep);
   const Gathers g(gathers);
   const Context where(context);
   call([&] { return v2drop_compact_backward(k, rows, g.data(), g.count(), where); });
 }
 
-void compact_inplace(Handle keep, const py::list& gathers, Handle context) {
+void compact_inplace(Handle keep, Handle gathers, Handle context) {
   const Tensor k(keep);
   const Gathers g(gathers);
   const Context where(context);
@@ -305,6 +283,10 @@ void add_names(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The C interface of libv2drop; see v2drop_kernels/native.py for its users.";
   add_names(module);
+  module.def("set_tensor_type", [](Handle type) { return set_tensor_type(type.ptr()); });
+  module.def("signature", [](Handle tree, bool differentiable) { return signature(tree, differentiable); });
+  module.def("encoded_addresses", [](Handle starts, Handle pairs) { return encoded_addresses(starts, pairs); });
+  module.def("rebuild", [](Handle tree, Handle leaves) { return rebuild(tree, leaves); });
   module.def("version", &version);
   module.def("isa", &v2drop_isa);
   module.def("cuda_archs", &v2drop_cuda_archs);

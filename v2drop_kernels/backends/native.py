@@ -23,9 +23,10 @@ from .. import native as library
 from ..core.plan import COLUMNS, WIDTH, CuPlan, Plan
 from ..core.types import GatherSpec
 from . import tables
-from .requests import Source
+from .requests import KnownGathers, Source
 
-View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+# A tensor as the library reads it: itself, where the library can, or (address, dtype, shape, strides).
+View = Tensor | tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 _WORKSPACE_ALIGNMENT = 256
 
@@ -88,13 +89,15 @@ def score_code(metric: str, score_dtype: torch.dtype | None) -> tuple[int, int]:
 
 
 def view(tensor: Tensor) -> View:
-    """A tensor as the library reads it."""
+    """A tensor, of a dtype that the library computes with, as it reads it."""
+    if type(tensor) is Tensor and library.reads(Tensor):
+        return tensor
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def maybe_view(tensor: Tensor | None) -> View | None:
     """:func:`view`, or None."""
-    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+    return None if tensor is None else view(tensor)
 
 
 def unit_stride(h: Tensor) -> Tensor:
@@ -105,23 +108,13 @@ def unit_stride(h: Tensor) -> Tensor:
 def read_source(source: Source) -> tuple[tuple[Any, ...], Source]:
     """A source as the library reads it, and the source to hold until the call is made, for its tensors may be copies."""
     scores, h_prev, h_cur, mask, metric, score_dtype = source
-    strides_prev = strides_cur = None
-    if h_prev is not None and h_cur is not None:
-        strides_prev, strides_cur = h_prev.stride(), h_cur.stride()
-        if strides_prev[-1] != 1 or strides_cur[-1] != 1:
-            h_prev, h_cur = unit_stride(h_prev), unit_stride(h_cur)
-            source = source._replace(h_prev=h_prev, h_cur=h_cur)
-            strides_prev, strides_cur = h_prev.stride(), h_cur.stride()
+    if h_cur is not None and h_prev is not None and (h_prev.stride(-1) != 1 or h_cur.stride(-1) != 1):
+        h_prev, h_cur = unit_stride(h_prev), unit_stride(h_cur)
+        source = source._replace(h_prev=h_prev, h_cur=h_cur)
     code, rounding = score_code(metric, score_dtype)
-    # Written out, for this is on the way of every call.
-    return (
-        None if scores is None else (scores.data_ptr(), _DTYPES[scores.dtype], scores.shape, scores.stride()),
-        None if h_prev is None else (h_prev.data_ptr(), _DTYPES[h_prev.dtype], h_prev.shape, strides_prev),
-        None if h_cur is None else (h_cur.data_ptr(), _DTYPES[h_cur.dtype], h_cur.shape, strides_cur),
-        None if mask is None else (mask.data_ptr(), _DTYPES[mask.dtype], mask.shape, mask.stride()),
-        code,
-        rounding,
-    ), source
+    if scores is None and mask is None and type(h_cur) is type(h_prev) is Tensor and library.reads(Tensor):
+        return (None, h_prev, h_cur, None, code, rounding), source  # what most calls are
+    return (maybe_view(scores), maybe_view(h_prev), maybe_view(h_cur), maybe_view(mask), code, rounding), source
 
 
 def _fill_bits(dtype: torch.dtype, fill: int) -> int:
@@ -131,8 +124,10 @@ def _fill_bits(dtype: torch.dtype, fill: int) -> int:
     return int(torch.tensor(fill, dtype=dtype).view(bits).item())
 
 
-def outputs(gathers: Sequence[GatherSpec], rows: int) -> tuple[list[Tensor], list[tuple[Any, ...]]]:
+def outputs(gathers: Sequence[GatherSpec], rows: int) -> tuple[list[Tensor], Any]:
     """The results with ``rows`` rows, fresh unless given, and the gathers that fill them as the library reads them."""
+    if type(gathers) is KnownGathers and library.reads(Tensor):
+        return gathers.results, (gathers.tensors, gathers.results, gathers.dimensions)
     results, views = [], []
     for tensor, batch_dim, row_dim, fill, result in gathers:
         size, dtype = tensor.shape, tensor.dtype

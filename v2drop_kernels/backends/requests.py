@@ -6,6 +6,7 @@ function. Every tensor of a source may have any stride: an implementation that n
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,30 @@ class Source(NamedTuple):
     score_dtype: torch.dtype | None = None
 
 
+class KnownGathers(Sequence[GatherSpec]):
+    """The gathers of a call like an earlier one: plain tensors, their results, and ``(batch_dim, row_dim, fill)`` of each.
+
+    The same as a list of :class:`GatherSpec`, which is made only where it is looked at.
+    """
+
+    __slots__ = ("dimensions", "results", "tensors")
+
+    def __init__(
+        self, tensors: list[torch.Tensor], results: list[torch.Tensor], dimensions: tuple[tuple[int, int, int], ...]
+    ) -> None:
+        self.tensors, self.results, self.dimensions = tensors, results, dimensions
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, i: Any) -> Any:
+        return list(self)[i]
+
+    def __iter__(self) -> Iterator[GatherSpec]:
+        for tensor, result, dimensions in zip(self.tensors, self.results, self.dimensions, strict=True):
+            yield GatherSpec(tensor, *dimensions, result)
+
+
 # k, droppable and cu_seqlens as the caller gave them: the reference reads these, so that it is independent of the plan.
 Budget = tuple[Any, Any, Any]
 
@@ -60,6 +85,7 @@ class TopKRequest(NamedTuple):
     cu_seqlens: torch.Tensor | None  # on the device, for a CuPlan
     order: str
     budget: Budget | None = None
+    memo: dict[str, Any] | None = None  # what the backend keeps for calls like this one (repeated.Known)
 
 
 class DropRequest(NamedTuple):
@@ -68,22 +94,24 @@ class DropRequest(NamedTuple):
     source: Source
     plan: Plan | CuPlan
     cu_seqlens: torch.Tensor | None  # on the device, for a CuPlan
-    gathers: list[GatherSpec]
+    gathers: Sequence[GatherSpec]
     budget: Budget | None = None
+    memo: dict[str, Any] | None = None
 
 
 class CompactRequest(NamedTuple):
     """compact and compact_: rows ``keep [B, S]`` of every tensor; -1 is an empty row."""
 
     keep: torch.Tensor
-    gathers: list[GatherSpec]
+    gathers: Sequence[GatherSpec]
+    memo: dict[str, Any] | None = None
 
 
 class CompactBackwardRequest(NamedTuple):
     """The gradients of the gathered tensors, which have ``rows`` rows, from those of the results."""
 
     keep: torch.Tensor
-    gathers: list[GatherSpec]
+    gathers: Sequence[GatherSpec]
     rows: int
 
 

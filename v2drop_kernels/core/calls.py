@@ -272,7 +272,7 @@ def _gather_spec(name: str, x: Any, kv_layout: str, at: BatchShape, broadcast: C
     if not packed and name in _ONE_FOR_ALL:
         if batch_dim < 0:
             x, batch_dim, row_dim = x[None], 0, row_dim + 1
-        if x.shape[batch_dim] == 1:
+        if x.shape[batch_dim] == 1 != at.batch:
             shape = list(x.shape)
             shape[batch_dim] = at.batch
             x = x.expand(shape) if broadcast is None else broadcast(x, shape)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from ...backends import repeated
 from ...backends.choice import is_traced, resolve_backend, transformed
-from ...backends.requests import CompactRequest
+from ...backends.protocol import Runner
+from ...backends.requests import CompactRequest, KnownGathers
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.types import Compacted, TopK
@@ -94,10 +96,15 @@ def compact(
     tensor([[[0., 1.],
              [4., 5.]]])
     """
+    keep = keep.indices if isinstance(keep, TopK) else keep
+    carried = (hidden, position_ids, kv, attention_mask, rope, labels)
+    plain = droppable is cu_seqlens is k is out is None and type(positions) is str and positions == "persistent"
+    earlier = repeated.look_up(OP, (keep,), carried, 0, None, backend, plain, kv_layout)
+    if earlier[2] is not None:
+        return _again(earlier, keep, carried)
     packed = is_packed(droppable, cu_seqlens)
     at = calls.batch_shape("hidden", hidden, packed)
     check_device(droppable, at.device, at.of)
-    keep = keep.indices if isinstance(keep, TopK) else keep
     traced = is_traced(hidden)
     keep, layout, cu_seqlens, longest = surviving_rows(keep, at, k, droppable, cu_seqlens, traced=traced)
     ids = calls.input_positions(positions, position_ids, layout, at.device)
@@ -108,18 +115,34 @@ def compact(
     runner = resolve_backend(OP, hidden, backend, torch.float32)
     gathers = gathers if traced else calls.settled_gathers(gathers)
     rows = (keep.unsqueeze(0) if packed else keep).contiguous()
+    if rows is keep:
+        repeated.remember(earlier, runner, None, gathers, keep.shape[-1])
     request = CompactRequest(rows, gathers)
-    if transformed():
-        outs = moved(runner, rows, gathers)
-    elif not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
-        _, outs, _ = recorded(lambda: (rows, runner.run(request), None), runner, gathers, at.rows)
-    else:
-        outs = (runner.run if out is None else overwrite.overwriting(runner.run))(request)
+    outs = _run(runner, request, at.rows, rewrites=out is not None)
     cu, longest = kept_items(keep, cu_seqlens, at.rows, longest, traced=traced) if packed else (None, None)
     return calls.build_result(
         Compacted, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, ragged=layout is not None,
         max_seqlen=longest,
     )  # fmt: skip
+
+
+def _run(runner: Runner, request: CompactRequest, rows: int, *, rewrites: bool) -> list[torch.Tensor]:
+    """The gathered tensors, with a gradient where one is wanted."""
+    gathers = request.gathers
+    if transformed():
+        return moved(runner, request.keep, gathers)
+    if not runner.differentiable and torch.is_grad_enabled() and any(spec.tensor.requires_grad for spec in gathers):
+        return recorded(lambda: (request.keep, runner.run(request), None), runner, gathers, rows)[1]
+    return (overwrite.overwriting(runner.run) if rewrites else runner.run)(request)
+
+
+def _again(earlier: repeated.Found, keep: torch.Tensor, carried: Any) -> Compacted:
+    """A call whose checks are known."""
+    _, tensors, known = earlier
+    assert known is not None
+    gathers = KnownGathers(tensors, repeated.allocate(known), known.gathers)
+    hidden, *others = repeated.rebuild(carried, known.runner.run(CompactRequest(keep, gathers, known.memo)))
+    return Compacted(hidden, keep, *others)
 
 
 def compact_(

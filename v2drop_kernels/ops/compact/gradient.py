@@ -105,14 +105,14 @@ def _transposed(keep: torch.Tensor, spec: GatherSpec, rows: int) -> torch.Tensor
     return torch.func.vjp(lambda x: gather(keep, [spec._replace(tensor=x)])[0], zeros)[1](spec.tensor)[0]
 
 
-def recorded(launch: Callable[[], Launched], runner: Runner, gathers: list[GatherSpec], rows: int) -> Launched:
+def recorded(launch: Callable[[], Launched], runner: Runner, gathers: Sequence[GatherSpec], rows: int) -> Launched:
     """The results of ``launch``, recorded for the gradient in the gathered tensors, which have ``rows`` rows."""
     dims = [(g.batch_dim, g.row_dim) for g in gathers]
     keep, cu, *outs = _Gather.apply(launch, runner.name, dims, rows, *(g.tensor for g in gathers))
     return keep, outs, cu
 
 
-def moved(runner: Runner, keep: torch.Tensor, gathers: list[GatherSpec]) -> list[torch.Tensor]:
+def moved(runner: Runner, keep: torch.Tensor, gathers: Sequence[GatherSpec]) -> list[torch.Tensor]:
     """The gathered tensors, under a transform of torch.func or forward-mode AD."""
     if any(gather.out is not None for gather in gathers):
         raise ValueError("out cannot be given under a transform of torch.func or forward-mode AD: it is changed in place")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def run_inplace(request: CompactRequest) -> None:
 
 def _check_rows(request: CompactRequest, *, ascending: bool) -> None:
     """Raise unless the rows of ``keep`` lie inside the input (and ascend); only where reading them costs no synchronisation."""
-    keep, gathers = request
+    keep, gathers = request.keep, request.gathers
     if keep.device.type != "cpu" or is_traced(keep):
         return
     rows = gathers[0].tensor.shape[gathers[0].row_dim]
@@ -45,7 +46,7 @@ def _check_rows(request: CompactRequest, *, ascending: bool) -> None:
                 raise ValueError(f"keep must ascend strictly within each item, got {kept.tolist()}")
 
 
-def gather(keep: torch.Tensor, gathers: list[GatherSpec]) -> list[torch.Tensor]:
+def gather(keep: torch.Tensor, gathers: Sequence[GatherSpec]) -> list[torch.Tensor]:
     """Rows ``keep [Bt, S]`` of every tensor; rows of ``fill`` where ``keep`` is negative."""
     found = [_gather(spec, keep) for spec in gathers]
     return [x if spec.out is None else spec.out.copy_(x) for x, spec in zip(found, gathers, strict=True)]

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 
+from ...backends import repeated
 from ...backends.choice import is_traced, resolve_backend, transformed
 from ...backends.protocol import Runner
-from ...backends.requests import DropRequest, Source
+from ...backends.requests import DropRequest, KnownGathers, Source
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.droppable import layout_of
@@ -97,6 +98,11 @@ def drop_tokens(
     >>> drop_tokens(h, grown, 2, droppable=(1, 4)).keep
     tensor([[0, 2, 3, 4]])
     """
+    ranked, carried = (h_prev, scores), (h_cur, position_ids, kv, attention_mask, rope, labels)
+    plain = out is None and cu_seqlens is None and type(positions) is str and positions == "persistent"
+    earlier = repeated.look_up(OP, ranked, carried, k, droppable, backend, plain, metric, score_dtype, kv_layout)
+    if earlier[2] is not None:
+        return _again(earlier, ranked, carried, (k, droppable, None), metric, score_dtype)
     packed = is_packed(droppable, cu_seqlens)
     arguments.ranked(h_prev, h_cur, scores, packed)
     arguments.score_options(metric, score_dtype)
@@ -113,12 +119,11 @@ def drop_tokens(
     )  # fmt: skip
     gathers = gathers if traced else calls.settled_gathers(gathers)
     source = Source(*_ranks(scores, h_prev, gathers[0].tensor, traced), resolved.mask, metric, score_dtype)
+    repeated.remember(earlier, runner, resolved.plan, gathers, resolved.plan.out_rows, resolved.after)
     request = DropRequest(source, resolved.plan, resolved.cu_seqlens, gathers, (k, droppable, cu_seqlens))
     keep, outs, cu = _run(runner, request, at.rows, rewrites=out is not None)
     if packed:
-        keep = keep.squeeze(0)
-        if cu is None:
-            cu = host_ints(cast(tuple[int, ...], resolved.out_cu), keep.device, torch.int32)
+        keep, cu = keep.squeeze(0), _offsets(cu, resolved, keep.device)
     return calls.build_result(
         Dropped, keep, unflatten(outs), mode=positions, position_ids=position_ids, cu_seqlens=cu, after=resolved.after,
         ragged=resolved.ragged, max_seqlen=resolved.max_seqlen,
@@ -132,6 +137,11 @@ def _ranks(scores: torch.Tensor | None, h_prev: Any, h_cur: torch.Tensor, traced
     return scores if traced else arguments.settled(scores), None, None
 
 
+def _offsets(cu: torch.Tensor | None, resolved: calls.Resolved, device: torch.device) -> torch.Tensor:
+    """The offsets of a packed result: those that the device found, or those that the host knows."""
+    return host_ints(cast(tuple[int, ...], resolved.out_cu), device, torch.int32) if cu is None else cu
+
+
 def _run(runner: Runner, request: DropRequest, rows: int, *, rewrites: bool) -> Launched:
     """The kept rows, the gathered tensors and new offsets, with a gradient where one is wanted."""
     gathers = request.gathers
@@ -141,3 +151,15 @@ def _run(runner: Runner, request: DropRequest, rows: int, *, rewrites: bool) -> 
     if not runner.differentiable and torch.is_grad_enabled() and any(gather.tensor.requires_grad for gather in gathers):
         return recorded(lambda: runner.run(request), runner, gathers, rows)
     return (overwrite.overwriting(runner.run) if rewrites else runner.run)(request)
+
+
+def _again(earlier: repeated.Found, ranked: Any, carried: Any, budget: Any, metric: str, score_dtype: Any) -> Dropped:
+    """A call whose checks and plan are known."""
+    (_, tensors, known), (h_prev, scores) = earlier, ranked
+    assert known is not None
+    before, after = (h_prev, carried[0]) if scores is None else (None, None)
+    source = Source(scores, before, after, None, metric, score_dtype)
+    gathers = KnownGathers(tensors, repeated.allocate(known), known.gathers)
+    keep, outs, _ = known.runner.run(DropRequest(source, known.plan, None, gathers, budget, known.memo))
+    hidden, position_ids, kv, attention_mask, rope, labels = repeated.rebuild(carried, outs)
+    return Dropped(hidden, keep, position_ids, kv, attention_mask, rope, labels, None, known.after)

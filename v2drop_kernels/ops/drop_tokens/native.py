@@ -18,7 +18,7 @@ def drop_tokens(request: DropRequest, place: str) -> tuple[Tensor, list[Tensor],
     assert ranked is not None
     device = ranked.device
     batch = 1 if isinstance(plan, CuPlan) else plan.batch
-    keep = torch.empty((batch, plan.out_rows), dtype=torch.int64, device=device)
+    keep = torch.empty_strided((batch, plan.out_rows), (max(plan.out_rows, 1), 1), dtype=torch.int64, device=device)
     offsets = native.device_offsets(request.cu_seqlens, plan)
     new_cu = None if offsets is None else torch.empty(plan.groups + 1, dtype=torch.int32, device=device)
     results, gathers = native.outputs(request.gathers, plan.out_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,7 @@ def kept_rows(scores: torch.Tensor, layout: TokenLayout, ks: tuple[int, ...]) ->
 
 
 def select_and_gather(
-    scores: torch.Tensor, k: Any, layout: TokenLayout, gathers: list[GatherSpec]
+    scores: torch.Tensor, k: Any, layout: TokenLayout, gathers: Sequence[GatherSpec]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The step once the scores are known: ``keep [Bt, S]`` and every tensor with the kept rows."""
     rows = kept_rows(scores, layout, per_segment_k(k, layout.groups))

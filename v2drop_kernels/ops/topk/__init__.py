@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...backends import repeated
 from ...backends.choice import resolve_backend, transformed
 from ...backends.requests import Source, TopKRequest
 from ...core import arguments
@@ -75,6 +76,9 @@ def segmented_topk(
     >>> segmented_topk(torch.tensor([[1.0, 3.0, 2.0]]), 2).indices
     tensor([[1, 2]])
     """
+    earlier = repeated.look_up(OP, (), (scores,), k, droppable, backend, cu_seqlens is None, order)
+    if earlier[2] is not None:
+        return _again(earlier[2], Source(scores, None, None), order, (k, droppable, None))
     arguments.tensor("scores", scores)
     packed = is_packed(droppable, cu_seqlens)
     if scores.dim() != (1 if packed else 2):
@@ -88,6 +92,7 @@ def segmented_topk(
     resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=runner.traced)
     if not runner.traced:
         scores = arguments.settled(scores)
+    repeated.remember(earlier, runner, resolved.plan)
     follow = transformed()
     grad = follow or (torch.is_grad_enabled() and scores.requires_grad)
     source = Source(scores.detach() if grad else scores, None, None, resolved.mask)
@@ -138,6 +143,10 @@ def variation_topk(
     >>> variation_topk(h, h + torch.tensor([[[1.0], [3.0], [2.0]]]), 2)
     TopK(values=tensor([[6., 4.]]), indices=tensor([[1, 2]]))
     """
+    plain = cu_seqlens is None
+    earlier = repeated.look_up(OP, (), (h_prev, h_cur), k, droppable, backend, plain, metric, order, score_dtype)
+    if earlier[2] is not None:
+        return _again(earlier[2], Source(None, h_prev, h_cur, None, metric, score_dtype), order, (k, droppable, None))
     arguments.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
     arguments.score_options(metric, score_dtype)
     arguments.one_of("order", order, arguments.ORDERS)
@@ -151,9 +160,15 @@ def variation_topk(
     if not runner.traced:
         h_prev, h_cur = arguments.settled(h_prev), arguments.settled(h_cur)
     resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=runner.traced)
+    repeated.remember(earlier, runner, resolved.plan)
     source = Source(None, h_prev, h_cur, resolved.mask, metric, score_dtype)
     budget = (k, droppable, cu_seqlens)
     return TopK(*runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget)))
+
+
+def _again(known: repeated.Known, source: Source, order: str, budget: Any) -> TopK:
+    """A call whose checks and plan are known."""
+    return TopK(*known.runner.run(TopKRequest(source, known.plan, None, order, budget, known.memo)))
 
 
 def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
