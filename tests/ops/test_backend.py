@@ -13,6 +13,7 @@ import torch
 import v2drop_kernels as vk
 from v2drop_kernels import native as library
 from v2drop_kernels.backends import choice, native
+from v2drop_kernels.backends.protocol import Op
 
 H = torch.zeros(1, 3, 4)
 CALLS = {
@@ -61,7 +62,9 @@ def test_explain_falls_through_to_the_reference():
 def test_explain_of_gpu_tensors():
     found = vk.explain(device="cuda", dtype=torch.bfloat16)
     assert "serves cpu tensors, not cuda" in found.rejected["cpu"]
-    assert found.chosen == "triton" or any(why in found.rejected["triton"] for why in ("not installed", "sees no GPU"))
+    assert found.chosen == "triton" or any(
+        why in found.rejected["triton"] for why in ("'cuda' comes first", "not installed", "sees no GPU")
+    )
     assert found.chosen == "cuda" or any(
         why in found.rejected["cuda"] for why in ("'triton' comes first", "sees no GPU", "without CUDA", "no kernel")
     )
@@ -108,6 +111,69 @@ def test_cuda_is_the_fallback_of_triton(refused, want, monkeypatch):
     monkeypatch.setattr(choice, "why_not", lambda name, kind, dtype: "refused" if name in refused else None)
     assert choice.choose_name.__wrapped__("cuda", torch.bfloat16, None) == want
     assert choice.choose_name.__wrapped__("cpu", torch.bfloat16, None) == "cpu", "also where the emulated library would serve"
+
+
+class Hidden:
+    """Stands for a tensor on a GPU."""
+
+    def __init__(self, nbytes):
+        self.nbytes, self.device, self.dtype = nbytes, torch.device("cuda", 0), torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("refused", "small", "large"),
+    [
+        ((), "cuda", "triton"),
+        (("triton",), "cuda", "cuda"),
+        (("cuda",), "triton", "triton"),
+        (("triton", "cuda"), "reference", "reference"),
+    ],
+    ids=["all", "no-triton", "no-cuda", "none"],
+)
+def test_small_calls_on_a_gpu_go_to_cuda_first(refused, small, large, monkeypatch):
+    monkeypatch.setattr(choice, "why_not", lambda name, kind, dtype: "refused" if name in refused else None)
+    monkeypatch.setattr(choice, "_chosen_runner", choice._chosen_runner.__wrapped__)
+    monkeypatch.setattr(choice, "choose_name", choice.choose_name.__wrapped__)
+    monkeypatch.setattr(choice, "runner_of", lambda op, name: name if name in op.kernels else "reference")
+
+    monkeypatch.setattr(choice, "is_traced", lambda x: False)
+    op, merge = Op("package", "name"), Op("package", "name", kernels=("triton",))
+    edge = 125_000_000  # of two tensors of hidden states
+    assert choice.resolve_backend(op, Hidden(edge - 1), None) == small
+    assert choice.resolve_backend(op, Hidden(edge), None) == large
+    with choice.cuda_below(0):
+        assert choice.resolve_backend(op, Hidden(2), None) == large
+    with choice.cuda_below(1 << 40):
+        assert choice.resolve_backend(op, Hidden(edge), None) == small
+    if "triton" not in refused:
+        assert choice.resolve_backend(op, Hidden(2), "triton") == "triton", "forced"
+        assert choice.resolve_backend(merge, Hidden(2), None) == "triton", "an op without CUDA C++"
+
+
+def test_explain_tells_the_size(monkeypatch):
+    monkeypatch.setattr(choice, "why_not", lambda name, kind, dtype: "not here" if name == "cpu" else None)
+    monkeypatch.setattr(choice, "choose_name", choice.choose_name.__wrapped__)
+    found = vk.explain(device="cuda", dtype=torch.bfloat16)
+    assert (found.chosen, found.rejected["triton"]) == ("cuda", "'cuda' comes first for cuda tensors below 250000000 bytes")
+    with choice.cuda_below(0):
+        found = vk.explain(Hidden(1 << 30))
+    assert (found.chosen, found.rejected["cuda"]) == ("triton", "'triton' comes first for cuda tensors of 0 bytes and more")
+
+
+@pytest.mark.parametrize("nbytes", [-1, 1.5, True, "1"])
+def test_cuda_below_refuses_what_is_no_size(nbytes):
+    with pytest.raises(ValueError, match="nbytes must be an int >= 0"), choice.cuda_below(nbytes):
+        pass
+
+
+def test_the_size_can_be_set_by_environment():
+    script = "from v2drop_kernels.backends import choice; print(choice.small_limit())"
+    for given, want in [("1000", "1000\n"), ("0", "0\n"), ("", "250000000\n")]:
+        environment = {**os.environ, "V2DROP_CUDA_BELOW": given}
+        assert subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout == want
+    environment = {**os.environ, "V2DROP_CUDA_BELOW": "1 GB"}
+    failed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "V2DROP_CUDA_BELOW must be a number of bytes, got '1 GB'" in failed.stderr
 
 
 @EVERY

@@ -1,9 +1,10 @@
 """Which backend serves a call, and why the others do not.
 
-Order per device: ``cpu`` tensors go to the C++ library, GPU tensors to Triton, then to CUDA C++; plain PyTorch (``reference``)
-serves what is left. ``cuda`` is the fallback for as long as no committed measurement shows a size where it is the faster of the
-two. ``with backend(...)``, ``backend=`` and ``V2DROP_BACKEND`` force one; a forced backend that cannot serve raises with its
-reason, the automatic choice falls through.
+Order per device: ``cpu`` tensors go to the C++ library, small calls on GPU tensors to CUDA C++ and then to Triton, large and
+traced ones to Triton and then to CUDA C++; plain PyTorch (``reference``) serves what is left. Small is what takes the host
+longer to launch than the GPU to run: the library launches with less Python, and a drop in one launch. ``with backend(...)``,
+``backend=`` and ``V2DROP_BACKEND`` force one; a forced backend that cannot serve raises with its reason, the automatic choice
+falls through.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ BACKENDS = tuple(implementations.BACKENDS)
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # other types are subclasses, whose calls the dispatcher must see
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("v2drop_backend", default=None)
+
+
+def _bytes_from_environment() -> int:
+    given = os.environ.get("V2DROP_CUDA_BELOW", "")
+    if given and not given.isdecimal():
+        raise ValueError(f"V2DROP_CUDA_BELOW must be a number of bytes, got {given!r}")
+    return int(given) if given else 250_000_000
+
+
+# Calls on a GPU whose tensors have fewer bytes go to ``cuda`` first. A prediction, to be replaced by a measurement: at 4.3 TB/s,
+# 250 MB take 60 us, which is about the host time of a drop by Triton whose launches are not remembered.
+_DEFAULT_BELOW = _bytes_from_environment()
+_cuda_below: contextvars.ContextVar[int] = contextvars.ContextVar("v2drop_cuda_below", default=_DEFAULT_BELOW)
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,39 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextlib.contextmanager
+def cuda_below(nbytes: int) -> Iterator[None]:
+    """Prefer ``cuda`` to ``triton`` below this size inside a ``with`` block; ``V2DROP_CUDA_BELOW`` does so for a process.
+
+    Parameters
+    ----------
+    nbytes : int
+        Bytes of the two tensors of hidden states (for other ops: twice the bytes of the tensor that is read). 0: ``triton`` always
+        comes first.
+
+    Returns
+    -------
+    context manager
+
+    Raises
+    ------
+    ValueError
+        ``nbytes`` is not an int >= 0.
+
+    Examples
+    --------
+    >>> with cuda_below(0):
+    ...     chosen = explain(torch.zeros(1, 4, 8)).chosen
+    """
+    if type(nbytes) is not int or nbytes < 0:
+        raise ValueError(f"nbytes must be an int >= 0, got {nbytes!r}")
+    token = _cuda_below.set(nbytes)
+    try:
+        yield
+    finally:
+        _cuda_below.reset(token)
+
+
 def explain(tensor: torch.Tensor | None = None, *, device: Any = None, dtype: torch.dtype | None = None) -> Explanation:
     """Tell which backend would serve a call on this tensor (or device and dtype), and why not the others.
 
@@ -85,7 +132,7 @@ def explain(tensor: torch.Tensor | None = None, *, device: Any = None, dtype: to
     tensor : Tensor, optional
         For instance ``h_cur``.
     device, dtype
-        Instead of a tensor; default the CPU and float32.
+        Instead of a tensor; default the CPU and float32. The call is taken to be a small one.
 
     Returns
     -------
@@ -102,17 +149,21 @@ def explain(tensor: torch.Tensor | None = None, *, device: Any = None, dtype: to
     >>> print(explain(torch.zeros(1, 4, 8, dtype=torch.float64)).chosen)
     reference
     """
+    small = tensor is None or is_small(tensor)
     if tensor is not None:
         device, dtype = tensor.device, tensor.dtype
     kind = torch.device(device or "cpu").type
     dtype = dtype or torch.float32
     forced = forced_name(None)
-    chosen = choose_name(kind, dtype, forced)
+    chosen = choose_name(kind, dtype, forced, small)
+    first = f"{chosen!r} comes first for {kind} tensors"
+    if kind == "cuda" and chosen in ("cuda", "triton"):
+        first += f" {'below' if small else 'of'} {_cuda_below.get()} bytes{'' if small else ' and more'}"
     rejected = {}
     for name in BACKENDS:
         if name != chosen:
             why = why_not(name, kind, dtype)
-            rejected[name] = why or (f"{forced!r} is forced" if forced else f"{chosen!r} comes first for {kind} tensors")
+            rejected[name] = why or (f"{forced!r} is forced" if forced else first)
     return Explanation(chosen, rejected)
 
 
@@ -139,14 +190,15 @@ traced_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)
-def choose_name(kind: str, dtype: torch.dtype, forced: str | None) -> str:
-    """The backend for tensors of this device kind and dtype."""
+def choose_name(kind: str, dtype: torch.dtype, forced: str | None, small: bool = False) -> str:
+    """The backend for tensors of this device kind and dtype, in a call that is small, or large or traced."""
     if forced is not None:
         why = why_not(forced, kind, dtype)
         if why:
             raise RuntimeError(f"backend {forced!r} cannot serve {kind} tensors of {dtype}: {why}")
         return forced
-    for name in ("cpu", "reference") if kind == "cpu" else ("triton", "cuda", "reference"):
+    on_gpu = ("cuda", "triton", "reference") if small else ("triton", "cuda", "reference")
+    for name in ("cpu", "reference") if kind == "cpu" else on_gpu:
         if why_not(name, kind, dtype) is None:
             return name
     raise AssertionError("the reference serves everything")
@@ -156,6 +208,16 @@ def choose_name(kind: str, dtype: torch.dtype, forced: str | None) -> str:
 def why_not(name: str, kind: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot serve, or None when it can."""
     return implementations.BACKENDS[name].supports(Placement(kind, dtype))
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    """Whether an eager call on this tensor, of which there are two or which is also written, takes the host longer than a GPU."""
+    return 2 * tensor.nbytes < _cuda_below.get()
+
+
+def small_limit() -> int:
+    """The bytes below which ``cuda`` comes before ``triton``."""
+    return _cuda_below.get()
 
 
 def is_traced(x: torch.Tensor) -> bool:
@@ -183,7 +245,7 @@ def resolve_name(tensor: torch.Tensor, argument: str | None, dtype: torch.dtype 
     kind, dtype = tensor.device.type, dtype or tensor.dtype
     if is_traced(tensor):
         return traced_choice(kind, dtype, argument)
-    return choose_name(kind, dtype, forced_name(argument))
+    return choose_name(kind, dtype, forced_name(argument), kind == "cuda" and is_small(tensor))
 
 
 def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: torch.dtype | None = None) -> Runner:
@@ -192,7 +254,8 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
     An eager call reaches the implementation directly, which saves the microseconds of the dispatcher.
     """
     if not is_traced(tensor):
-        return _chosen_runner(op, tensor.device, dtype or tensor.dtype, forced_name(argument))
+        small = tensor.device.type == "cuda" and "cuda" in op.kernels and is_small(tensor)
+        return _chosen_runner(op, tensor.device, dtype or tensor.dtype, forced_name(argument), small)
     name = traced_choice(tensor.device.type, dtype or tensor.dtype, argument)
     if op.traced is not None and name in op.kernels:
         return Runner(name, functools.partial(op.traced, name), True, True)
@@ -201,8 +264,8 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
 
 
 @functools.lru_cache(maxsize=1024)
-def _chosen_runner(op: Op, device: torch.device, dtype: torch.dtype, forced: str | None) -> Runner:
-    return runner_of(op, choose_name(device.type, dtype, forced))
+def _chosen_runner(op: Op, device: torch.device, dtype: torch.dtype, forced: str | None, small: bool) -> Runner:
+    return runner_of(op, choose_name(device.type, dtype, forced, small))
 
 
 @functools.lru_cache(maxsize=256)
