@@ -31,7 +31,7 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 OPTIONAL = ("triton", "jax", "cupy", "transformers", "flash_attn", "matplotlib", "PIL", "sklearn")
 # What a module is made of, it imports at the top.
-ALLOWED = {"triton": r"ops/\w+/triton\w*\.py|backends/(configs|launch)\.py", "jax": r"interop/jax\.py"}
+ALLOWED = {"triton": r"ops/\w+/triton\w*\.py|backends/(configs|launch|relaunch)\.py", "jax": r"interop/jax\.py"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

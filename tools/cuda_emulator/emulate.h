@@ -6,6 +6,7 @@
 // number, the seed of a shuffle before every round. A correct kernel gives the same results in all of them. V2DROP_EMULATE_CLUSTERS=0, read
 // as often, makes the device one without thread-block clusters. What would hang or be undefined
 // on a GPU (threads that wait for ones that never come, a misaligned vector access) aborts with a message.
+// With V2DROP_EMULATE_LAUNCHES=0, read at the first launch, launches are checked and counted but run nothing: what is left is host time.
 #ifndef V2DROP_TOOLS_EMULATE_H_
 #define V2DROP_TOOLS_EMULATE_H_
 

@@ -155,6 +155,11 @@ def override_configs(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iter
         _forced.reset(token)
 
 
+def overridden() -> bool:
+    """Whether a ``with`` block forces sizes."""
+    return _forced.get() is not None
+
+
 def _entry(*key: Any) -> tuple[int, ...] | None:
     forced = _forced.get()
     return (_shipped() if forced is None else forced).get(key)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..core.plan import COLUMNS, WIDTH, CuPlan, Plan
-from . import tables
+from . import relaunch, tables
 from .tables import Tables
 
 # The columns of Plan.host_table(), for use in kernels.
@@ -40,9 +40,21 @@ def start(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: 
     # Triton launches on the current device, whatever the tensors say.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, **options(meta))
+            compiled = kernel[(programs,)](*args, **options(meta))
     else:
-        kernel[(programs,)](*args, **options(meta))
+        compiled = kernel[(programs,)](*args, **options(meta))
+    recording = relaunch.recording()
+    if recording is not None:
+        recording.add(kernel, compiled, programs, args)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor for the launches of a call: every call like this one gets such a tensor of its own."""
+    made = torch.empty(tuple(shape), dtype=dtype, device=device)
+    recording = relaunch.recording()
+    if recording is not None:
+        recording.made.append(made)
+    return made
 
 
 def options(meta: dict[str, Any]) -> dict[str, Any]:

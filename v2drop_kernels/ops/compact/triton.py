@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ...backends import configs, launch
+from ...backends import configs, launch, relaunch
 from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
 from ...backends.launch import decode as _decode
 from ...backends.launch import plain as _plain
-from ...backends.requests import CompactBackwardRequest, CompactRequest
+from ...backends.requests import CompactBackwardRequest, CompactRequest, KnownGathers
 from ...backends.tables import Tables
 from ...core.plan import Plan
 from ...core.types import GatherSpec
@@ -442,10 +442,14 @@ def compact(request: CompactRequest) -> list[torch.Tensor]:
 
     One launch for up to ``configs.TENSORS_PER_LAUNCH`` tensors.
     """
-    keep, gathers = request
+    keep, gathers, memo = request
     if not gathers:
         return []
-    return gather(keep, gathers, gathers[0].tensor.shape[gathers[0].row_dim])
+    if type(gathers) is not KnownGathers:
+        return gather(keep, gathers, gathers[0].tensor.shape[gathers[0].row_dim])
+    rows = gathers.tensors[0].shape[gathers.dimensions[0][1]]
+    relaunch.repeated(memo, [keep, *gathers.tensors, *gathers.results], (), lambda: gather(keep, gathers, rows)[:0])
+    return gathers.results
 
 
 def compact_backward(request: CompactBackwardRequest) -> list[torch.Tensor]:
@@ -466,7 +470,7 @@ def compact_backward(request: CompactBackwardRequest) -> list[torch.Tensor]:
 
 def compact_(request: CompactRequest) -> None:
     """Move the valid rows of ``keep``, ascending, to the front of every tensor; one launch, no second buffer."""
-    keep, gathers = request
+    keep, gathers = request.keep, request.gathers
     batch, slots = keep.shape
     for portion in _portions(_classes(gathers, [spec.tensor for spec in gathers])) if slots else ():
         addresses: list[tuple[int, int]] = []

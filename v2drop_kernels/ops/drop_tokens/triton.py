@@ -6,8 +6,9 @@ from typing import cast
 
 import torch
 
-from ...backends import configs, launch
-from ...backends.requests import DropRequest
+from ...backends import configs, launch, relaunch
+from ...backends.requests import DropRequest, KnownGathers
+from ...backends.tables import Tables
 from ...core.plan import Plan
 from ..compact.triton import Selection, gather
 from ..topk.triton import launch_select
@@ -21,13 +22,25 @@ def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor],
     select of their segment. Elsewhere, and where only the device knows the lengths: score, select, gather. Given ``scores`` take
     select and gather. More than ``configs.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
     """
-    source, plan, cu_seqlens, gathers, _ = request
+    source, gathers = request.source, request.gathers
+    device = cast(torch.Tensor, source.h_cur if source.scores is None else source.scores).device
+    tables = launch.tables_of(request.plan, device)
+    if type(gathers) is not KnownGathers:
+        return _drop(request, device, tables)
+    ranked = source.h_prev if source.scores is None else source.scores  # h_cur is among the tensors that are gathered
+    given = [cast(torch.Tensor, ranked), *gathers.tensors, *gathers.results]
+    (keep,) = relaunch.repeated(request.memo, given, tables, lambda: _drop(request, device, tables)[:1])
+    return keep, gathers.results, None
+
+
+def _drop(
+    request: DropRequest, device: torch.device, tables: Tables
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+    source, plan, cu_seqlens, gathers = request[:4]
     scores, mask, scored = source.scores, source.mask, source.scores is None
-    device = cast(torch.Tensor, source.h_cur if scores is None else scores).device
     pdl = launch.has_pdl(device)
     batch = plan.batch if isinstance(plan, Plan) else 1
-    keep = torch.empty((batch, plan.out_rows), dtype=torch.int64, device=device)
-    tables = launch.tables_of(plan, device)
+    keep = launch.empty((batch, plan.out_rows), torch.int64, device)
     if scores is None:
         scores = plan_scores(source, plan, tables, triggers=True)
         if isinstance(plan, Plan) and gathers and configs.fuses_select(plan.max_n, plan.groups):

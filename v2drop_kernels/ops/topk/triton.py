@@ -5,14 +5,12 @@ One program selects a segment: it finds the threshold, then places the survivors
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...backends import configs, launch
+from ...backends import configs, launch, relaunch
 from ...backends.launch import (
     COL_DST_START,
     COL_K,
@@ -212,9 +210,16 @@ def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
 
     One launch, one more to score, one more for ``order="score"`` (all-pairs ranks of the survivors).
     """
-    source, plan, cu_seqlens, order, _ = request
+    source = request.source
+    given = [x for x in source[:4] if isinstance(x, torch.Tensor)]
+    tables = launch.tables_of(request.plan, given[0].device)
+    values, indices = relaunch.repeated(request.memo, given, tables, lambda: _topk(request, tables))
+    return values, indices
+
+
+def _topk(request: TopKRequest, tables: Tables) -> tuple[torch.Tensor, torch.Tensor]:
+    source, plan, cu_seqlens, order = request[:4]
     scores, mask, scored = source.scores, source.mask, source.scores is None
-    tables = launch.tables_of(plan, cast(torch.Tensor, source.h_cur if scores is None else scores).device)
     if scores is None:
         scores = plan_scores(source, plan, tables, triggers=True)
         scores = scores.view(-1, plan.rows) if plan.rows else scores
@@ -222,15 +227,15 @@ def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
     pdl = launch.has_pdl(device)
     by_score = order == "score"
     shape = (plan.groups, plan.out_rows)
-    indices = torch.empty(shape, dtype=torch.int64, device=device)
-    values = torch.empty(shape, dtype=scores.dtype, device=device)
+    indices = launch.empty(shape, torch.int64, device)
+    values = launch.empty(shape, scores.dtype, device)
     launch_select(
         indices, values, None, scores, mask, plan, cu_seqlens, tables,
         force=False, waits=scored and pdl, triggers=by_score and pdl,
     )  # fmt: skip
     if not by_score:
         return values, indices
-    ranked_values, ranked_indices = torch.empty_like(values), torch.empty_like(indices)
+    ranked_values, ranked_indices = launch.empty(shape, values.dtype, device), launch.empty(shape, torch.int64, device)
     tiles = -(-plan.out_rows // configs.RANK_BLOCK)
     launch.start(
         _rank_fwd_kernel, plan.groups * tiles, device,

@@ -226,7 +226,7 @@ def plan_scores(source: Source, plan: Plan | CuPlan, tables: Tables, *, triggers
     _, h_prev, h_cur, mask, metric, score_dtype = source
     prev, cur = unit_stride(cast(torch.Tensor, h_prev)), unit_stride(cast(torch.Tensor, h_cur))
     batch = 1 if isinstance(plan, CuPlan) else plan.batch
-    scores = torch.empty(batch * plan.rows, dtype=torch.float32, device=cur.device)
+    scores = launch.empty((batch * plan.rows,), torch.float32, cur.device)
     d = cur.shape[-1]
     n_prefix, groups = 0, plan.groups
     if isinstance(plan, CuPlan):
