@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant("cu_seqlens may end early", ARGUMENTS, "and cu[-1] != total", "and cu[-1] > total", ERRORS),
     Mutant("k may be a bool", ARGUMENTS, "if isinstance(x, bool) or not is_int(x)", "if not is_int(x)", ERRORS),
     Mutant(
-        "zero heads", f"{OPS}/attention_score/arguments.py",
+        "zero heads", f"{OPS}/attention_score/checks.py",
         "not 1 <= heads <= h", "not 0 <= heads <= h", f"{ATTENTION}::test_attention_of_bad_input",
     ),
     # Plans.

@@ -12,7 +12,7 @@ from ...core import arguments
 from ..autograd import differentiable
 from ..precision import full_precision
 from . import reference
-from .arguments import head_reduction, query_and_keys
+from .checks import head_reduction, query_and_keys
 from .gradient import attention_score_backward
 from .queries import last_rows
 from .torch_op import OP
