@@ -158,7 +158,7 @@ def _function(name: str) -> Any:
 _cpu_context = functools.cache(library.cpu_context)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def _counts(ks: tuple[int, ...], rows: int) -> Tensor:
     """Segments of which only ``k`` counts; none has more than all rows."""
     table = torch.zeros(len(ks), WIDTH, dtype=torch.int64)

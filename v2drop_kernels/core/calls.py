@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import arguments, overwrite, positions
 from .arguments import check_offsets, host_cu_seqlens, is_packed, is_tensor, per_segment_k
+from .cache import BoundedCache
 from .droppable import as_layout
 from .layout import TokenLayout
 from .plan import CuPlan, Plan, drop_plan, topk_plan
@@ -66,15 +67,17 @@ def resolve(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: Any, *
     if traced and is_tensor(droppable):
         raise ValueError("droppable as a mask needs its counts here: pass TokenLayout.from_mask(mask, counts)")
     layout = as_layout(droppable, h.shape[0], h.shape[0] if packed else h.shape[1], cu)
-    ks = per_segment_k(k, layout.groups)
+    ks, mask = per_segment_k(k, layout.groups), layout.mask
+    if mask is not None:  # a plan needs its counts only, and a cache must keep no tensor of the caller's
+        layout = dataclasses.replace(layout, mask=None)
     if op == "topk":
         plan = topk_plan(layout, ks) if traced else _cached_topk_plan(layout, ks)
-        return Resolved(plan, layout.mask, None, None, None)
+        return Resolved(plan, mask, None, None, None)
     plan, out_cu, after, longest = (_drop_plan if traced else _cached_drop_plan)(layout, ks)
     shown = None if traced else after  # a layout is not a tensor, so a traced graph cannot return one
     if packed:
-        return Resolved(plan, layout.mask, None, out_cu, shown, max_seqlen=longest)
-    return Resolved(plan, layout.mask, None, None, shown, ragged=plan.ragged)
+        return Resolved(plan, mask, None, out_cu, shown, max_seqlen=longest)
+    return Resolved(plan, mask, None, None, shown, ragged=plan.ragged)
 
 
 def _uniform(op: str, batch: int, rows: int, start: int, stop: int, k: int) -> Resolved:
@@ -94,7 +97,11 @@ def _cached_uniform(op: str, batch: int, rows: int, start: int, stop: int, k: in
     return found._replace(after=TokenLayout((((start, start + k),),) * batch, out_rows, ((0, out_rows),) * batch))
 
 
-_cached_topk_plan = functools.lru_cache(maxsize=1024)(topk_plan)
+def _weight(layout: TokenLayout, ks: tuple[int, ...]) -> int:
+    return 32 + len(ks) + layout.batch
+
+
+_cached_topk_plan = BoundedCache(topk_plan, _weight)
 
 
 def _drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> tuple[Plan, tuple[int, ...], TokenLayout, int]:
@@ -102,7 +109,7 @@ def _drop_plan(layout: TokenLayout, ks: tuple[int, ...]) -> tuple[Plan, tuple[in
     return plan, out_cu, after, after.max_seqlen
 
 
-_cached_drop_plan = functools.lru_cache(maxsize=1024)(_drop_plan)
+_cached_drop_plan = BoundedCache(_drop_plan, _weight)
 
 
 def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: torch.Tensor) -> Resolved:

@@ -8,13 +8,13 @@ bfloat16 is what the package ml_dtypes registers. There are no gradients here: s
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from .. import native
 from ..core.arguments import FLOATS, array_pair, dtype_in, hidden_array, host_cu_seqlens, is_packed, kind, score_dims, score_shape
+from ..core.cache import BoundedCache
 from ..core.calls import batch_shape, flatten
 from ..core.counts import n_keep
 from ..core.layout import TokenLayout
@@ -303,9 +303,11 @@ def _address(x: Any) -> int:
     return int(interface["data"][0])
 
 
-@functools.lru_cache(maxsize=1024)
-def _table(plan: Plan) -> Any:
+def _made_table(plan: Plan) -> Any:
     return np.array(plan.flat_table(), np.int64)
+
+
+_table = BoundedCache(_made_table, lambda plan: 32 + plan.groups)
 
 
 def _library() -> Any:

@@ -15,6 +15,7 @@ import torch
 from .._ops import add_op_namespace_prefix
 from ..backends.tables import made_anew
 from ..core.arguments import host_cu_seqlens
+from ..core.cache import BoundedCache
 from ..core.plan import WIDTH, CuPlan, Plan
 from ..core.types import GatherSpec
 
@@ -55,11 +56,13 @@ def pack_plan(plan: Plan | CuPlan) -> PlanArguments:
     return list(plan.uniform or plan.table), plan.batch, plan.rows, plan.out_rows
 
 
-@functools.lru_cache(maxsize=256)
-def _plan(ints: tuple[int, ...], batch: int, rows: int, out_rows: int) -> Plan:
+def _made_plan(ints: tuple[int, ...], batch: int, rows: int, out_rows: int) -> Plan:
     if len(ints) == 4:
         return Plan(batch, rows, out_rows, batch, (ints[0], ints[1], ints[2], ints[3]))
     return Plan(batch, rows, out_rows, len(ints) // WIDTH, None, ints)
+
+
+_plan = BoundedCache(_made_plan, lambda ints, *_: 32 + len(ints) // WIDTH)
 
 
 def unpack_plan(
