@@ -18,7 +18,7 @@ from typing import IO
 from harness import ALL_CORES, ROOT
 
 HERE = Path(__file__).resolve().parent
-SMOKE = ("test_drop_tokens", "test_compact", "test_segmented_topk", "test_variation_score")
+SMOKE = ("test_drop_tokens", "test_compact", "test_segmented_topk", "test_variation_score", "test_cuda_graphs")
 SMOKE_SAMPLE = 40  # tests of each of these files
 PROCESSES = max(1, min(ALL_CORES // 2, 8))
 

@@ -25,7 +25,7 @@ LEFT_OUT: collections.Counter[str] = collections.Counter()  # tests that were co
 # The compiler needs a process without TRITON_INTERPRET, and minutes: collected only when named.
 collect_ignore = ["compile_only"]
 if not EMULATED:
-    collect_ignore += ["native/test_launches.py", "native/test_emulated_capture.py"]
+    collect_ignore.append("native/test_launches.py")
 
 
 class On(NamedTuple):
@@ -67,7 +67,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             LEFT_OUT["needs a GPU"] += 1
-        elif item.get_closest_marker("elsewhere"):
+        elif item.get_closest_marker("elsewhere") or any(
+            item.get_closest_marker(x) for x in ("interpreter", "emulated") if x != mine
+        ):
             LEFT_OUT["runs on backends of other processes: GPU, interpreter, emulated"] += 1
         elif mine and not item.get_closest_marker(mine):
             LEFT_OUT["runs in the main process"] += 1

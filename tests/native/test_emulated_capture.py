@@ -7,18 +7,21 @@ from __future__ import annotations
 import ctypes
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.cases import METRICS, every_op, hidden_pair, same
-from support.ragged import B, D, N, drop_packed, drop_padded, topk
+from support.ragged import B, D, N, drop_packed, drop_padded, forget_plans, topk
 from support.streams import Pool
 
 from v2drop_kernels import native as library
 from v2drop_kernels.backends import native, tables
 from v2drop_kernels.ops import host_ints
 
+pytestmark = pytest.mark.emulated
 OTHER_PLANS, REPLAYS = 10_000, 4
+ON = SimpleNamespace(backend="cuda", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,8 @@ def captured(emulator, monkeypatch, pool, call):
 def uploads(monkeypatch):
     """CPU tensors get their integers as a GPU's would."""
     monkeypatch.setattr(host_ints, "_upload_for", lambda kind: native.upload)
+    yield
+    forget_plans()
 
 
 def pass_by(monkeypatch, call, seeds):
@@ -55,13 +60,13 @@ def pass_by(monkeypatch, call, seeds):
 
 
 @pytest.mark.parametrize("call", [drop_padded, drop_packed, topk])
-def test_replays_between_ten_thousand_plans(on, emulator, monkeypatch, call):
+def test_replays_between_ten_thousand_plans(emulator, monkeypatch, call):
     prev, cur = hidden_pair((B, N, D), torch.float32)
     kept, make = [], tables._plan_tables
     monkeypatch.setattr(tables, "_plan_tables", lambda *args: kept.append(make(*args)) or kept[-1])
-    call(0, prev, cur, on.backend)  # the plan of the graph is kept from an eager call before
+    call(0, prev, cur, ON.backend)  # the plan of the graph is kept from an eager call before
     pool = Pool()
-    got = captured(emulator, monkeypatch, pool, lambda: call(0, prev, cur, on.backend))
+    got = captured(emulator, monkeypatch, pool, lambda: call(0, prev, cur, ON.backend))
     for table in kept:
         memory = table.segments.untyped_storage()
         assert not emulator.v2drop_emulate_holds(memory.data_ptr(), memory.nbytes())
@@ -70,7 +75,7 @@ def test_replays_between_ten_thousand_plans(on, emulator, monkeypatch, call):
     monkeypatch.setattr(tables, "_plan_tables", make)
     for i in range(REPLAYS):
         seeds = range(i * OTHER_PLANS // REPLAYS + 1, (i + 1) * OTHER_PLANS // REPLAYS + 1)
-        pass_by(monkeypatch, lambda seed: call(seed, prev, cur, on.backend), seeds)
+        pass_by(monkeypatch, lambda seed: call(seed, prev, cur, ON.backend), seeds)
         prev.copy_(prev.roll(1, dims=1)), cur.copy_(cur.roll(3, dims=2))
         for x in (*got, *(x for x in pool.tensors if x.dtype == torch.uint8)):  # results and scratch memory
             x.fill_(77)
@@ -78,31 +83,31 @@ def test_replays_between_ten_thousand_plans(on, emulator, monkeypatch, call):
         same(list(got), list(call(0, prev, cur, "reference")))
 
 
-def test_a_kept_table_would_be_noticed(on, emulator, monkeypatch):
+def test_a_kept_table_would_be_noticed(emulator, monkeypatch):
     """A test of the test: a graph that uses a table from before the capture holds its memory."""
     prev, cur = hidden_pair((B, N, D), torch.float32)
     kept, make = [], tables._plan_tables
     monkeypatch.setattr(tables, "_plan_tables", lambda *args: kept.append(make(*args)) or kept[-1])
     monkeypatch.setattr(tables, "may_keep", lambda device: True)
-    drop_padded(-1, prev, cur, on.backend)
-    captured(emulator, monkeypatch, Pool(), lambda: drop_padded(-1, prev, cur, on.backend))
+    drop_padded(-1, prev, cur, ON.backend)
+    captured(emulator, monkeypatch, Pool(), lambda: drop_padded(-1, prev, cur, ON.backend))
     memory = kept[0].segments.untyped_storage()
     assert emulator.v2drop_emulate_holds(memory.data_ptr(), memory.nbytes())
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_no_call_makes_the_host_wait(on, emulator, metric):
+def test_no_call_makes_the_host_wait(emulator, metric):
     prev, cur = hidden_pair((2, 40, 8), torch.float32)
     before = emulator.v2drop_emulate_synchronisations()
-    every_op(on, prev, cur, metric, 9)
+    every_op(ON, prev, cur, metric, 9)
     for call in (drop_padded, drop_packed, topk):
-        call(-2, *hidden_pair((B, N, D), torch.float32), on.backend)
+        call(-2, *hidden_pair((B, N, D), torch.float32), ON.backend)
     assert emulator.v2drop_emulate_synchronisations() == before
 
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 3000])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_uploads_of_any_length(on, emulator, count, dtype):
+def test_uploads_of_any_length(emulator, count, dtype):
     """1024 integers a launch."""
     values = [(-1) ** i * i * 5 for i in range(count)]
     before = emulator.v2drop_emulate_launches()

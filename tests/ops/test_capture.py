@@ -1,7 +1,8 @@
 """A captured CUDA graph uses no memory but its own and the caller's, however many plans come after it.
 
 The launches of a call are recorded by address, as a graph has them, and made later. Outside the capture nothing is launched, so
-that thousands of plans pass in seconds; what they allocate, keep and give back is real.
+that thousands of plans pass in seconds; what they allocate, keep and give back is real. On a GPU, test_cuda_graphs.py does the same
+with graphs.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ import gc
 import pytest
 import torch
 from support.cases import hidden_pair, same
-from support.ragged import B, D, N, drop_packed, drop_padded, topk
+from support.ragged import B, D, N, drop_packed, drop_padded, forget_plans, topk
 from support.streams import Dangling, TritonGraph
 
 from v2drop_kernels.backends import tables
 from v2drop_kernels.core.plan import CuPlan
 
-pytestmark = pytest.mark.backends("triton")
+pytestmark = pytest.mark.interpreter
 
 OTHER_PLANS, REPLAYS = 10_000, 4
 
 
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    forget_plans()
+
+
 @pytest.mark.parametrize("call", [drop_padded, drop_packed, topk])
-def test_replays_between_ten_thousand_plans(on, monkeypatch, call):
+def test_replays_between_ten_thousand_plans(monkeypatch, call):
     prev, cur = hidden_pair((B, N, D), torch.float32)
     graph = TritonGraph(monkeypatch)
     call(0, prev, cur, "triton")  # the plan of the graph is kept from an eager call before
@@ -41,7 +48,7 @@ def test_replays_between_ten_thousand_plans(on, monkeypatch, call):
         same(list(got), list(call(0, prev, cur, "reference")))
 
 
-def test_budgets_of_offsets_on_the_device(on, monkeypatch):
+def test_budgets_of_offsets_on_the_device(monkeypatch):
     """The budgets of a plan whose lengths only the device knows: written by the graph, while other budgets pass."""
     graph = TritonGraph(monkeypatch)
     upload, device = graph.launch.upload, torch.device("cpu")
@@ -57,7 +64,7 @@ def test_budgets_of_offsets_on_the_device(on, monkeypatch):
     assert got.tolist() == [1, 2, 3]
 
 
-def test_a_kept_table_would_be_noticed(on, monkeypatch):
+def test_a_kept_table_would_be_noticed(monkeypatch):
     """A test of the test: a graph that uses a table from before the capture fails after other plans."""
     prev, cur = hidden_pair((B, N, D), torch.float32)
     graph = TritonGraph(monkeypatch)
