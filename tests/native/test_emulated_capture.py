@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.cases import METRICS, every_op, hidden_pair, same
 from support.ragged import B, D, N, drop_packed, drop_padded, forget_plans, topk
-from support.streams import Pool
+from support.streams import Pool, take_for_eager
 
 from v2drop_kernels import native as library
 from v2drop_kernels.backends import native, tables
@@ -35,6 +35,7 @@ def emulator():
 
 def captured(emulator, monkeypatch, pool, call):
     with monkeypatch.context() as patch, pool:
+        take_for_eager(patch)
         patch.setattr(tables, "is_capturing", lambda device: True)
         emulator.v2drop_emulate_begin_capture()
         result = call()
