@@ -1,4 +1,4 @@
-"""Build the sdist and, from it, one manylinux wheel per Python; check the platform tag and that each wheel can be imported.
+"""Build the sdist and, from it, one manylinux wheel per Python; check the platform tag, and run one drop with each wheel.
 
     python tools/make_wheels.py                          the wheel of this Python
     python tools/make_wheels.py python3.10 python3.13    those of other Pythons, which need pip and venv
@@ -24,12 +24,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SMOKE = """
+IMPORT = """
 import v2drop_kernels as vk
 from v2drop_kernels import _C
 
 print(f"version {_C.version()}, instruction set {_C.isa()}, CUDA kernels for {_C.cuda_archs() or 'no architecture'}")
 assert _C.version() == vk.__version__, (_C.version(), vk.__version__)
+"""
+DROP = """
+import importlib.util
+import numpy as np
+import v2drop_kernels.array as va
+
+assert importlib.util.find_spec("torch") is None
+hidden = np.arange(36, dtype=np.float32).reshape(1, 9, 4)
+dropped = va.drop_tokens(np.zeros_like(hidden), hidden, 2, droppable=(1, 7))
+assert np.array_equal(dropped.hidden, hidden[:, [0, 5, 6, 7, 8]]), dropped
+print(f"one drop with NumPy {np.__version__}, without torch")
 """
 
 
@@ -60,14 +71,21 @@ def newest(folder: Path, pattern: str) -> Path:
 
 
 def smoke(python: str, wheel: Path) -> str:
-    """Import the native module of the wheel in a new environment that holds nothing else, with no command on PATH."""
+    """Use the wheel in a new environment, with no command on PATH: import it with nothing else installed, then drop with NumPy.
+
+    NumPy comes from the package index; torch, which is large, is not installed: tests/tools/test_wheel.py runs a drop with it.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         environment = Path(scratch, "env")
         run(python, "-m", "venv", "--without-pip", environment)
         inside = environment / "bin" / "python"
         site = run(inside, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip()
-        run(python, "-m", "pip", "install", "--no-index", "--no-deps", "--disable-pip-version-check", "--target", site, wheel)
-        return run(inside, "-I", "-c", SMOKE, env={"PATH": scratch}, cwd=scratch).strip()
+        install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--target", site]
+        use = lambda script: run(inside, "-I", "-c", script, env={"PATH": scratch}, cwd=scratch).strip()
+        run(*install, "--no-index", "--no-deps", wheel)
+        said = use(IMPORT)
+        run(*install, "--only-binary=:all:", "numpy>=1.26")
+        return f"{said}; {use(DROP)}"
 
 
 def main() -> None:
@@ -117,7 +135,7 @@ def main() -> None:
             found = re.search(r'consistent with the following platform tag: "(manylinux_\w+)"', shown)
             if not found or found[1] not in wheel.name:
                 sys.exit(f"make_wheels: auditwheel does not confirm the platform tag of {wheel.name}: {shown}")
-        with step(f"{name}: import where nothing else is installed"):
+        with step(f"{name}: import and one drop in an empty environment"):
             print(smoke(python, wheel))
         made.append(wheel)
     for path in made:
