@@ -115,3 +115,26 @@ def test_uploads_of_any_length(emulator, count, dtype):
     got = native.upload(values, torch.device("cpu"), dtype)
     assert emulator.v2drop_emulate_launches() - before == -(-count // 1024)
     assert torch.equal(got, torch.tensor(values, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_upload_on_the_cpu(dtype):
+    out = torch.empty(3, dtype=dtype)
+    library.lib().upload(native.view(torch.tensor([1, -2, 3])), native.view(out), library.cpu_context(1))
+    assert out.tolist() == [1, -2, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "to", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), "values: must have dtype int64"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(3), "to: must be int64 or int32"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int32), "to: has 4 elements, not 3"),
+        (torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int32), "to: has 1 dimensions and values has 2"),
+        (torch.zeros(6, dtype=torch.int64)[::2], torch.zeros(3, dtype=torch.int32), "values: must be contiguous"),
+    ],
+)
+def test_errors_of_an_upload(values, to, message):
+    for context in (library.cpu_context(1), library.cuda_context(0)):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            library.lib().upload(native.view(values), native.view(to), context)
