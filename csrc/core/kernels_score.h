@@ -5,6 +5,8 @@
 #ifndef V2DROP_CORE_KERNELS_SCORE_H_
 #define V2DROP_CORE_KERNELS_SCORE_H_
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace v2drop {
@@ -72,35 +74,90 @@ struct L1 {
   F32 to_prev(F32 x, F32 y) const { return -to_cur(x, y); }
 };
 
-// 1 - cos from |x|^2, |y|^2 and |x - y|^2: for nearly parallel rows 1 - x.y/(|x||y|) would cancel, |x - y|^2 does not.
+// 1 - cos, in double: in float the sums overflow beyond 1.8e19 and vanish below 1e-19, and differences of norms that are not alike cancel.
 template <class R>
-struct Cosine {
-  static constexpr int kSums = 3;
-  static void terms(F32 x, F32 y, F32 (&term)[kSums]) {
-    const F32 d = y - x;
-    term[0] = x * x;
-    term[1] = y * y;
-    term[2] = d * d;
-  }
-  static float score(const float (&sums)[kSums]) {
-    if (sums[0] == 0 || sums[1] == 0) return 1.0f;
-    const float a = __builtin_sqrtf(sums[0]), b = __builtin_sqrtf(sums[1]), gap = a - b;
-    const float rest = sums[2] - gap * gap;
-    return (rest < 0 ? 0.0f : rest) / (2 * a * b);  // NaN passes
-  }
+struct Cosine {};
 
-  // d(1 - cos)/dy = -(x / (|x||y|) - cos y / |y|^2), and the same with x and y exchanged.
-  F32 cross, own_cur, own_prev;
-  Cosine(float grad, const float (&sums)[kSums]) : cross(), own_cur(), own_prev() {
-    if (sums[0] == 0 || sums[1] == 0) return;
-    const float cosine = 1.0f - score(sums);
-    cross = splat(-grad / (__builtin_sqrtf(sums[0]) * __builtin_sqrtf(sums[1])));
-    own_cur = splat(grad * cosine / sums[1]);
-    own_prev = splat(grad * cosine / sums[0]);
+using F64 = double __attribute__((vector_size(kWidth * 8)));
+constexpr int kCosineLanes = 8;
+using Lanes = double __attribute__((vector_size(kCosineLanes * 8)));
+using Narrow = float __attribute__((vector_size(kCosineLanes * 4)));
+
+struct CosineSums {
+  double prev, cur, dot, change;  // |x|^2, |y|^2, x.y, |x - y|^2
+
+  double score() const {
+    if (prev == 0 || cur == 0) return 1;
+    const double a = __builtin_sqrt(prev), b = __builtin_sqrt(cur), gap = a - b;
+    // For nearly parallel rows of like norms 1 - x.y/(|x||y|) would cancel, |x - y|^2 does not; for others it is the other way round.
+    const double score = a <= 2 * b && b <= 2 * a ? (change - gap * gap) / (2 * a * b) : 1 - dot / (a * b);
+    return score < 0 ? 0 : score > 2 ? 2 : score;  // NaN passes
   }
-  F32 to_cur(F32 x, F32 y) const { return cross * x + own_cur * y; }
-  F32 to_prev(F32 x, F32 y) const { return cross * y + own_prev * x; }
 };
+
+// d(1 - cos)/dy = -(x / (|x||y|) - cos y / |y|^2), and the same with x and y exchanged.
+struct CosineGradient {
+  double cross = 0, own_prev = 0, own_cur = 0;
+
+  CosineGradient(float grad, const CosineSums& sums) {
+    if (sums.prev == 0 || sums.cur == 0) return;
+    const double cosine = 1 - sums.score();
+    cross = -grad / (__builtin_sqrt(sums.prev) * __builtin_sqrt(sums.cur));
+    own_cur = grad * cosine / sums.cur;
+    own_prev = grad * cosine / sums.prev;
+  }
+  static F32 mix(double cross, F32 other, double own, F32 mine) {
+    return __builtin_convertvector(__builtin_convertvector(other, F64) * cross + __builtin_convertvector(mine, F64) * own, F32);
+  }
+  F32 to_cur(F32 x, F32 y) const { return mix(cross, x, own_cur, y); }
+  F32 to_prev(F32 x, F32 y) const { return mix(cross, y, own_prev, x); }
+};
+
+inline double total(const Lanes& lanes) {
+  double v[kCosineLanes];
+  std::memcpy(v, &lanes, sizeof v);
+  for (int half = kCosineLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+template <class T>
+inline CosineSums cosine_sums(const typename T::Element* x, const typename T::Element* y, int64_t dim) {
+  using Element = typename T::Element;
+  Lanes prev = {}, cur = {}, dot = {}, change = {};
+  for (int64_t j = 0; j < dim; j += kLanes) {
+    uint32_t u[kLanes], v[kLanes];
+    if (j + kLanes <= dim) {
+      T::widen(x + j, u);
+      T::widen(y + j, v);
+    } else {  // the rest, padded with zeros: they add nothing to any sum
+      Element x_rest[kLanes] = {}, y_rest[kLanes] = {};
+      std::memcpy(x_rest, x + j, static_cast<size_t>(dim - j) * sizeof(Element));
+      std::memcpy(y_rest, y + j, static_cast<size_t>(dim - j) * sizeof(Element));
+      T::widen(x_rest, u);
+      T::widen(y_rest, v);
+    }
+    for (int i = 0; i < kLanes; i += kCosineLanes) {
+      Narrow p, q;
+      std::memcpy(&p, u + i, sizeof p);
+      std::memcpy(&q, v + i, sizeof q);
+      const Lanes a = __builtin_convertvector(p, Lanes), b = __builtin_convertvector(q, Lanes), d = b - a;
+      prev += a * a;  // products of floats are exact in double
+      cur += b * b;
+      dot += a * b;
+      change += d * d;
+    }
+  }
+  return {total(prev), total(cur), total(dot), total(change)};
+}
+
+template <class T, class R>
+float cosine_row(const void* prev, const void* cur, int64_t dim) {
+  using Element = typename T::Element;
+  const CosineSums sums = cosine_sums<T>(static_cast<const Element*>(prev), static_cast<const Element*>(cur), dim);
+  return round_one<R>(static_cast<float>(sums.score()));
+}
 
 template <class M, class T>
 inline void add_block(Sum (&sums)[M::kSums], const typename T::Element* x, const typename T::Element* y) {
@@ -137,9 +194,13 @@ inline void sum_row(const typename T::Element* x, const typename T::Element* y, 
 template <template <class> class Metric, class T, class R>
 float score_row(const void* prev, const void* cur, int64_t dim) {
   using M = Metric<R>;
-  float sums[M::kSums];
-  sum_row<M, T>(static_cast<const typename T::Element*>(prev), static_cast<const typename T::Element*>(cur), dim, sums);
-  return round_one<R>(M::score(sums));
+  if constexpr (std::is_same_v<M, Cosine<R>>)
+    return cosine_row<T, R>(prev, cur, dim);
+  else {
+    float sums[M::kSums];
+    sum_row<M, T>(static_cast<const typename T::Element*>(prev), static_cast<const typename T::Element*>(cur), dim, sums);
+    return round_one<R>(M::score(sums));
+  }
 }
 
 template <class M, class T>
@@ -159,19 +220,26 @@ void backward_row(float grad, const void* prev, const void* cur, void* grad_prev
   using Element = typename T::Element;
   const Element *x = static_cast<const Element*>(prev), *y = static_cast<const Element*>(cur);
   Element *to_x = static_cast<Element*>(grad_prev), *to_y = static_cast<Element*>(grad_cur);
-  float sums[M::kSums];
-  sum_row<M, T>(x, y, dim, sums);
-  const M row(grad, sums);
+  const auto row = [&] {
+    if constexpr (std::is_same_v<M, Cosine<Float32>>) {
+      return CosineGradient(grad, cosine_sums<T>(x, y, dim));
+    } else {
+      float sums[M::kSums];
+      sum_row<M, T>(x, y, dim, sums);
+      return M(grad, sums);
+    }
+  }();
+  using Row = decltype(row);
   int64_t j = 0;
   for (; j + kLanes <= dim; j += kLanes) {  // the second read of the row: it is still in the cache
-    backward_block<M, T>(row, x + j, y + j, to_x ? to_x + j : nullptr, to_y ? to_y + j : nullptr);
+    backward_block<Row, T>(row, x + j, y + j, to_x ? to_x + j : nullptr, to_y ? to_y + j : nullptr);
   }
   if (j < dim) {
     Element x_rest[kLanes] = {}, y_rest[kLanes] = {}, to_x_rest[kLanes], to_y_rest[kLanes];
     const size_t bytes = static_cast<size_t>(dim - j) * sizeof(Element);
     std::memcpy(x_rest, x + j, bytes);
     std::memcpy(y_rest, y + j, bytes);
-    backward_block<M, T>(row, x_rest, y_rest, to_x_rest, to_y_rest);
+    backward_block<Row, T>(row, x_rest, y_rest, to_x_rest, to_y_rest);
     if (to_x) std::memcpy(to_x + j, to_x_rest, bytes);
     if (to_y) std::memcpy(to_y + j, to_y_rest, bytes);
   }

@@ -174,3 +174,36 @@ def test_variation_score_of_float32_agrees_with_the_reference(on):
     for D in range(34):
         prev, cur = hidden_pair((1, 2, D), torch.float32)
         same(score(on, prev, cur), vk.reference.variation_score(prev, cur))
+
+
+def exact_cosine(prev, cur):
+    """1 - cos of float64 rows from their unit vectors, which cancels nowhere, and its two gradients."""
+    a, b = prev.double(), cur.double()
+    long_a, long_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    u, v = a / long_a, b / long_b
+    score = (u - v).square().sum(-1) / 2
+    cosine = 1 - score[..., None]
+    return score, -(v - cosine * u) / long_a, -(u - cosine * v) / long_b
+
+
+@pytest.mark.backends("reference", "cpu")
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1.0, 1e19, 1e24])
+@pytest.mark.parametrize("ratio", [1, 2, 100, 1e4, 1e6])
+@pytest.mark.parametrize("dim", [1, 3, 63, 577])
+def test_cosine_of_any_norms(on, dim, ratio, size):
+    """In float32 it cancelled where norms differ: 1.6e-3 at a ratio of 1e4, 2.003 for opposite rows; beyond 1.8e19 it was NaN.
+
+    8 units in the last place of the score, and of the largest element of a gradient row.
+    """
+    ulp = 2.0**-23
+    for near in (1.0, 1e-2):  # rows in any direction, and nearly parallel ones
+        prev = normal((2, 5, dim), torch.float32, "p", dim) * size
+        cur = (normal((2, 5, dim), torch.float32, "c", dim) * near * size + (prev if near < 1 else 0)) * ratio
+        a, b = prev.clone().requires_grad_(), cur.clone().requires_grad_()
+        got = vk.variation_score(a, b, metric="cosine", backend=on.backend)
+        gradients = torch.autograd.grad(got.sum(), (a, b))
+        score, *wanted = exact_cosine(prev, cur)
+        assert ((got.double() - score).abs() <= 8 * ulp * score + 1e-15).all()
+        for grad, want, of in zip(gradients, wanted, (prev, cur), strict=True):
+            noise = 1e-15 / of.double().norm(dim=-1)  # rounding in float64, where the exact gradient is 0
+            assert ((grad.double() - want).abs().amax(-1) <= 8 * ulp * want.abs().amax(-1) + noise).all()

@@ -54,7 +54,8 @@ def variation_score(
 
     Notes
     -----
-    Accumulates in float32 in an order that depends on the backend, never on the thread count or the batch. Differentiable
+    Accumulates in float32 (cosine on the CPU in float64) in an order that depends on the backend, never on the thread count or the
+    batch. The GPU kernels sum cosine in float32: its error is about 1.6e-7 times the ratio of the norms. Differentiable
     in both hidden states; the subgradient at score 0 is 0. Equivalent plain torch:
     ``torch.linalg.vector_norm(h_cur.float() - h_prev.float(), dim=-1)``.
 
