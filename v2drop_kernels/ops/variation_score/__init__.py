@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...backends import repeated
 from ...backends.choice import resolve_backend
 from ...backends.requests import Source
 from ...core import arguments
@@ -68,10 +69,14 @@ def variation_score(
     >>> variation_score(torch.zeros(1, 2, 4), torch.ones(1, 2, 4))
     tensor([[2., 2.]])
     """
+    earlier = repeated.look_up(OP, (), (h_prev, h_cur), 0, None, backend, cu_seqlens is None, metric, score_dtype)
+    if earlier[2] is not None:
+        return earlier[2].runner.run(Source(None, h_prev, h_cur, None, metric, score_dtype))
     arguments.pair(h_prev, h_cur, None if cu_seqlens is None else True)
     arguments.score_options(metric, score_dtype)
     runner = resolve_backend(OP, h_cur, backend)
     if not runner.traced:
         h_prev, h_cur = arguments.settled(h_prev), arguments.settled(h_cur)
+    repeated.remember(earlier, runner, None)
     request = Source(None, h_prev, h_cur, None, metric, score_dtype)
     return differentiable(OP, runner, request, backward_by(runner.name))
