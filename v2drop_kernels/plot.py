@@ -228,7 +228,7 @@ def _pixels(image: Any) -> np.ndarray[Any, Any]:
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype.kind not in "uf":
         raise ValueError(f"image must be [H, W, 3], uint8 or float, got {pixels.dtype} of shape {pixels.shape}")
-    return pixels / 255.0 if pixels.dtype.kind == "u" else pixels.clip(0.0, 1.0)
+    return pixels / float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else pixels.clip(0.0, 1.0)
 
 
 def _stages(kept: Any) -> list[list[int]]:

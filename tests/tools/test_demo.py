@@ -225,3 +225,12 @@ def test_matplotlib_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'v2drop-kernels\[plot\]'"):
         plot.kept(np.zeros((24, 24, 3)), [0])
+
+
+def test_a_fifo_is_refused(tmp_path):
+    """Opening it waited for ever."""
+    from v2drop_kernels.cli.demo import DemoError, load_image
+
+    os.mkfifo(tmp_path / "picture.png")
+    with pytest.raises(DemoError, match="it is not a file"):
+        load_image(str(tmp_path / "picture.png"))

@@ -151,3 +151,10 @@ def test_matplotlib_is_named_with_its_extra(monkeypatch):
 def test_pictures_need_no_display():
     """pyplot, which chooses a window system, is never imported."""
     assert "pyplot" not in Path(plot.__file__).read_text()
+
+
+def test_pictures_of_16_bits_are_not_white():
+    from v2drop_kernels.plot import _pixels
+
+    assert _pixels(np.full((1, 1, 3), 32768, np.uint16)).max() == 32768 / 65535
+    assert _pixels(np.full((1, 1, 3), 128, np.uint8)).max() == 128 / 255

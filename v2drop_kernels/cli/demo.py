@@ -209,6 +209,8 @@ def load_image(source: str) -> tuple[str, Tensor]:
         raise DemoError(f"cannot read {path}: it is a directory")
     if not path.exists():
         raise DemoError(f"cannot read {path}: no such file")
+    if not path.is_file():  # opening a FIFO would wait for its other end
+        raise DemoError(f"cannot read {path}: it is not a file")
     try:
         with Image.open(path) as opened:
             photo = ImageOps.exif_transpose(opened).convert("RGB")
