@@ -27,6 +27,7 @@ WARPS, HELD = 16, 16  # kSelectThreads / 32 and kHeldOrdinals of csrc/core/tunin
 H200 = {
     "ghz": 1.98,  # boost clock, NVIDIA's data sheet
     "sms": 132,
+    "copy_bytes_per_s": 4.3e12,  # read and written, measured by others
     # Warp instructions that an SM can start in a cycle: results a cycle of compute capability 9.0 in the CUDA programming guide,
     # by 32; shared atomics at half the rate of loads, for conflicts of banks, is an estimate.
     "rates": {"issue": 4.0, "alu": 2.0, "fma": 2.0, "xu": 0.5, "redux": 0.5, "lsu": 1.0, "atoms": 0.5, "global": 1.0},
@@ -259,6 +260,30 @@ def predict(found: dict[str, Any], team: str, n: int, gpu: dict[str, Any] = H200
     return cycles / gpu["ghz"] / 1000 + meetings * gpu["grid_us"]
 
 
+# --- an item of the gather (csrc/core/gather_cuda.cuh)
+
+
+ITEM_BYTES, ITEM_WARPS = 16 << 10, 8  # kItemBytes of csrc/core/tuning_cuda.h, kThreads / 32
+
+
+def gather_item(code: list[Instruction], gpu: dict[str, Any] = H200) -> dict[str, Any]:
+    """What a thread does for 16 KB of one tensor, at the most: to find the item, and to move it by 16 bytes at a time.
+
+    ``issue_cycles`` is what an SM needs to start these instructions, ``memory_cycles`` what its share of the bandwidth needs.
+    """
+    every = loops(code)
+    moves = [x for x in innermost(every) if any(i.opcode.startswith("STG") for i in body(code, x))]
+    (wide,) = [x for x in moves if any(i.opcode.endswith(".128") for i in body(code, x))]
+    items = next(x for x in every if all(x.first <= y.first and y.last <= x.last for y in moves))
+    found = len(body(code, items, [x for x in moves if x != wide]))
+    return {
+        "instructions": found,
+        "loads_in_flight": loads_in_flight(body(code, wide)),
+        "issue_cycles": round(found * ITEM_WARPS / gpu["rates"]["issue"]),
+        "memory_cycles": round(2 * ITEM_BYTES / (gpu["copy_bytes_per_s"] / gpu["sms"] / gpu["ghz"] / 1e9)),
+    }
+
+
 TEAMS = ("OneBlock", "ClusterOfBlocks", "GridOfBlocks")
 
 
@@ -267,7 +292,7 @@ def selections(cubin: Path) -> dict[str, dict[str, Any]]:
     return {team: phases(next(c for name, c in code.items() if "select_team_kernel" in name and team in name)) for team in TEAMS}
 
 
-def report(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def report(found: dict[str, dict[str, Any]], gather: Path) -> dict[str, Any]:
     sizes = (2304, 6272, 16384, 65536, 262144)
     us = {team: {str(n): round(predict(x, team, n), 2) for n in sizes} for team, x in found.items()}
     worst = {team: {str(n): round(predict(x, team, n, passes=4), 2) for n in sizes} for team, x in found.items()}
@@ -281,7 +306,14 @@ def report(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "counts": found,
         "predicted_us": us,
         "predicted_us_four_passes": worst,
+        "gather_item": gather_item(next(code for name, code in kernels(gather).items() if "13gather_kernel" in name)),
     }
+
+
+def of_sources() -> dict[str, Any]:
+    """The report on this checkout."""
+    select, gather = (compile_source(ROOT / "csrc/core" / name) for name in ("select_segments_cuda.cu", "compact_cuda.cu"))
+    return report(selections(select), gather)
 
 
 def show(cubin: Path, kernel: str) -> None:
@@ -304,7 +336,7 @@ def main() -> None:
     if options.cubin:
         show(options.cubin, options.kernel)
         return
-    made = report(selections(compile_source(ROOT / "csrc/core/select_segments_cuda.cu")))
+    made = of_sources()
     for team, found in made["counts"].items():
         print(team)
         for name in ("range", "bins", "count", "place"):
@@ -314,6 +346,7 @@ def main() -> None:
                 print(f"  {name:6} {counted}: {x['per_key']}")
         print(f"  a pass around its loop: {found['pass_overhead']}")
         print(f"  predicted us on an H200, 3 passes: {made['predicted_us'][team]}; 4: {made['predicted_us_four_passes'][team]}")
+    print(f"16 KB of a gather: {made['gather_item']}")
     options.out.write_text(json.dumps(made, indent=1) + "\n")
 
 

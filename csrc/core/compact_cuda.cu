@@ -107,6 +107,17 @@ __global__ void __launch_bounds__(kThreads) move_to_front_kernel(const __grid_co
   }
 }
 
+// Cuts the rows of a class into pieces of at most so many bytes, or one access where that is more.
+void cut_rows(CopyClass& c, int64_t bytes) {
+  const int64_t most = std::clamp<int64_t>(bytes / c.vec_bytes, 1, kThreads), pieces = (c.row_vecs + most - 1) / most;
+  if (pieces * c.planes > INT32_MAX) fail("gathers: one has more than 2^31 pieces");
+  c.pieces = static_cast<int32_t>(pieces);
+  c.piece_vecs = static_cast<int32_t>((c.row_vecs + pieces - 1) / pieces);
+  c.log_lanes = 0;
+  while (1 << c.log_lanes < std::min(c.piece_vecs, kThreads)) ++c.log_lanes;
+  c.weight = std::max<int64_t>(64, static_cast<int64_t>(c.piece_vecs) * c.vec_bytes);  // an item is not free, however narrow
+}
+
 // The class of a copy, without what depends on its neighbours. Each thread makes at most one access to a row of a piece.
 CopyClass class_of(const Copy& copy) {
   CopyClass c;
@@ -133,34 +144,52 @@ CopyClass class_of(const Copy& copy) {
   c.src_rows = static_cast<int32_t>(copy.src_rows);
   c.vec_bytes = static_cast<int32_t>(bits & -bits);
   c.row_vecs = copy.inner / c.vec_bytes;
-  const int64_t pieces = (c.row_vecs + kThreads - 1) / kThreads;
-  if (pieces * planes > INT32_MAX) fail("gathers: one has more than 2^31 pieces");
-  c.pieces = static_cast<int32_t>(pieces);
-  c.piece_vecs = static_cast<int32_t>((c.row_vecs + pieces - 1) / pieces);
-  while (1 << c.log_lanes < std::min(c.piece_vecs, kThreads)) ++c.log_lanes;
-  c.weight = std::max<int64_t>(64, static_cast<int64_t>(c.piece_vecs) * c.vec_bytes);  // an item is not free, however narrow
+  cut_rows(c, int64_t{16} * kThreads);
   std::memcpy(c.fill, copy.fill, sizeof c.fill);
   return c;
 }
 
-// How the launch is cut into blocks: large ones share an index load (and a select) among many bytes, many ones fill the GPU.
+int32_t count_items(const CopyClass& c, int64_t tensors) {
+  const int64_t items = tensors * c.planes * c.pieces;
+  if (items > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
+  return static_cast<int32_t>(items);
+}
+
+// How the launch is cut into blocks: large ones share an index load (and a select) among many bytes, many ones fill the GPU. An item is
+// some 16 KB of one tensor, so that what it takes to find it, and the latency of its loads, are spread over four loads of every thread:
+// many rows where those that make up most of the bytes are narrow, and then narrow pieces of the wider ones.
 void cut_into_blocks(CopyBatch& work) {
-  int64_t row_bytes = 0, widest = 0;
+  int64_t row_bytes = 0, most = 0, width = 0;
+  for (int n = 0; n < work.n_classes; ++n) {
+    const CopyClass& c = work.classes[n];
+    const int64_t bytes = c.items * c.weight;
+    row_bytes += bytes;
+    if (bytes > most) most = bytes, width = c.weight;
+  }
+  const int64_t total = work.batch * work.out_rows * row_bytes;
+  const int64_t bytes = std::clamp(total / (kBlocksPerSm * current_device().sms), kGatherBytesMin, kGatherBytes);
+  int rows = 1;
+  while (2 * rows <= kTileRows && rows < work.out_rows &&
+         (2 * rows * width <= std::min(bytes, kItemBytes) || 2 * rows * row_bytes <= bytes)) {
+    rows *= 2;
+  }
+  set_tile_rows(work, rows);
+  set_tile_rows(work, static_cast<int>((work.out_rows + work.tiles - 1) / work.tiles));  // as many tiles, all alike
+
+  int64_t widest = 0;
+  row_bytes = 0;
   for (int n = 0; n < work.n_classes; ++n) {
     CopyClass& c = work.classes[n];
+    const int64_t tensors = c.items / (c.planes * c.pieces);
+    cut_rows(c, std::clamp<int64_t>(kItemBytes / work.tile_rows, kPieceBytesMin, int64_t{16} * kThreads));
+    c.items = count_items(c, tensors);
     c.begin = row_bytes;
     row_bytes += c.items * c.weight;
     widest = std::max(widest, c.weight);
   }
-  const int64_t total = work.batch * work.out_rows * row_bytes;
-  const int64_t bytes = std::clamp(total / (kBlocksPerSm * current_device().sms), kGatherBytesMin, kGatherBytes);
-  // Rows rather than columns: a thread has them in flight together. A share is whole items, or some blocks would have two and others none.
-  const int64_t narrow = std::min<int64_t>(row_bytes, 16 * kThreads / widest * widest);
-  int rows = 1;
-  while (2 * rows <= kTileRows && 2 * rows * narrow <= bytes && rows < work.out_rows) rows *= 2;
-  work.share = std::max(narrow, bytes / rows / narrow * narrow);
+  // A share is whole items, or some blocks would have two and others none.
+  work.share = std::max(widest, bytes / work.tile_rows / widest * widest);
   work.shares = (row_bytes + work.share - 1) / work.share;
-  set_tile_rows(work, rows);
 }
 
 std::vector<CopyBatch> group_by_class(const std::vector<Copy>& copies, const Keep& keep) {
@@ -193,9 +222,7 @@ std::vector<CopyBatch> group_by_class(const std::vector<Copy>& copies, const Kee
       for (; done < group.copies.size() && used < kTensorsPerLaunch; ++done) {
         work.tensors[used++] = {group.copies[done]->src, group.copies[done]->dst};
       }
-      const int64_t items = static_cast<int64_t>(used - c.first_tensor) * c.planes * c.pieces;
-      if (items > INT32_MAX) fail("gathers: need more than 2^31 pieces in one launch");
-      c.items = static_cast<int32_t>(items);
+      c.items = count_items(c, used - c.first_tensor);
     }
   }
   return launches;
@@ -213,6 +240,16 @@ std::vector<CopyBatch> plan_batches(const std::vector<Copy>& copies, const Keep&
 void set_tile_rows(CopyBatch& work, int rows) {
   work.tile_rows = rows;
   work.tiles = (work.out_rows + rows - 1) / rows;
+}
+
+void fit_into(CopyBatch& work, int64_t places) {
+  if (blocks_of(work) <= places) return;
+  const int64_t tiles = std::max<int64_t>(1, places / (work.batch * work.shares));
+  set_tile_rows(work, static_cast<int>(std::min<int64_t>(kTileRows, (work.out_rows + tiles - 1) / tiles)));
+  if (blocks_of(work) <= places) return;
+  const int64_t shares = std::max<int64_t>(1, places / (work.batch * work.tiles)), together = (work.shares + shares - 1) / shares;
+  work.share *= together;
+  work.shares = (work.shares + together - 1) / together;
 }
 
 int64_t blocks_of(const CopyBatch& work) { return work.batch * work.tiles * work.shares; }

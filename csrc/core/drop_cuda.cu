@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
 template <class T>
 bool launch_cooperative(const Scored& scored, CopyBatch work, const Selection& selection, void* stream) {
   const int64_t resident = resident_blocks<drop_kernel<T>, kThreads>();
-  // A second tile would cost a block a second select: rather one of more rows.
-  while (blocks_of(work) > resident && work.tile_rows < kTileRows) set_tile_rows(work, 2 * work.tile_rows);
+  fit_into(work, resident);
   const int64_t tiles = blocks_of(work);
   if (tiles > resident) return false;
   const int groups = static_cast<int>(std::max<int64_t>(1, (score_blocks(scored, 1) + resident - 1) / resident));
@@ -127,11 +126,14 @@ void drop(const DropRequest& request, const v2drop_context& context) {
   const bool host_knows = !segments.cu_seqlens;
   const int32_t mode = context.launch_mode;
 
-  const std::vector<CopyBatch> batches = plan_batches(request.copies, keep);
+  std::vector<CopyBatch> batches = plan_batches(request.copies, keep);
   const int64_t max_n = host_knows ? segments.largest() : source.rows;
   const bool can_fuse = host_knows && max_n <= kFusedSelect && !batches.empty() && mode < V2DROP_LAUNCH_SEPARATE;
-  const bool few = can_fuse && segments.count * batches[0].tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
+  CopyBatch one_wave = {};
+  if (can_fuse) fit_into(one_wave = batches[0], resident_blocks<select_and_gather_kernel<true>, kThreads>());
+  const bool few = can_fuse && segments.count * one_wave.tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
   const bool fused = can_fuse && (few || mode != V2DROP_LAUNCH_AUTO);
+  if (fused) batches[0] = one_wave;
   if (keep.batch * keep.count == 0 && host_knows) return;
   if (segments.count == 0) {  // every row of the result is empty
     const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);

@@ -94,26 +94,30 @@ __device__ inline void move_tile(const CopyBatch& work, int64_t entry, int64_t f
 #pragma unroll 1
   for (int n = 0; n < work.n_classes; ++n) {
     const CopyClass& c = work.classes[n];
-    // The items that begin within the share.
+    // The items that begin within the share: the place of the first is found by division, those of the others by counting.
     int item = static_cast<int>(begin <= c.begin ? 0 : (begin - c.begin + c.weight - 1) / c.weight);
     const int last = static_cast<int>(end <= c.begin ? 0 : min(static_cast<int64_t>(c.items), (end - c.begin + c.weight - 1) / c.weight));
+    if (item >= last) continue;
+    int piece = item % c.pieces, plane = item / c.pieces % c.planes, tensor = c.first_tensor + item / c.pieces / c.planes;
 #pragma unroll 1
     for (; item < last; ++item) {
-      const int tensor = c.first_tensor + item / c.pieces / c.planes;
       const char* src = work.tensors[tensor].src + entry * c.src_batch;
       char* dst = work.tensors[tensor].dst + entry * c.dst_batch + first_row * c.dst_row;
-      int plane = item / c.pieces % c.planes;
-      for (int d = 0; d < c.n_dims; ++d) {
-        const int at = plane % c.dims[d].size;
-        plane /= c.dims[d].size;
+      for (int d = 0, rest = plane; d < c.n_dims; ++d) {
+        const int at = rest % c.dims[d].size;
+        rest /= c.dims[d].size;
         src += at * c.dims[d].src;
         dst += at * c.dims[d].dst;
       }
-      const int64_t first_vec = static_cast<int64_t>(item % c.pieces) * c.piece_vecs;
+      const int64_t first_vec = static_cast<int64_t>(piece) * c.piece_vecs;
       const int vecs = static_cast<int>(min(static_cast<int64_t>(c.piece_vecs), c.row_vecs - first_vec));
       src += first_vec * c.vec_bytes;
       dst += first_vec * c.vec_bytes;
       const int phase = static_cast<int>(first_vec % 16);
+      if (++piece == c.pieces) {
+        piece = 0;
+        if (++plane == c.planes) plane = 0, ++tensor;
+      }
       switch (c.vec_bytes) {
         case 16:
           move_piece<uint4>(c, src, dst, source, rows, phase, vecs);
@@ -203,6 +207,8 @@ __device__ void gather_tile(const CopyBatch& work, const Selection* selection, B
 std::vector<CopyBatch> plan_batches(const std::vector<Copy>& copies, const Keep& keep);
 int64_t blocks_of(const CopyBatch& work);
 void set_tile_rows(CopyBatch& work, int rows);  // at most kTileRows
+// Makes the blocks fewer and larger until they are at most `places`, where they can be: a second wave would repeat the select.
+void fit_into(CopyBatch& work, int64_t places);
 // Gathers by `keep` as it stands, from launch `first` on.
 void launch_gather(const std::vector<CopyBatch>& launches, size_t first, LaunchDependency dependency, void* stream);
 

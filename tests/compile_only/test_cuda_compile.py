@@ -209,13 +209,16 @@ def test_counts_of_the_selections():
         counter = importlib.import_module("sass_count")
     finally:
         sys.path.remove(str(ROOT / "tools"))
-    made = counter.report(counter.selections(counter.compile_source(ROOT / "csrc/core/select_segments_cuda.cu")))
+    made = counter.of_sources()
     most = {"range": 7, "bins": 10.5, "count": 8.5, "place": 40}
     for found in made["counts"].values():
         assert {name for name, bound in most.items() if name in found and found[name]["instructions_per_key"] > bound} == set()
         assert found["range"]["loads_in_flight"] >= 16
     assert min(made["predicted_us_four_passes"][team]["6272"] for team in ("OneBlock", "ClusterOfBlocks")) <= 6
     assert made["predicted_us_four_passes"]["ClusterOfBlocks"]["65536"] <= 12
+    item = made["gather_item"]
+    assert item["loads_in_flight"] == 4
+    assert item["issue_cycles"] < 0.8 * item["memory_cycles"]  # a gather is bound by memory
     committed = json.loads(counter.OUT.read_text())
     if committed["nvcc"] == made["nvcc"]:
         assert committed == made, "run tools/sass_count.py"

@@ -108,6 +108,43 @@ def test_little_scratch_memory_changes_no_bit_of_attention(on, heads, monkeypatc
     assert launches(started, lambda: same(attention(on, heads), want)) == 6
 
 
+@pytest.fixture(scope="module")
+def last_blocks():
+    """The blocks of the last kernel that was launched."""
+    count = ctypes.CDLL(str(Path(library.lib().__file__).parent / "libv2drop.so")).v2drop_emulate_last_blocks
+    count.restype = ctypes.c_int64
+    return count
+
+
+@pytest.mark.parametrize(("b", "n", "d", "k"), [(1, 576, 256, 500), (2, 300, 512, 144), (3, 200, 64, 200), (8, 144, 128, 100)])
+def test_blocks_that_select_run_at_once(on, last_blocks, b, n, d, k):
+    """The emulated GPU holds 8 blocks: a second wave of a fused gather would select once more."""
+    prev, cur = hidden_pair((b, n, d), torch.bfloat16)
+    want = vk.reference.drop_tokens(prev, cur, k)
+    blocks = {}
+    for mode in ("fused", "separate"):
+        with native.launch_mode(mode):
+            got = vk.drop_tokens(prev, cur, k, backend=on.backend)
+        same([got.keep, got.hidden], [want.keep, want.hidden])
+        blocks[mode] = last_blocks()
+    assert blocks["fused"] <= 8
+    assert blocks["separate"] >= blocks["fused"]
+
+
+@pytest.mark.parametrize(("tensors", "heads", "dim"), [(64, 2, 128), (64, 1, 64), (2, 8, 128), (1, 1, 4)])
+@pytest.mark.parametrize("wide", [0, 4096])
+def test_rows_of_all_widths_share_a_launch(on, last_blocks, tensors, heads, dim, wide):
+    """Many narrow tensors beside a wide one: items of about 16 KB, so at least 4 KB and at most 128 KB for a block on average."""
+    rows, k = 150, 97
+    kv = [random_bytes((1, heads, rows, dim), torch.bfloat16, i) for i in range(tensors)]
+    hidden = random_bytes((1, rows, wide), torch.bfloat16, "hidden")
+    keep = torch.arange(rows)[torch.arange(rows) % 3 > 0][None, :k]
+    got = vk.compact(keep, hidden, kv=kv, backend=on.backend)
+    same([got.hidden, *got.kv], [hidden[:, keep[0]], *(x[:, :, keep[0]] for x in kv)])
+    moved = 2 * k * (tensors * heads * dim + wide)
+    assert moved / (128 << 10) <= last_blocks() <= max(2, moved / (4 << 10))
+
+
 MODES = pytest.mark.parametrize("mode", ["cooperative", "fused", "separate"])
 IN_EVERY_ORDER = pytest.mark.parametrize("order", ["forward", "reverse", "7"])
 

@@ -174,7 +174,7 @@ struct Fiber {
 };
 
 std::mutex launching;
-std::atomic<int64_t> launched[3];  // by Launches
+std::atomic<int64_t> launched[3], last_blocks{0};  // by Launches
 thread_local cudaError_t last_error = cudaSuccess;
 
 struct {
@@ -617,6 +617,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(const void*)
   }
   grid = nullptr;
   ++launched[static_cast<size_t>(Launches::kAll)];
+  last_blocks = blocks;
   if (cluster) ++launched[static_cast<size_t>(Launches::kClusters)];
   if (cooperative) ++launched[static_cast<size_t>(Launches::kCooperative)];
   return cudaSuccess;
@@ -631,6 +632,7 @@ int64_t v2drop_emulate_end_capture() { return static_cast<int64_t>(emulate::end_
 void v2drop_emulate_replay() { emulate::replay(); }
 int32_t v2drop_emulate_holds(const void* memory, int64_t bytes) { return emulate::holds(memory, static_cast<size_t>(bytes)); }
 void v2drop_emulate_drop_capture() { emulate::drop_capture(); }
+int64_t v2drop_emulate_last_blocks() { return emulate::last_blocks.load(); }
 int64_t v2drop_emulate_cluster_launches() { return emulate::launches(emulate::Launches::kClusters); }
 int64_t v2drop_emulate_cooperative_launches() { return emulate::launches(emulate::Launches::kCooperative); }
 

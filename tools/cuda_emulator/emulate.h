@@ -73,6 +73,7 @@ void gives_back(const void* memory, size_t bytes);
 
 // The same for a test that loads the library.
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_launches(void);
+extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_last_blocks(void);  // of the last launch
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_cluster_launches(void);
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_cooperative_launches(void);
 extern "C" __attribute__((visibility("default"))) int64_t v2drop_emulate_synchronisations(void);
