@@ -17,6 +17,7 @@ from verify import same_scores
 import v2drop_kernels as vk
 
 WARPS = (1, 2, 4, 8, 16, 32)
+ONE_PROGRAM = 1 << 13  # a chunk that the select by many programs refuses
 Values = dict[str, int]
 Entries = dict[str, list[dict[str, Any]]]
 
@@ -31,6 +32,7 @@ def key_of(kind: str, case: Case) -> Values:
     return {
         "score": {"itemsize": itemsize, "d": case.d}, "select": {"n": n}, "fused": {"n": n},
         "gather": {"kept": power(case.batch * case.k)}, "launches": {"n": n, "batch": case.batch},
+        "wide": {"n": n, "batch": case.batch},
     }[kind]  # fmt: skip
 
 
@@ -50,6 +52,8 @@ def candidates_of(kind: str, case: Case) -> list[Values]:
         made = [{"num_warps": w} for w in threads(power(case.n))]
     elif kind == "gather":
         made = [{"rows": r, "programs": p, "items": i} for r in (8, 16, 32) for p, i in ((1024, 8), (2048, 4), (512, 16))]
+    elif kind == "wide":
+        made = [{"chunk": x} for x in (max(power(case.n) // share, 32) for share in (32, 64, 128, 256))] + [{"chunk": ONE_PROGRAM}]
     else:
         made = [{"launches": 2}, {"launches": 3}]
     rule = rule_of(kind, case)  # tried anyway; a second time it could win by noise
@@ -64,9 +68,10 @@ def rule_of(kind: str, case: Case) -> Values:
         found = {
             "score": configs.score_config(case.d, case.dtype.itemsize),
             "select": configs.select_blocks(case.n, False),
-            "fused": configs.fused_select_block(case.n, False)[1:],
+            "fused": configs.fused_select_block(case.n)[1:],
             "gather": (configs.gather_rows(case.batch, case.k), 1024, 8),
             "launches": (2 if configs.fuses_select(case.n, case.batch) else 3,),
+            "wide": (configs.wide_chunk(case.n, case.batch, case.n) or ONE_PROGRAM,),
         }[kind]
     return dict(zip(configs.KINDS[kind][1], found, strict=True))
 
@@ -118,8 +123,8 @@ def drop(case: Case, timer: HostTimer) -> tuple[list[Call], Any]:
     return bind(functools.partial(run_drop, case.k, "triton"), xs), kept(xs[0], EXACT)
 
 
-LAUNCHED = {"score": score, "select": select, "fused": drop, "gather": gather, "launches": drop}
-OPS = {"score": "score", "select": "select", "fused": "drop", "gather": "compact", "launches": "drop"}
+LAUNCHED = {"score": score, "select": select, "fused": drop, "gather": gather, "launches": drop, "wide": select}
+OPS = {"score": "score", "select": "select", "fused": "drop", "gather": "compact", "launches": "drop", "wide": "select"}
 
 
 def tried(kind: str, chosen: Entries, case: Case, timer: HostTimer) -> list[Candidate]:
@@ -132,6 +137,8 @@ def tried(kind: str, chosen: Entries, case: Case, timer: HostTimer) -> list[Cand
     calls, check = LAUNCHED[kind](case, timer)
     key = key_of(kind, case)
     fixed = {name: entries for name, entries in chosen.items() if name != kind}
+    if kind == "select":  # its sizes matter where one program selects
+        fixed["wide"] = [{"n": power(case.n), "batch": case.batch, "chunk": ONE_PROGRAM}]
     if kind == "fused":  # its sizes matter where two launches are made
         fixed["launches"] = [{"n": power(case.n), "batch": case.batch, "launches": 2}]
     made = [Candidate("triton", [functools.partial(under, fixed, call) for call in calls], check)]

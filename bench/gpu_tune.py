@@ -50,6 +50,7 @@ def sweeps() -> list[tuple[str, list[Case]]]:
         ("score", [case for case in SHAPES[:7] if case.d == 4096]),
         ("score", [case for case in SHAPES[:7] if case.d == 3584]),
         *(("select", [case for case in SHAPES if case.n == n]) for n in (576, 6272, 65536)),
+        *(("wide", [case]) for case in SHAPES if case.n > 2048),
         *(("fused", [case for case in few if case.n == n and case.batch < 32]) for n in (576, 6272)),
         *(("gather", cases) for cases in by_key("gather", SHAPES[:7])),
         *(("launches", [case]) for case in few),

@@ -9,7 +9,7 @@ import torch
 from support.cases import cross
 from support.compiled import SM90, SM100, SM120, Compiled, compile_for, every_target, hidden, recorded, specialize
 
-from v2drop_kernels.backends import launch
+from v2drop_kernels.backends import configs, launch
 from v2drop_kernels.backends.requests import (
     AttentionRequest,
     CompactBackwardRequest,
@@ -56,6 +56,8 @@ def has_pdl(compiled: Compiled) -> bool:
     return "griddepcontrol" in compiled.asm.get("ptx", "")
 
 
+WIDE = ["select_count_fwd", "select_split_fwd", "select_place_fwd"]  # the select by many programs per segment
+
 SCORES = [
     ("l2", 4096, torch.bfloat16, None),
     ("l2", 4096, torch.float32, None),
@@ -93,14 +95,16 @@ def test_variation_score(target, metric, d, dtype, score_dtype):
 def test_topk(target, n):
     with recorded(target) as launches:
         topk(TopKRequest(Source(torch.empty(1, n), None, None), uniform(n), None, "position"))
-    assert [x.name for x in launches] == ["select_fwd"]
-    compile_for(target, launches[0])
+    assert [x.name for x in launches] == (["select_fwd"] if n <= 4096 else WIDE)
+    for item in launches:
+        compile_for(target, item)
 
 
 @every_target
-@cross(kind=["uniform", "table", "cu"], n=[576, 4500, 20000], masked=[False, True], values=[False, True])
-def test_select(target, kind, n, masked, values):
+@cross(kind=["uniform", "table", "cu"], chunk=[0, 512], n=[576, 4500, 20000], masked=[False, True], values=[False, True])
+def test_select(target, kind, chunk, n, masked, values, monkeypatch):
     """Every form of the select: nothing spills, and a select that follows the score kernel reads nothing before its wait."""
+    monkeypatch.setattr(configs, "wide_chunk", lambda n, groups, longest: chunk)
     scores, mask, cu, new_cu = torch.empty(1, 2 * n), None, None, None
     plan = {"uniform": Plan(1, 2 * n, n // 4, 1, (3, n, 5, n // 4)), "table": table(2 * n)}.get(kind)
     if plan is None:
@@ -113,10 +117,28 @@ def test_select(target, kind, n, masked, values):
     with recorded(target) as launches:
         tables = launch.tables_of(plan, scores.device)
         launch_select(keep, chosen, new_cu, scores, mask, plan, cu, tables, force=not values, waits=waits, triggers=waits)
+    assert [x.name for x in launches] == (WIDE if chunk else ["select_fwd"])
     for item in launches:
         ptx = compile_for(target, item).asm.get("ptx", "")
         if waits:
             assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
+def test_many_programs_select_where_that_is_faster():
+    """By the model in configs.py: long segments of few items; a batch that fills the SMs has one program per segment."""
+    for n, batch, many in (
+        (2048, 1, False),
+        (2049, 1, False),
+        (6272, 1, True),
+        (6272, 8, True),
+        (65536, 1, True),
+        (6272, 512, False),
+    ):
+        assert bool(configs.wide_chunk(n, batch, n)) == many, (n, batch)
+    for n in (6272, 65536, 1 << 20):
+        chunk = configs.wide_chunk(n, 1, n)
+        assert chunk <= configs.WIDE_CHUNK_MAX < 1 << 15  # counts of 16 bits, in the sign's half too
+        assert n / chunk <= max(configs.WIDE_CHUNKS, n / configs.WIDE_CHUNK_MAX)
 
 
 @every_target
@@ -135,7 +157,7 @@ def test_topk_by_score_of_device_lengths(target):
 def test_drop(target, n, kv):
     with recorded(target) as launches:
         drop(n, everything(n) if kv else [GatherSpec(hidden(n), 0, 1)])
-    names = ["variation_score_fwd", "gather_fwd"] if n <= 2048 else ["variation_score_fwd", "select_fwd", "gather_fwd"]
+    names = ["variation_score_fwd", *([] if n <= 2048 else WIDE), "gather_fwd"]
     assert [x.name for x in launches] == names
     compiled = [compile_for(target, x) for x in launches]
     assert {has_pdl(x) for x in compiled} == {target in (SM90, SM100, SM120)}
@@ -157,7 +179,7 @@ def test_drop(target, n, kv):
 def test_drop_table_and_mask(target, n):
     with recorded(target) as launches:
         drop(n, [GatherSpec(hidden(n), 0, 1)], table(n), torch.empty(1, n, dtype=torch.bool))
-    assert len(launches) == (2 if n <= 2048 else 3)
+    assert len(launches) == {2048: 2, 8192: 3, 9000: 3, 20000: 5}[n]  # segments of half as many rows
     for item in launches:
         compile_for(target, item)
 

@@ -658,7 +658,7 @@ def test_a_dry_tuning_tries_and_checks_candidates_of_every_kind(modules: Any, tu
     assert {f.name for f in tuned.iterdir()} == {"results.csv", "tuned.json", "tune.md"}
     results = rows(tuned / "results.csv")
     tried = {row["group"].split()[1] for row in results if row["provider"].startswith("triton@") and row["check"] == "equal"}
-    assert tried == {"score", "select", "fused", "gather", "launches"}
+    assert tried == {"score", "select", "wide", "fused", "gather", "launches"}
     assert {row["check"] for row in results if not row["check"].startswith("missing")} == {"equal"}
     assert {row["mode"] for row in results if row["group"].startswith("versus")} == {"cold", "eager"}
     assert not any(row["mode"] == "eager" and row["provider"] == "triton-tuned" and row["median_us"] for row in results)
@@ -730,6 +730,7 @@ TABLE = {
     "fused": [{"n": 64, "num_warps": 2}],
     "gather": [{"kept": 64, "rows": 16, "programs": 4, "items": 2}],
     "launches": [{"n": 64, "batch": 3, "launches": 3}],
+    "wide": [{"n": 64, "batch": 3, "chunk": 32}],
 }
 
 
@@ -737,12 +738,13 @@ def test_a_table_is_read_for_its_device_and_by_exact_key(tmp_path: Path, monkeyp
     configs = importlib.import_module("v2drop_kernels.backends.configs")
     functions = {
         "score": lambda: configs.score_config(48, 4), "select": lambda: configs.select_blocks(50, False),
-        "fused": lambda: configs.fused_select_block(50, False), "rows": lambda: configs.gather_rows(3, 17),
+        "fused": lambda: configs.fused_select_block(50), "rows": lambda: configs.gather_rows(3, 17),
         "items": lambda: configs.gather_items(4, 3, 51), "launches": lambda: configs.fuses_select(50, 3),
+        "wide": lambda: configs.wide_chunk(50, 3, 50),
     }  # fmt: skip
     others = [
         lambda: configs.score_config(48, 2), lambda: configs.score_config(50, 4), lambda: configs.select_blocks(65, False),
-        lambda: configs.fused_select_block(50, True), lambda: configs.gather_rows(5, 13), lambda: configs.fuses_select(50, 2),
+        lambda: configs.fused_select_block(65), lambda: configs.gather_rows(5, 13), lambda: configs.fuses_select(50, 2),
     ]  # fmt: skip
     rule, elsewhere = {name: f() for name, f in functions.items()}, [f() for f in others]
     (tmp_path / "tuned.json").write_text(json.dumps({"devices": {"Some GPU": {"measured": {"date": "2026-01-02"}, **TABLE}}}))
@@ -757,7 +759,15 @@ def test_a_table_is_read_for_its_device_and_by_exact_key(tmp_path: Path, monkeyp
         if device == "Other GPU":
             assert found == rule
         else:
-            want = {"score": (4, 16, 8), "select": (128, 32, 4), "fused": (512, 2), "rows": 16, "items": 2, "launches": False}
+            want = {
+                "score": (4, 16, 8),
+                "select": (128, 32, 4),
+                "fused": (512, 2),
+                "rows": 16,
+                "items": 2,
+                "launches": False,
+                "wide": 32,
+            }
             assert found == want
             assert not set(found.items()) & set(rule.items())  # or this would prove nothing
     configs._shipped.cache_clear()
@@ -784,6 +794,7 @@ def test_the_shipped_table_is_in_order():
         ("fused", {"n": 16384}, "a select inside the gather holds at most 8192 keys"),
         ("launches", {"launches": 2, "n": 16384}, "a select inside the gather holds at most 8192 keys"),
         ("launches", {"launches": 1}, "launches must be 2 or 3, got 1"),
+        ("wide", {"chunk": 16}, "chunk must be at least 32, got 16"),
         ("gather", {"items": True}, "items must be an integer from 1 to 2147483648, got True"),
         ("gather", {"columns": 5}, "an entry of gather has kept, rows, programs, items, got kept, rows, programs, items, columns"),
         ("sort", {}, "there is no kernel 'sort', only score, select, fused, gather, launches"),

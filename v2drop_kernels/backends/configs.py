@@ -36,8 +36,21 @@ FUSED_KEYS_MAX = 8192
 SELECT_KEYS_MAX = 8192
 SELECT_BLOCK_MAX = 4096
 
+# Selection by many programs (ops/topk/triton_wide.py): thresholds of the first of its three launches; keys of a program, so that
+# a segment has at most 128 of them; and the largest chunk, whose counts fit 16 bits.
+WIDE_SAMPLES = 128
+WIDE_CHUNKS, WIDE_CHUNK_MIN, WIDE_CHUNK_MAX = 128, 2048 if INTERPRETED else 128, 4096
+
+# Which select: a model in microseconds on an H200, from counts of instructions (docs/backends.md), to be fitted to measurements.
+# One program per segment takes its keys at the rate of one SM. Many take three starts with what each hides nothing of, two of
+# them beside the launch that one program needs too; a time per program where an SM has several; and all keys at all SMs' rate.
+SELECT_ONE_US, SELECT_ONE_US_PER_KEY = 0.5, 1.3e-3
+SELECT_WIDE_US, SELECT_WIDE_US_PER_PROGRAM, SELECT_WIDE_US_PER_KEY = 5.0, 1.8, 1.6e-5
+
 # 16-byte loads per thread and tensor that the score kernel issues before it uses the first.
 SCORE_STEPS = 4
+
+SMS = 132  # of an H100 or H200
 
 # A piece of a gather: output rows times bytes of each. 8 KB are four 16-byte loads per thread at 4 warps, and what published row
 # gathers move per program and step (8 to 14 KB). Wide rows come by 8 x 1 KB. Where at least an eighth of the bytes lies in rows of
@@ -48,11 +61,8 @@ GATHER_ROWS, GATHER_NARROW_ROWS = (_INTERPRETED_ROWS, _INTERPRETED_ROWS) if INTE
 NARROW_BYTES, NARROW_SHARE = 256, 8
 
 # A gather that selects is one wave: each program repeats the select, and a second wave would pay it again. At most 128 registers
-# per thread leave room for 16 warps on each SM; an H100 or H200 has 132 SMs.
-FUSED_WARPS = 16 * 132
-
-# Keeping h_cur in L2 for the gather pays only where it fits beside what else is live: half of the 60 MB of an H100/H200.
-L2_RESIDENT_BYTES = 30 << 20
+# per thread leave room for 16 warps on each SM.
+FUSED_WARPS = 16 * SMS
 
 # 128 tensors (their addresses: 2 KB) stay well under the 4 KB of kernel parameters of CUDA drivers before 12.1.
 TENSORS_PER_LAUNCH = 128
@@ -81,14 +91,16 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fused": (("n",), ("num_warps",)),
     "gather": (("kept",), ("rows", "programs", "items")),
     "launches": (("n", "batch"), ("launches",)),
+    "wide": (("n", "batch"), ("chunk",)),
 }
 
 # 8192 keys in a block: the counts of a scan have 16 bits (select.kept_up_to). The others keep registers within reason.
 LIMITS = {
     "itemsize": 4, "d": 1 << 31, "n": 1 << 31, "kept": 1 << 31, "batch": 1 << 31, "rows": 256, "block_d": 8192, "num_warps": 32,
     "keys": 32768, "block": 8192, "programs": 1 << 31, "items": 1 << 31, "launches": 3,
+    "chunk": 1 << 31,
 }  # fmt: skip
-POWERS = {"itemsize", "n", "kept", "rows", "block_d", "num_warps", "keys", "block"}
+POWERS = {"itemsize", "n", "kept", "rows", "block_d", "num_warps", "keys", "block", "chunk"}
 
 Sizes = Mapping[tuple[Any, ...], tuple[int, ...]]  # (kind, *key) to values
 
@@ -121,6 +133,8 @@ def _wrong(kind: str, entry: Mapping[str, Any]) -> str | None:
             return f"{name} must be {'a power of two' if name in POWERS else 'an integer'} from 1 to {limit}, got {value!r}"
     if kind == "select" and entry["keys"] < 32 * entry["num_warps"]:
         return f"keys must be at least one per thread of {entry['num_warps']} warps, got {entry['keys']}"
+    if kind == "wide" and entry["chunk"] < 32:
+        return f"chunk must be at least 32, got {entry['chunk']}"
     if kind == "launches" and entry["launches"] < 2:
         return "launches must be 2 or 3, got 1"
     if (kind == "fused" or entry.get("launches") == 2) and entry["n"] > FUSED_KEYS_MAX:
@@ -195,15 +209,31 @@ def select_blocks(n: int, lean: bool) -> tuple[int, int, int]:
     return keys, block, min(block // 256, 8)
 
 
-def fused_select_block(n: int, masked: bool) -> tuple[int, int]:
-    """``(BLOCK, num_warps)`` of the select inside the gather kernel, in three variants: 8 keys per thread, 4 with a mask."""
+def wide_chunk(n: int, groups: int, longest: int) -> int:
+    """Keys of one program of the select by many programs per segment; 0 where one program per segment is faster.
+
+    ``n``: competing rows of a segment; ``longest``: what they can be at most, where only the device has the lengths. One program
+    per segment takes as long for a batch as for one segment, while there are SMs; many programs share all SMs among the segments.
+    """
+    if tuned := _entry("wide", next_power_of_2(n), groups):
+        return tuned[0] if tuned[0] <= WIDE_CHUNK_MAX else 0
+    chunk = min(max(next_power_of_2(-(-longest // WIDE_CHUNKS)), WIDE_CHUNK_MIN), WIDE_CHUNK_MAX)
+    while -(-n // chunk) * groups > 2 * SMS and chunk < WIDE_CHUNK_MAX:
+        chunk *= 2
+    many = SELECT_WIDE_US + SELECT_WIDE_US_PER_PROGRAM * max(-(-n // chunk) * groups / SMS, 1) + SELECT_WIDE_US_PER_KEY * n * groups
+    one = (SELECT_ONE_US + SELECT_ONE_US_PER_KEY * n) * -(-groups // SMS)
+    return chunk if n > FUSED_SELECT_MAX and many < one else 0
+
+
+def fused_select_block(n: int) -> tuple[int, int]:
+    """``(BLOCK, num_warps)`` of the select inside the gather kernel, in three variants: 8 keys per thread."""
     block = min(max(next_power_of_2(n), 512), FUSED_KEYS_MAX)
-    tuned = None if masked else _entry("fused", next_power_of_2(n))
-    return block, tuned[0] if tuned else min(max(4, block // (128 if masked else 256)), 32)
+    tuned = _entry("fused", next_power_of_2(n))
+    return block, tuned[0] if tuned else min(max(4, block // 256), 32)
 
 
 def fuses_select(n: int, batch: int) -> bool:
-    """Whether a drop of at most ``n`` competing rows a segment selects inside its gather: two launches instead of three."""
+    """Whether a drop of at most ``n`` competing rows a segment selects inside its gather: two launches, not three or five."""
     tuned = _entry("launches", next_power_of_2(n), batch)
     return tuned[0] == 2 if tuned else n <= FUSED_SELECT_MAX
 

@@ -18,15 +18,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ...backends import configs, launch, relaunch
-from ...backends.launch import COL_DST_START, TABLE_FIELDS, row_strides
+from ...backends.launch import COL_DST_START, TABLE_FIELDS
 from ...backends.launch import decode as _decode
 from ...backends.launch import plain as _plain
 from ...backends.requests import CompactBackwardRequest, CompactRequest, KnownGathers
 from ...backends.tables import Tables
 from ...core.plan import Plan
 from ...core.types import GatherSpec
-from ..topk.triton import segment
-from ..topk.triton_keys import kept_up_to, load_keys, threshold
+from ..topk.triton_keys import EXCLUDED, kept_up_to, threshold
+from ..topk.triton_segments import segment
 from ..variation_score.triton import segment_of
 
 _SURVIVOR = tl.constexpr(-2)  # a row whose source stands in keep
@@ -60,7 +60,7 @@ def _pick(addresses, which, FIRST: tl.constexpr, COUNT: tl.constexpr, BYTES: tl.
 
 @triton.jit
 def _select_rows(
-    keep, row, first_row, b, scores, mask, mask_b, mask_r, table, n_prefix, n, n_suffix, k, groups, rows, out_rows,
+    keep, row, first_row, b, all_keys, table, n_prefix, n, n_suffix, k, groups, rows, out_rows,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Source rows (-1: empty) of the output rows ``row`` of batch entry ``b``; they are written to ``keep`` as well.
@@ -83,10 +83,7 @@ def _select_rows(
             g, table, rows, out_rows, n_prefix, n, n_suffix, k
         )
         position = src_start - b * rows + g_prefix  # of the first competing row
-        g_mask = mask
-        if mask is not None:
-            g_mask = mask + b * mask_b + position * mask_r
-        keys = load_keys(scores + b * rows + position, 1, g_mask, mask_r, lanes, lanes < g_n, True)
+        keys = tl.load(all_keys + (b * rows + position) + lanes, mask=lanes < g_n, other=EXCLUDED)
         t, quota, _ = threshold(keys, g_k)
         kept, upto, _, _ = kept_up_to(keys, t, quota, quota * 0, quota * 0)
         first_kept = dst_start + pad_before + g_prefix
@@ -142,13 +139,12 @@ def _move_rows(
 
 
 @triton.jit(do_not_specialize=[
-    "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups", "tiles_per_batch", "tiles", "per_program",
+    "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups", "tiles_per_batch", "tiles", "per_program",
 ])  # fmt: skip
 def _gather_fwd_kernel(
     keep,  # [Bt, out_rows] int64: read, or if SELECT written
     addresses, facts,  # per tensor (source, destination); per class what _facts says
-    scores,  # float32 [Bt * rows]; from here to groups: SELECT only
-    mask, mask_b, mask_r,
+    all_keys,  # int32 [Bt * rows]; from here to groups: SELECT only
     table,  # [G, 8]; None for uniform plans
     n_prefix, n, n_suffix, k, groups,
     rows, out_rows, tiles_per_batch, tiles, per_program,
@@ -168,7 +164,7 @@ def _gather_fwd_kernel(
     if SELECT:
         # Every program repeats the select of its segment: cheaper than a launch in between, as long as the keys are few.
         source = _select_rows(
-            keep, row, first_row, b, scores, mask, mask_b, mask_r, table, n_prefix, n, n_suffix, k, groups, rows,
+            keep, row, first_row, b, all_keys, table, n_prefix, n, n_suffix, k, groups, rows,
             out_rows, ROWS, BLOCK, SEARCH_STEPS,
         )  # fmt: skip
     else:
@@ -368,8 +364,7 @@ def _facts(key: _Class, first_item: int, pieces: int, count: int) -> tuple[int, 
 class Selection(NamedTuple):
     """What a gather needs to select its rows itself."""
 
-    scores: torch.Tensor  # float32 [Bt * rows]
-    mask: torch.Tensor | None
+    keys: torch.Tensor  # int32 [Bt, rows]
     plan: Plan
     tables: Tables
 
@@ -397,13 +392,13 @@ def _launch_gather(
     selection: Selection | None,
     waits: bool,
 ) -> None:
-    scores = mask = table = None
+    all_keys = table = None
     n_prefix = n = n_suffix = k = segments = block = steps = 0
     num_warps, most = 4, 0
     if selection is not None:
-        scores, mask, plan, tables = selection
+        all_keys, plan, tables = selection
         segments = plan.groups
-        block, num_warps = configs.fused_select_block(plan.max_n, masked=mask is not None)
+        block, num_warps = configs.fused_select_block(plan.max_n)
         most = configs.FUSED_WARPS // num_warps
         if plan.uniform is None:
             table, steps = tables.segments, max(segments - 1, 0).bit_length()
@@ -430,7 +425,7 @@ def _launch_gather(
 
     launch.start(
         _gather_fwd_kernel, max(-(-items // per_program), 1 if selection else 0) * tiles, keep.device,
-        keep, tuple(addresses), tuple(facts), scores, mask, *row_strides(mask), table,
+        keep, tuple(addresses), tuple(facts), all_keys, table,
         n_prefix, n, n_suffix, k, segments, rows, out_rows, tiles_per_batch, tiles, per_program,
         CLASSES=tuple(classes), NUM_CLASSES=len(classes), ROWS=tile_rows,
         SELECT=selection is not None, BLOCK=block, SEARCH_STEPS=steps, WAITS=waits, num_warps=num_warps,

@@ -84,8 +84,8 @@ def drop_tokens(
     result has capacity ``min(T, sum(k))`` and its own ``cu_seqlens`` gives the rows that are used. A packed result goes into
     varlen attention as it is: ``cu_seqlens``, ``max_seqlen``, and K and V ``[T, H, Dh]`` where ``kv_layout`` is "BSHD"
     (``examples/varlen_attention.py``). Gradients flow to ``h_cur`` (through the kept rows), ``kv`` and ``rope``; never through the
-    choice of tokens. On a GPU: two launches up to 2048 competing tokens, three beyond, and three where the lengths are on the
-    device only.
+    choice of tokens. In Triton on a GPU: two launches up to 2048 competing tokens, three or five beyond, and
+    where the lengths are on the device only.
 
     Equivalent plain torch for one item and one span ``[a, b)``: ``s = (h_cur - h_prev)[0, a:b].float().norm(dim=-1)``,
     ``i = a + s.topk(k).indices.sort().values``, ``keep = cat([arange(a), i, arange(b, N)])``, ``h_cur[:, keep]`` and the

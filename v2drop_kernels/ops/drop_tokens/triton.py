@@ -1,4 +1,4 @@
-"""The whole step, score, select and compaction, in two launches where the competitions are small and three elsewhere."""
+"""The whole step, score, select and compaction, in two launches where the competitions are small, else in three or five."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...backends.tables import Tables
 from ...core.plan import Plan
 from ..compact.triton import Selection, gather
 from ..topk.triton import launch_select
-from ..variation_score.triton import plan_scores
+from ..variation_score.triton import plan_keys
 
 
 def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
@@ -20,7 +20,8 @@ def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor],
 
     Where ``configs.fuses_select`` says so (few competing rows in a segment): score, then a gather whose programs each repeat the
     select of their segment. Elsewhere, and where only the device knows the lengths: score, select, gather. Given ``scores`` take
-    select and gather. More than ``configs.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
+    select and gather. The select is one launch, or three dependent ones where ``configs.wide_chunk`` says so. More than
+    ``configs.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
     """
     source, gathers = request.source, request.gathers
     device = cast(torch.Tensor, source.h_cur if source.scores is None else source.scores).device
@@ -42,11 +43,9 @@ def _drop(
     batch = plan.batch if isinstance(plan, Plan) else 1
     keep = launch.empty((batch, plan.out_rows), torch.int64, device)
     if scores is None:
-        scores = plan_scores(source, plan, tables, triggers=True)
+        scores, mask = plan_keys(source, plan, tables, force=True), None
         if isinstance(plan, Plan) and gathers and configs.fuses_select(plan.max_n, plan.groups):
-            return keep, gather(keep, gathers, plan.rows, selection=Selection(scores, mask, plan, tables), waits=pdl), None
-        # The scores are one flat array; batch entry b begins at b * rows.
-        scores = scores.view(batch, plan.rows)
+            return keep, gather(keep, gathers, plan.rows, selection=Selection(scores, plan, tables), waits=pdl), None
     new_cu = None if isinstance(plan, Plan) else torch.empty(plan.groups + 1, dtype=torch.int32, device=device)
     launch_select(keep, None, new_cu, scores, mask, plan, cu_seqlens, tables, force=True, waits=scored and pdl, triggers=pdl)
     return keep, gather(keep, gathers, plan.rows, waits=pdl), new_cu

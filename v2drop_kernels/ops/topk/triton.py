@@ -1,6 +1,7 @@
 """Exact selection without a sort: the k largest (score, then smaller index) of every segment, in position order.
 
-One program selects a segment: it finds the threshold, then places the survivors (see triton_keys.py).
+One program selects a segment: it finds the threshold, then places the survivors (see triton_keys.py). Few and long segments are
+selected by many programs each (see triton_wide.py).
 """
 
 from __future__ import annotations
@@ -11,52 +12,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...backends import configs, launch, relaunch
-from ...backends.launch import (
-    COL_DST_START,
-    COL_K,
-    COL_N,
-    COL_N_PREFIX,
-    COL_N_SUFFIX,
-    COL_PAD_AFTER,
-    COL_PAD_BEFORE,
-    COL_SRC_START,
-    TABLE_FIELDS,
-    row_strides,
-)
+from ...backends.launch import row_strides
 from ...backends.requests import TopKRequest
 from ...backends.tables import Tables
 from ...core.plan import CuPlan, Plan
-from ..variation_score.triton import plan_scores
-from .triton_keys import EXCLUDED, kept_up_to, load_keys, score_keys, threshold, threshold_chunked
-
-
-@triton.jit
-def segment(g, table, rows, out_rows, n_prefix, n, n_suffix, k):
-    """Fields of segment ``g`` of a table, or of the uniform plan that the scalars describe; counts in 32 bits."""
-    if table is None:
-        src_start = g * rows
-        dst_start = g * out_rows
-        pad_before = 0
-        pad_after = out_rows - n_prefix - k - n_suffix
-    else:
-        row = table + g * TABLE_FIELDS
-        src_start = tl.load(row + COL_SRC_START)
-        n_prefix = tl.load(row + COL_N_PREFIX).to(tl.int32)
-        n = tl.load(row + COL_N).to(tl.int32)
-        n_suffix = tl.load(row + COL_N_SUFFIX).to(tl.int32)
-        k = tl.load(row + COL_K).to(tl.int32)
-        dst_start = tl.load(row + COL_DST_START)
-        pad_before = tl.load(row + COL_PAD_BEFORE).to(tl.int32)
-        pad_after = tl.load(row + COL_PAD_AFTER).to(tl.int32)
-    return src_start, n_prefix, n, n_suffix, k, dst_start, pad_before, pad_after
-
-
-@triton.jit
-def _cu_length(cu, g, valid, rows):
-    """Clamped first row and length of the packed segments ``g``: in bounds whatever ``cu`` holds."""
-    first = tl.minimum(tl.maximum(tl.load(cu + g, mask=valid, other=0).to(tl.int64), 0), rows)
-    last = tl.minimum(tl.load(cu + g + 1, mask=valid, other=0).to(tl.int64), rows)
-    return first, tl.maximum(last - first, 0).to(tl.int32)
+from ..variation_score.triton import plan_keys
+from .triton_keys import EXCLUDED, kept_up_to, key_scores, load_keys, score_keys, threshold, threshold_chunked
+from .triton_segments import segment_of_plan, store_rows_around
+from .triton_wide import launch_wide_select
 
 
 @triton.jit(do_not_specialize=["scores_b", "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups"])
@@ -74,30 +37,13 @@ def _select_fwd_kernel(
     if WAITS:
         gdc_wait()
     g = tl.program_id(0).to(tl.int64)
-    if cu is None:
-        src_start, n_prefix, n, n_suffix, k, dst_start, pad_before, pad_after = segment(
-            g, table, rows, out_rows, n_prefix, n, n_suffix, k
-        )
-    else:
-        src_start, n = _cu_length(cu, g, True, rows)
-        k = tl.minimum(tl.load(ks + g).to(tl.int32), n)
-        n_prefix = 0
-        n_suffix = 0
-        pad_before = 0
-        dst_start = g * out_rows
-        pad_after = out_rows - k
-        if new_cu is not None:
-            others = tl.arange(0, GROUPS).to(tl.int64)
-            before = others < g
-            lengths = _cu_length(cu, others, before, rows)[1]
-            dst_start = tl.sum(tl.minimum(tl.load(ks + others, mask=before, other=0), lengths.to(tl.int64)))
-            pad_after = tl.where(g == groups - 1, out_rows - dst_start.to(tl.int32) - k, 0)
+    b, position, n, k, dst_start, n_prefix, n_suffix, pad_before, pad_after = segment_of_plan(
+        g, table, cu, ks, rows, out_rows, n_prefix, n, n_suffix, k, groups, GROUPS, new_cu is not None
+    )
     if new_cu is not None:
         tl.store(new_cu + g, dst_start.to(tl.int32))
         tl.store(new_cu + groups, (dst_start + k).to(tl.int32), mask=g == groups - 1)
 
-    b = src_start // rows
-    position = src_start - b * rows + n_prefix  # of the first competing row in its batch entry
     scores += b * scores_b + position * scores_r
     if mask is not None:
         mask += b * mask_b + position * mask_r
@@ -122,25 +68,14 @@ def _select_fwd_kernel(
         # Lanes outside the segment carry the excluded key, which no threshold keeps.
         tl.store(kept_to + (upto - 1), (position.to(tl.int32) + at).to(tl.int64), mask=kept)
         if values is not None:
-            value = tl.load(scores + at.to(tl.int64) * scores_r, mask=kept, other=0.0)
+            if scores.dtype.element_ty == tl.int32:
+                value = key_scores(keys)
+            else:
+                value = tl.load(scores + at.to(tl.int64) * scores_r, mask=kept, other=0.0)
             tl.store(values + (dst_start + pad_before + n_prefix) + (upto - 1), value, mask=kept)
         first += BLOCK
 
-    # The rows around the survivors: padding, rows before, rows after, padding; j counts from dst_start.
-    before = pad_before + n_prefix
-    around = before + (k - found) + n_suffix + pad_after
-    first = around * 0
-    while first < around:
-        j = first + lanes
-        inside = j < around
-        j += tl.where(j >= before, found, 0)
-        after = j - (before + k)
-        source = tl.where(after >= 0, position + n + after, position - n_prefix + j - pad_before)
-        source = tl.where((j >= pad_before) & (after < n_suffix) & ((j < before) | (after >= 0)), source, -1)
-        tl.store(keep + dst_start + j, source, mask=inside)
-        if values is not None:
-            tl.store(values + dst_start + j, float("-inf"), mask=inside)
-        first += BLOCK
+    store_rows_around(keep, values, position, n, k, dst_start, n_prefix, n_suffix, pad_before, pad_after, found, 0, 1, BLOCK)
 
 
 @triton.jit(do_not_specialize=["slots", "tiles"])
@@ -185,13 +120,18 @@ def launch_select(
     waits: bool,
     triggers: bool,
 ) -> None:
-    """Start the select kernel: one program per segment writes ``keep`` and what else is given."""
+    """Start the select: one program per segment, or many in three launches, write ``keep`` and what else is given."""
     device = scores.device
+    n_max = plan.rows if isinstance(plan, CuPlan) else plan.max_n
+    chunk = configs.wide_chunk(n_max // plan.groups if isinstance(plan, CuPlan) and plan.groups else n_max, plan.groups, n_max)
+    if chunk:
+        launch_wide_select(
+            keep, values, new_cu, scores, mask, plan, cu_seqlens, tables, chunk, force=force, waits=waits, triggers=triggers
+        )
+        return
     n_prefix = n = n_suffix = k = 0
-    if isinstance(plan, CuPlan):
-        n_max = plan.rows
-    else:
-        n_max, cu_seqlens = plan.max_n, None
+    if isinstance(plan, Plan):
+        cu_seqlens = None
         if plan.uniform is not None:
             n_prefix, n, n_suffix, k = plan.uniform
     keys, block, num_warps = configs.select_blocks(n_max, lean=mask is not None or isinstance(plan, CuPlan))
@@ -208,7 +148,8 @@ def launch_select(
 def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
     """``(values, indices)`` of the kept rows, each ``[G, K]``; without scores they are computed first.
 
-    One launch, one more to score, one more for ``order="score"`` (all-pairs ranks of the survivors).
+    One launch (three where ``configs.wide_chunk`` says so), one more to score, one more for ``order="score"`` (all-pairs ranks
+    of the survivors).
     """
     source = request.source
     given = [x for x in source[:4] if isinstance(x, torch.Tensor)]
@@ -221,14 +162,13 @@ def _topk(request: TopKRequest, tables: Tables) -> tuple[torch.Tensor, torch.Ten
     source, plan, cu_seqlens, order = request[:4]
     scores, mask, scored = source.scores, source.mask, source.scores is None
     if scores is None:
-        scores = plan_scores(source, plan, tables, triggers=True)
-        scores = scores.view(-1, plan.rows) if plan.rows else scores
+        scores, mask = plan_keys(source, plan, tables, force=False), None
     device = scores.device
     pdl = launch.has_pdl(device)
     by_score = order == "score"
     shape = (plan.groups, plan.out_rows)
     indices = launch.empty(shape, torch.int64, device)
-    values = launch.empty(shape, scores.dtype, device)
+    values = launch.empty(shape, torch.float32 if scored else scores.dtype, device)
     launch_select(
         indices, values, None, scores, mask, plan, cu_seqlens, tables,
         force=False, waits=scored and pdl, triggers=by_score and pdl,

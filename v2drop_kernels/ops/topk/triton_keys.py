@@ -30,8 +30,19 @@ def score_keys(score):
 
 
 @triton.jit
+def key_scores(keys):
+    """The float32 scores that have these keys; a NaN or zero comes back as the one that its key stands for."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_keys(scores, scores_r, mask, mask_r, at, inside, FORCE: tl.constexpr):
-    """Keys of the rows ``at``. Rows that the mask takes out of the competition are forced in or excluded."""
+    """Keys of the rows ``at``, from scores or, as int32, as the score kernel stored them.
+
+    Rows that the mask takes out of the competition are forced in or excluded; the score kernel has done that to its keys.
+    """
+    if scores.dtype.element_ty == tl.int32:
+        return tl.load(scores + at.to(tl.int64) * scores_r, mask=inside, other=EXCLUDED)
     keys = score_keys(tl.load(scores + at.to(tl.int64) * scores_r, mask=inside, other=0.0))
     if mask is not None:
         competes = tl.load(mask + at.to(tl.int64) * mask_r, mask=inside, other=0) != 0

@@ -22,6 +22,7 @@ from ...backends.requests import ScoreBackwardRequest, Source
 from ...backends.tables import NONE, Tables
 from ...core.arguments import METRICS, unit_stride
 from ...core.plan import CuPlan, Plan
+from ..topk.triton_keys import EXCLUDED, FORCED, score_keys
 
 _ROUNDINGS = {None: tl.float32, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -70,14 +71,14 @@ def _round(x, TYPE: tl.constexpr):
     do_not_specialize=["prev_b", "prev_r", "cur_b", "cur_r", "mask_b", "mask_r", "slots", "rows", "n_prefix", "n", "groups"]
 )
 def _variation_score_fwd_kernel(
-    scores,  # float32 [Bt * rows]
+    scores,  # [Bt * rows]: float32, or int32 for keys
     prev, prev_b, prev_r,
     cur, cur_b, cur_r,
-    mask, mask_b, mask_r,  # None, or True where a row competes
+    mask, mask_b, mask_r,  # None, or True where a row competes; for keys only
     table, starts,  # [G, 8], [G + 1]; None for uniform plans
     slots, rows, n_prefix, n, groups,
     D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, SEARCH_STEPS: tl.constexpr, CUR_POLICY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, SEARCH_STEPS: tl.constexpr, FORCE: tl.constexpr,
     TRIGGERS: tl.constexpr,
 ):  # fmt: skip
     if TRIGGERS:
@@ -106,10 +107,10 @@ def _variation_score_fwd_kernel(
         aa = tl.zeros([ROWS, BLOCK_D], tl.float32)
         bb = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in tl.static_range(0, D, STEPS * BLOCK_D):
-        loaded = (_load_pair(prev_row, cur_row, start, competes, D, BLOCK_D, ALIGN, "evict_first", CUR_POLICY),)
+        loaded = (_load_pair(prev_row, cur_row, start, competes, D, BLOCK_D, ALIGN, "evict_first", ""),)
         for step in tl.static_range(1, STEPS):
             if start + step * BLOCK_D < D:
-                pair = _load_pair(prev_row, cur_row, start + step * BLOCK_D, competes, D, BLOCK_D, ALIGN, "evict_first", CUR_POLICY)
+                pair = _load_pair(prev_row, cur_row, start + step * BLOCK_D, competes, D, BLOCK_D, ALIGN, "evict_first", "")
                 loaded = loaded + (pair,)  # type: ignore[assignment]  # noqa: RUF005
         # Always true, but ptxas cannot know: in one basic block it moves uses up between the loads, which leaves as few as two
         # of the eight in flight.
@@ -140,7 +141,12 @@ def _variation_score_fwd_kernel(
         # Not tl.maximum: it would turn a NaN into 0.
         score = tl.div_rn(tl.where(score < 0, 0.0, score), 2.0 * norm_a * norm_b)
         score = tl.where((norm_a == 0) | (norm_b == 0), tl.where(competes, 1.0, 0.0), score)
-    tl.store(scores + b * rows + r, _round(score, ROUND), mask=inside)
+    score = _round(score, ROUND)
+    if scores.dtype.element_ty == tl.int32:
+        score = score_keys(score)
+        if mask is not None:
+            score = tl.where(competes, score, FORCED if FORCE else EXCLUDED)
+    tl.store(scores + b * rows + r, score, mask=inside)
 
 
 @triton.jit(do_not_specialize=["prev_b", "prev_r", "cur_b", "cur_r", "grad_b", "grad_r", "total", "rows"])
@@ -215,18 +221,25 @@ def variation_score(source: Source) -> torch.Tensor:
     """Float32 scores ``[B, N]`` or ``[T]``."""
     lead = cast(torch.Tensor, source.h_cur).shape[:-1]
     plan = Plan(math.prod(lead[:-1]), lead[-1], 0, 0, (0, lead[-1], 0, 0))
-    return plan_scores(source._replace(mask=None), plan, NONE, triggers=False).view(lead)
+    return _launch_score(source._replace(mask=None), plan, NONE, torch.float32, force=False, triggers=False).view(lead)
 
 
-def plan_scores(source: Source, plan: Plan | CuPlan, tables: Tables, *, triggers: bool) -> torch.Tensor:
-    """Float32 scores ``[Bt * rows]`` of the rows that compete in ``plan``; the others stay unwritten.
+def plan_keys(source: Source, plan: Plan | CuPlan, tables: Tables, *, force: bool) -> torch.Tensor:
+    """int32 keys ``[Bt, rows]`` of the rows that compete in ``plan`` (see ops/topk/triton_keys.py); the others stay unwritten.
 
-    ``triggers`` says that the caller's next launch waits for this one (programmatic dependent launch).
+    Rows outside the mask are kept before all others if ``force``, else never. The caller's next launch waits for this one, where
+    there is programmatic dependent launch.
     """
+    return _launch_score(source, plan, tables, torch.int32, force=force, triggers=True)
+
+
+def _launch_score(
+    source: Source, plan: Plan | CuPlan, tables: Tables, dtype: torch.dtype, *, force: bool, triggers: bool
+) -> torch.Tensor:
     _, h_prev, h_cur, mask, metric, score_dtype = source
     prev, cur = unit_stride(cast(torch.Tensor, h_prev)), unit_stride(cast(torch.Tensor, h_cur))
     batch = 1 if isinstance(plan, CuPlan) else plan.batch
-    scores = launch.empty((batch * plan.rows,), torch.float32, cur.device)
+    scores = launch.empty((batch, plan.rows), dtype, cur.device)
     d = cur.shape[-1]
     n_prefix, groups = 0, plan.groups
     if isinstance(plan, CuPlan):
@@ -237,13 +250,12 @@ def plan_scores(source: Source, plan: Plan | CuPlan, tables: Tables, *, triggers
     else:
         n, slots = plan.max_n, sum(plan.column("n"))
     tile_rows, block_d, num_warps = configs.score_config(d, cur.element_size())
-    stays_in_l2 = triggers and cur.numel() * cur.element_size() <= configs.L2_RESIDENT_BYTES
     launch.start(
         _variation_score_fwd_kernel, -(-slots // tile_rows), cur.device,
         scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), tables.segments, tables.starts,
         slots, plan.rows, n_prefix, n, groups,
         D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROUND=_ROUNDINGS[score_dtype],
-        ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, CUR_POLICY="evict_last" if stays_in_l2 else "",
+        ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, FORCE=force,
         SEARCH_STEPS=0 if tables.segments is None else max(groups - 1, 0).bit_length(),
         TRIGGERS=triggers and launch.has_pdl(cur.device), num_warps=num_warps,
     )  # fmt: skip
