@@ -41,9 +41,9 @@ SELECT_BLOCK_MAX = 4096
 WIDE_SAMPLES = 128
 WIDE_CHUNKS, WIDE_CHUNK_MIN, WIDE_CHUNK_MAX = 128, 2048 if INTERPRETED else 128, 4096
 
-# Which select: a model in microseconds on an H200, from counts of instructions (docs/backends.md), to be fitted to measurements.
-# One program per segment takes its keys at the rate of one SM. Many take three starts with what each hides nothing of, two of
-# them beside the launch that one program needs too; a time per program where an SM has several; and all keys at all SMs' rate.
+# Which select: a model in microseconds on an H200, from counts of instructions, to be fitted to measurements. One program per
+# segment takes its keys at the rate of one SM. Many have three starts, two of which are beside what one program needs too; then
+# a time per program where an SM has several; and all keys at the rate of all SMs.
 SELECT_ONE_US, SELECT_ONE_US_PER_KEY = 0.5, 1.3e-3
 SELECT_WIDE_US, SELECT_WIDE_US_PER_PROGRAM, SELECT_WIDE_US_PER_KEY = 5.0, 1.8, 1.6e-5
 
@@ -62,7 +62,7 @@ NARROW_BYTES, NARROW_SHARE = 256, 8
 
 # A gather that selects is one wave: each program repeats the select, and a second wave would pay it again. At most 128 registers
 # per thread leave room for 16 warps on each SM.
-FUSED_WARPS = 16 * SMS
+FUSED_REGISTERS, FUSED_WARPS = 128, 16 * SMS
 
 # 128 tensors (their addresses: 2 KB) stay well under the 4 KB of kernel parameters of CUDA drivers before 12.1.
 TENSORS_PER_LAUNCH = 128

@@ -78,7 +78,12 @@ def all_registers(device: torch.device, num_warps: int) -> dict[str, int]:
 
     For up to 8 warps only: with 16 warps the cap would be 128 registers, and ptxas then schedules so that it spills.
     """
-    return {"maxnreg": 255} if is_nvidia(device) and num_warps <= 8 else {}
+    return registers(device, 255) if num_warps <= 8 else {}
+
+
+def registers(device: torch.device, most: int) -> dict[str, int]:
+    """Options for a kernel of at most so many registers a thread. Without them ptxas may spill to come to fewer."""
+    return {"maxnreg": most} if is_nvidia(device) else {}
 
 
 def row_strides(tensor: torch.Tensor | None) -> tuple[int, int]:

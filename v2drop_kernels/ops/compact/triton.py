@@ -429,6 +429,7 @@ def _launch_gather(
         n_prefix, n, n_suffix, k, segments, rows, out_rows, tiles_per_batch, tiles, per_program,
         CLASSES=tuple(classes), NUM_CLASSES=len(classes), ROWS=tile_rows,
         SELECT=selection is not None, BLOCK=block, SEARCH_STEPS=steps, WAITS=waits, num_warps=num_warps,
+        **(launch.registers(keep.device, configs.FUSED_REGISTERS) if selection and num_warps <= 16 else {}),
     )  # fmt: skip
 
 
