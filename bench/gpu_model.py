@@ -105,6 +105,7 @@ REASONS = (
         "11", "drop with M-RoPE", "cuda",
         "instructions: blocks of the gather that take ids or the mask set up as long as those that take hidden states",
     ),
+    ("15", "launches of drop_tokens", "triton", "many programs select a long segment in three launches, sooner than one"),
     ("6", "image, wall time", "cuda", "host time of both sides is assumed, and this is at the edge"),
     ("6", "image, wall time", "triton", "host time; small eager calls go to the CUDA library unless Triton is asked for"),
     (
@@ -183,6 +184,20 @@ def launches_table(p: Predictor) -> str:
     return table(head, lines)
 
 
+def host_table(p: Predictor) -> str:
+    """Launches, host time and eager wall time of a drop: the longer of the host's and the GPU's."""
+    lines = []
+    for case in (IMAGE, VIDEO, LONG):
+        for backend, launches in drop_launches(case, p.machine).items():
+            if backend in BACKENDS:
+                host, gpu = p.c.values[f"host_{backend}"], p.c.us(p.own_drop(case)[backend])
+                lines.append([
+                    f"[{case.batch}, {case.n}, {case.d}]", backend, str(len(launches)), f"{host:.1f}", f"{gpu:.1f}",
+                    f"{max(host, gpu):.1f}",
+                ])  # fmt: skip
+    return table(["hidden", "backend", "launches", "host", "GPU", "eager wall"], lines)
+
+
 def constants_table(c: Constants) -> str:
     """Every constant with its source."""
     return table(["constant", "value", "unit", "source"],
@@ -225,6 +240,9 @@ def docs(c: Constants) -> str:
         bars_table(bars(h200)),
         "## Launches on an H200",
         launches_table(h200),
+        "## Eager calls on an H200",
+        "Microseconds of a call: launches, what the host takes, what the GPU takes, and the longer of the two.",
+        host_table(h200),
         "## Targets on other GPUs",
         *(verdict(name, bars(Predictor(machine, c))) for name, machine in machines().items() if name != "H200"),
         "## Constants",
@@ -272,8 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in machines() if options.machine == "all" else [options.machine]:
         p = Predictor(machines()[name], c)
         found = bars(p)
-        print(f"# {name}: predictions, no measurements\n\n{drops_table(p)}\n\n{launches_table(p)}\n\n{bars_table(found)}\n")
-        print(f"{verdict(name, found)}\n")
+        tables = (drops_table(p), launches_table(p), host_table(p), bars_table(found), verdict(name, found))
+        print("\n\n".join([f"# {name}: predictions, no measurements", *tables]), end="\n\n")
     print(constants_table(c))
     return 0
 
