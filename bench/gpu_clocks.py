@@ -143,15 +143,13 @@ def _share(launch: Launch, i: int, ups: Sequence[int | None]) -> Share:
         code = launch.kernel.loops[i]  # the sums of a row's warps are added four at a time, by a loop that is unrolled
         part = launch.meta.get("PERCENT", 100) / 100 if kind == "read" and code.widest == 16 else 1.0
         return Share(float(launch.threads // 32 // max(code.shared // 4, 1)) if kind == "step" else 1.0, part, selects=False)
-    if not work.n:
-        return Share(1.0, selects=False)
-    if kind == "place" and not holds:
+    if kind == "place" and not holds and work.n:
         return Share(max(1.0, -(-work.n // launch.meta.get("BLOCK", work.n))))
     if kind == "read" and launch.meta.get("KEYS"):
         return Share(work.n / launch.meta["KEYS"])
     if "copy" in holds or any("copy" in _inside(launch.kernel, j, ups) for j, up in enumerate(ups) if up == i):
-        return Share(1.0, selects=False)
-    return Share(0.0 if kind == "fill" else 1.0)
+        return Share(float(launch.meta.get("ITEMS", 1)) if ups[i] is None else 1.0, selects=False)
+    return Share(0.0 if kind == "fill" else 1.0, selects=work.n > 0)
 
 
 def _scores(launch: Launch, i: int | None, ups: Sequence[int | None]) -> bool:
@@ -188,6 +186,7 @@ def _copies(launch: Launch, i: int, ups: Sequence[int | None]) -> float:
         return 0.0
     which = firsts.index(i)
     nbytes = copied[which] if len(firsts) == len(copied) else sum(copied) / len(firsts)
+    nbytes /= launch.meta.get("ITEMS", 1) if ups[i] is not None else 1
     return nbytes / launch.blocks / (code.global_loads * max(code.widest, 1) * launch.threads)
 
 

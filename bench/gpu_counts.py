@@ -1,8 +1,8 @@
 """Count what the compiled kernels consist of: ``python bench/gpu_counts.py`` writes gpu_counts.json for the performance model.
 
 For every problem of the GPU check, the launches that the Triton backend makes on sm_90, compiled as its launcher would, and every
-kernel of the CUDA library that was built for sm_90: registers, shared memory, and the instructions of every loop by pipe. No GPU is
-needed. ``--check`` compares with the file instead and exits with 1 where a kernel has changed.
+kernel of the CUDA library that a drop starts, as nvcc compiles it for sm_90: registers, shared memory, and instructions of every
+loop by pipe. No GPU is needed. ``--check`` compares with the file instead and exits with 1 where a kernel has changed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools")]
 
 import gpu_sass  # noqa: E402
+import sass_count  # noqa: E402
 import torch  # noqa: E402
 from gpu_problems import ragged_lengths  # noqa: E402
 from gpu_registry import Group, steps  # noqa: E402
 from registry import Case  # noqa: E402
 
 COUNTS = HERE / "gpu_counts.json"
-LIBRARY = HERE.parent / "v2drop_kernels" / "lib" / "libv2drop.so"
+CORE = HERE.parent / "csrc" / "core"
+SOURCES = ("score_cuda.cu", "select_cuda.cu", "select_segments_cuda.cu", "compact_cuda.cu", "drop_cuda.cu")
 CUDA_KERNELS = ("score_kernel", "select", "gather_kernel", "drop_kernel", "invert_kernel")
 # Metadata of a launch that says how much one program does.
 META = (
@@ -172,15 +174,14 @@ def triton_counts() -> dict[str, Any]:
     return {"kernels": kernels, "launches": launches}
 
 
-def cuda_counts(library: Path) -> dict[str, Any]:
+def cuda_counts() -> dict[str, Any]:
     """The kernels that the model names, by their demangled names without arguments."""
     found = {}
-    for kernel in gpu_sass.kernels_of(library):
-        name = gpu_sass.demangled(kernel.name)
-        if any(part in name for part in CUDA_KERNELS):
-            found[name] = gpu_sass.as_json(kernel._replace(name=name))
-    if not found:
-        raise SystemExit(f"{library} holds no CUDA kernels for sm_90: build it with V2DROP_CUDA_ARCHS=90")
+    for source in SOURCES:
+        for kernel in gpu_sass.kernels_of(sass_count.compile_source(CORE / source)):
+            name = gpu_sass.demangled(kernel.name)
+            if any(part in name for part in CUDA_KERNELS):
+                found[name] = gpu_sass.as_json(kernel._replace(name=name))
     return found
 
 
@@ -188,14 +189,13 @@ def main() -> int:
     """Write the counts, or compare with them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with gpu_counts.json, and write nothing")
-    parser.add_argument("--library", type=Path, default=LIBRARY, help="the library with the CUDA kernels")
     options = parser.parse_args()
     import triton
 
     counts = {
         "about": "Written by bench/gpu_counts.py; kernels compiled for sm_90, instructions of one warp.",
         "versions": {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]},
-        "triton": triton_counts(), "cuda": cuda_counts(options.library),
+        "triton": triton_counts(), "cuda": cuda_counts(),
     }  # fmt: skip
     text = json.dumps(counts, indent=0, sort_keys=True) + "\n"
     if options.check:

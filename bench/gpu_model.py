@@ -105,6 +105,10 @@ REASONS = (
         "11", "drop with M-RoPE", "cuda",
         "instructions: blocks of the gather that take ids or the mask set up as long as those that take hidden states",
     ),
+    (
+        "12", "backward over a copy", "cuda",
+        "instructions: to find and move an item of 16 KB takes 650 a warp, and three rows of four are zeros, which are not read",
+    ),
     ("15", "launches of drop_tokens", "triton", "many programs select a long segment in three launches, sooner than one"),
     ("6", "image, wall time", "cuda", "host time of both sides is assumed, and this is at the edge"),
     ("6", "image, wall time", "triton", "host time; small eager calls go to the CUDA library unless Triton is asked for"),

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -85,21 +85,59 @@ def cuda_score(case: Case, work: Work, template: str = "BFloat16, true") -> Laun
     return Launch(cuda_kernel(f"score_kernel<{template}"), -(-case.batch * case.n // rows), t["kThreads"], meta, work)
 
 
-def cuda_gather_blocks(machine: Machine, batch: int, out_rows: int, classes: Sequence[tuple[int, int]]) -> int:
-    """Blocks of the gather (cut_into_blocks of compact_cuda.cu) for (tensors times planes, bytes of a row) of every class."""
+class Cut(NamedTuple):
+    """How compact_cuda.cu cuts a gather into blocks (cut_into_blocks, fit_into): tiles of rows times shares of a row's bytes."""
+
+    batch: int
+    out_rows: int
+    rows: int  # of a tile
+    shares: int
+    items: int  # of a share, each some rows of one piece of one tensor
+
+    @property
+    def blocks(self) -> int:
+        return self.batch * -(-self.out_rows // self.rows) * self.shares
+
+    def fit(self, places: int) -> Cut:
+        """No more blocks than ``places``, where tiles of more rows and larger shares can do that."""
+        if self.blocks <= places:
+            return self
+        tiles = max(1, places // (self.batch * self.shares))
+        found = self._replace(rows=min(tuning()["kTileRows"], -(-self.out_rows // tiles)))
+        if found.blocks <= places:
+            return found
+        shares = max(1, places // (self.batch * -(-found.out_rows // found.rows)))
+        together = -(-self.shares // shares)
+        return found._replace(items=self.items * together, shares=-(-self.shares // together))
+
+
+def _piece(width: int, nbytes: int) -> tuple[int, int]:
+    """Pieces of a row of ``width`` bytes in pieces of so many at most, and what one weighs."""
+    vec = min(16, width & -width)
+    most = min(max(nbytes // vec, 1), tuning()["kThreads"])
+    pieces = -(-width // vec // most)
+    return pieces, max(64, -(-width // vec // pieces) * vec)
+
+
+def cuda_cut(machine: Machine, batch: int, out_rows: int, classes: Sequence[tuple[int, int]]) -> Cut:
+    """The cut for (tensors times planes, bytes of a row) of every class."""
     t = tuning()
-    pieces = [(count * -(-width // (16 * t["kThreads"])), width) for count, width in classes]
-    weights = [max(64, width // -(-width // (16 * t["kThreads"]))) for _, width in pieces]
-    row_bytes = sum(count * weight for (count, _), weight in zip(pieces, weights, strict=True))
-    widest = max(weights)
-    share = batch * out_rows * row_bytes // (t["kBlocksPerSm"] * machine.sms)
-    nbytes = min(max(share, t["kGatherBytesMin"]), t["kGatherBytes"])
-    narrow = min(row_bytes, 16 * t["kThreads"] // widest * widest)
+    cut = [(count, *_piece(width, 16 * t["kThreads"])) for count, width in classes]
+    row_bytes = sum(count * pieces * weight for count, pieces, weight in cut)
+    width = max(cut, key=lambda c: c[0] * c[1] * c[2])[2]
+    nbytes = min(max(batch * out_rows * row_bytes // (t["kBlocksPerSm"] * machine.sms), t["kGatherBytesMin"]), t["kGatherBytes"])
     rows = 1
-    while 2 * rows <= t["kTileRows"] and 2 * rows * narrow <= nbytes and rows < out_rows:
+    while 2 * rows <= t["kTileRows"] and rows < out_rows:
+        if 2 * rows * width > min(nbytes, t["kItemBytes"]) and 2 * rows * row_bytes > nbytes:
+            break
         rows *= 2
-    each = max(narrow, nbytes // rows // narrow * narrow)
-    return batch * -(-out_rows // rows) * -(-row_bytes // each)
+    tiles = -(-out_rows // rows)
+    rows = -(-out_rows // tiles)
+    most = min(max(t["kItemBytes"] // rows, t["kPieceBytesMin"]), 16 * t["kThreads"])
+    again = [(count, *_piece(width, most)) for count, width in classes]
+    row_bytes, widest = sum(count * pieces * weight for count, pieces, weight in again), max(weight for _, _, weight in again)
+    share = max(widest, nbytes // rows // widest * widest)
+    return Cut(batch, out_rows, rows, -(-row_bytes // share), max(1, share // widest))
 
 
 def cuda_select(machine: Machine, batch: int, work: Work, after: str) -> Launch:
@@ -129,8 +167,8 @@ def cuda_select(machine: Machine, batch: int, work: Work, after: str) -> Launch:
 
 def cuda_gather(machine: Machine, case: Case, classes: Sequence[tuple[int, int]], work: Work, after: str, rows: int = 0) -> Launch:
     """The gather of given rows; ``rows`` output rows of each entry (default: k)."""
-    blocks = cuda_gather_blocks(machine, case.batch, rows or case.k, classes)
-    return Launch(cuda_kernel("gather_kernel"), blocks, tuning()["kThreads"], {}, work, after)
+    cut = cuda_cut(machine, case.batch, rows or case.k, classes)
+    return Launch(cuda_kernel("gather_kernel"), cut.blocks, tuning()["kThreads"], {"ITEMS": cut.items}, work, after)
 
 
 def cuda_backward(machine: Machine, case: Case, invert: Work, gather: Work) -> list[Launch]:
@@ -153,14 +191,21 @@ def cuda_drop(
     if case.n > t["kFusedSelect"]:
         return separate
     both = gather._replace(n=case.n, again=gather.again + select.again)
-    fused = {"fused": [scored, moved._replace(kernel=cuda_kernel("select_and_gather_kernel<true>"), work=both)]}
-    one = cuda_kernel("drop_kernel<BFloat16>")
-    resident = machine.sms * machine.resident(one.registers, one.shared, t["kThreads"])
-    if moved.blocks > resident:
+    cut = cuda_cut(machine, case.batch, case.k, classes)
+
+    def fitted(name: str) -> tuple[Launch, int]:
+        kernel = cuda_kernel(name)
+        resident = machine.sms * machine.resident(kernel.registers, kernel.shared, t["kThreads"])
+        one = cut.fit(resident)
+        return Launch(kernel, one.blocks, t["kThreads"], {"ITEMS": one.items}, both, "pdl_edge"), resident
+
+    fused = {"fused": [scored, fitted("select_and_gather_kernel<true>")[0]]}
+    one, resident = fitted("drop_kernel<BFloat16>")
+    if one.blocks > resident:
         return fused | separate
-    blocks = max(moved.blocks, min(scored.blocks, resident))
-    every = both._replace(read=gather.read + score.read, selecting=moved.blocks)
-    together = {"cooperative": [Launch(one, blocks, t["kThreads"], {}, every, "cooperative")]}
+    blocks = max(one.blocks, min(scored.blocks, resident))
+    every = both._replace(read=gather.read + score.read, selecting=one.blocks)
+    together = {"cooperative": [one._replace(blocks=blocks, work=every, after="cooperative")]}
     if case.input_bytes / 2 <= t["kCooperativeBytes"]:
         return together | fused | separate
     return fused | together | separate
