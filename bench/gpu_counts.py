@@ -185,6 +185,18 @@ def cuda_counts() -> dict[str, Any]:
     return found
 
 
+def as_text(counts: dict[str, Any]) -> str:
+    """JSON with a kernel, or a problem of the Triton backend, on a line."""
+    parts = []
+    for name, value in sorted(counts.items()):
+        if isinstance(value, dict):
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}" for key in sorted(value))
+            parts.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+        else:
+            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> int:
     """Write the counts, or compare with them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -197,7 +209,7 @@ def main() -> int:
         "versions": {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]},
         "triton": triton_counts(), "cuda": cuda_counts(),
     }  # fmt: skip
-    text = json.dumps(counts, indent=0, sort_keys=True) + "\n"
+    text = as_text(counts)
     if options.check:
         same = COUNTS.exists() and json.loads(COUNTS.read_text()) == json.loads(text)
         print("equal" if same else "the kernels have changed: run python bench/gpu_counts.py", file=sys.stderr)
