@@ -24,8 +24,6 @@ LEFT_OUT: collections.Counter[str] = collections.Counter()  # tests that were co
 
 # The compiler needs a process without TRITON_INTERPRET, and minutes: collected only when named.
 collect_ignore = ["compile_only"]
-if not EMULATED:
-    collect_ignore.append("native/test_launches.py")
 
 
 class On(NamedTuple):

@@ -14,6 +14,8 @@ from v2drop_kernels import native as library
 from v2drop_kernels.backends import native
 from v2drop_kernels.ops.attention_score import native as attention_native
 
+pytestmark = pytest.mark.emulated  # also where the file is named, as the GPU check names it
+
 
 @pytest.fixture(scope="module")
 def started():
