@@ -262,13 +262,13 @@ __global__ void cluster_kernel(const int* x, int* out) {
   } else {
     __syncthreads();
   }
-  int sum = static_cast<int>(cluster.block_rank() * 1000 + cluster.num_blocks());
+  unsigned sum = cluster.block_rank() * 1000 + cluster.num_blocks();  // wraps where what is read was never written
   // The higher its rank the later a block reads, so the others may have ended.
   for (unsigned late = 0; late < cluster.block_rank(); ++late) __syncthreads();
   for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
-    sum += cluster.map_shared_rank(shares.of_thread, static_cast<int>(rank))[(t + 1) % blockDim.x];
+    sum += static_cast<unsigned>(cluster.map_shared_rank(shares.of_thread, static_cast<int>(rank))[(t + 1) % blockDim.x]);
   }
-  out[i] = sum;
+  out[i] = static_cast<int>(sum);
   if (SYNCS & 2) cluster.sync();
 }
 

@@ -79,7 +79,7 @@ def run(chosen: list[Property], backends: Sequence[str], seconds: float, seed: i
     return 0
 
 
-def run_c_api(program: str, seconds: float, seed: int, calls: int = 200) -> int:
+def run_c_api(program: str, seconds: float, seed: int, calls: int = 25) -> int:
     """Random calls of the C interface for ``seconds``, ``calls`` a process; the exit status of the first process that fails."""
     end, first = time.monotonic() + seconds, seed
     while True:
