@@ -846,10 +846,16 @@ print(json.dumps([sizes, other]))
 
 def test_a_table_changes_what_is_launched_and_no_result():
     environ = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCH.parent)}
-    command = [sys.executable, "-c", HONOURED, json.dumps(TABLE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rule, tuned = json.loads(done.stdout)
+
+    def launched(table: dict[str, Any]) -> Any:
+        command = [sys.executable, "-c", HONOURED, json.dumps(table)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    _, many = launched(TABLE)
+    assert many[1][0] == "_select_count_fwd_kernel"  # the select by many programs per segment
+    rule, tuned = launched({kind: entries for kind, entries in TABLE.items() if kind != "wide"})
     assert tuned != rule
     assert tuned[0] == ["_variation_score_fwd_kernel", 38, {"ROWS": 4, "BLOCK_D": 16, "num_warps": 8}]  # 150 rows
     assert tuned[1] == ["_select_fwd_kernel", 3, {"KEYS": 128, "BLOCK": 32, "num_warps": 4}]

@@ -135,7 +135,8 @@ def soft_topk(
     else:
         ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)
     if transformed() or (torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad)):
-        return _SoftTopK.apply(scores, ratio, valid, temperature, ties, hard)[0]
+        function = _Traced if torch.compiler.is_compiling() else _SoftTopK
+        return function.apply(scores, ratio, valid, temperature, ties, hard)[0]
     return _forward(scores, ratio, valid, temperature, ties, hard)[0]
 
 
@@ -185,6 +186,20 @@ class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         return each(_SoftTopK, info, in_dims, args)
+
+
+class _Traced(torch.autograd.Function):
+    """The same for torch.compile, which traces no function with a ``jvp``."""
+
+    forward, backward = _SoftTopK.forward, _SoftTopK.backward
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        scores, ratio, valid, *_ = inputs
+        _, slope, order = output
+        ctx.mark_non_differentiable(slope, order)
+        ctx.save_for_backward(scores, slope, order, valid)
+        ctx.shared = ratio.shape[0] != scores.shape[0]
 
 
 class _Once(torch.autograd.Function):

@@ -1,16 +1,10 @@
 """Selection by many programs per segment, in three dependent launches, for segments of more keys than one program reads in time.
 
-A segment is cut into *chunks* of CHUNK keys, one program each. Nothing is added up atomically: every number has one writer.
-
-1. **count**: SAMPLES keys of the segment, evenly spaced, are thresholds; a program counts how many keys of its chunk are at least
-   each of them.
-2. **split**: every program adds up the counts of all chunks. T lies between ``low``, the largest sample that at least k keys reach,
-   and the next sample above it. The keys between them, about n / SAMPLES, are the candidates: each program writes those of its
-   chunk where the counts of the chunks before say, so that the list is in the order of the rows.
-3. **place**: if fewer than k keys are above ``low``, then T = ``low``: a value that is tied often is nearly always a sample.
-   Otherwise every program finds T among the candidates by bisection. The counts of the chunks before, and the candidates
-   before its own, say where the first survivor of its chunk goes.
-
+Programs own chunks of CHUNK keys, and every number has one writer, without atomics. The comments of the three kernels say more.
+1. **count**: SAMPLES keys of the segment are thresholds; a program counts the keys of its chunk that are at least each of them.
+2. **split**: T lies between ``low``, the largest sample that at least k keys reach, and the next sample above. The keys between
+   them are the candidates, about n / SAMPLES, which the programs write in the order of the rows.
+3. **place**: T is ``low`` if fewer than k keys are above it; otherwise every program finds T among the candidates by bisection.
 Samples only bear on the time: with bad luck there are many candidates, up to all keys, and the last launch takes longer.
 """
 
