@@ -50,8 +50,8 @@ class Signature {
       PyErr_Clear();
       return false;
     }
-    // The table does not tell these; complex numbers may be conjugate views, and real ones of the same widths negated views.
-    const bool may_be_negated = t.code == dlpack::kFloat;
+    // The table does not tell these; complex numbers may be conjugate views, and others negated views.
+    const bool may_be_negated = t.code != dlpack::kBool;
     if (t.code == dlpack::kComplex || (may_be_negated && is_set(PyObject_CallMethodNoArgs(object, is_neg())))) return false;
     if (differentiable_ && is_set(PyObject_GetAttr(object, requires_grad()))) return false;
     const uintptr_t start = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;

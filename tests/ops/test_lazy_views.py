@@ -129,3 +129,16 @@ def test_the_gradient_behind_a_conjugate(on):
         return torch.autograd.grad((y * w).real.sum(), h)[0]
 
     same(gradient(on.backend), gradient("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_negated_view_after_a_call_like_it(on, dtype):
+    """Calls like an earlier one are not checked again; a negated view is none of them."""
+    prev, cur = (torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(seed)).to(dtype).to(on.device) for seed in (0, 1))
+    want = vk.variation_score(prev, -cur, backend=on.backend), vk.drop_tokens(prev, -cur, 3, backend=on.backend).hidden
+    for _ in range(3):
+        vk.variation_score(prev, cur, backend=on.backend)
+        vk.drop_tokens(prev, cur, 3, backend=on.backend)
+    negated = torch._neg_view(cur)
+    assert torch.equal(vk.variation_score(prev, negated, backend=on.backend), want[0])
+    assert torch.equal(vk.drop_tokens(prev, negated, 3, backend=on.backend).hidden, want[1])

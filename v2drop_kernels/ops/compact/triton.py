@@ -422,6 +422,7 @@ def _launch_gather(
         addresses += [(_plain(src), _plain(dst)) for src, dst in members]
         items += len(members) * key.geometry.planes * pieces
     per_program = configs.gather_items(items, tiles, batch * out_rows, most)
+    bounded = selection is not None and num_warps <= 16 and len(addresses) <= 64  # with more tensors the bound would spill
 
     launch.start(
         _gather_fwd_kernel, max(-(-items // per_program), 1 if selection else 0) * tiles, keep.device,
@@ -429,7 +430,7 @@ def _launch_gather(
         n_prefix, n, n_suffix, k, segments, rows, out_rows, tiles_per_batch, tiles, per_program,
         CLASSES=tuple(classes), NUM_CLASSES=len(classes), ROWS=tile_rows,
         SELECT=selection is not None, BLOCK=block, SEARCH_STEPS=steps, WAITS=waits, num_warps=num_warps,
-        **(launch.registers(keep.device, configs.FUSED_REGISTERS) if selection and num_warps <= 16 else {}),
+        **(launch.registers(keep.device, configs.FUSED_REGISTERS) if bounded else {}),
     )  # fmt: skip
 
 

@@ -135,8 +135,7 @@ def soft_topk(
     else:
         ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)
     if transformed() or (torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad)):
-        function = _Traced if torch.compiler.is_compiling() else _SoftTopK
-        return function.apply(scores, ratio, valid, temperature, ties, hard)[0]
+        return (_Traced if torch.compiler.is_compiling() else _SoftTopK).apply(scores, ratio, valid, temperature, ties, hard)[0]
     return _forward(scores, ratio, valid, temperature, ties, hard)[0]
 
 
