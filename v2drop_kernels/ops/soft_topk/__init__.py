@@ -139,8 +139,11 @@ def soft_topk(
     return _forward(scores, ratio, valid, temperature, ties, hard)[0]
 
 
-class _SoftTopK(torch.autograd.Function):
-    """The mask with its gradients; the slope and the order come along for them, and are no results."""
+class _Traced(torch.autograd.Function):
+    """The mask with its gradients; the slope and the order come along for them, and are no results.
+
+    torch.compile uses this class, because it traces no function that has a ``jvp``.
+    """
 
     @staticmethod
     def forward(
@@ -154,7 +157,6 @@ class _SoftTopK(torch.autograd.Function):
         _, slope, order = output
         ctx.mark_non_differentiable(slope, order)
         ctx.save_for_backward(scores, slope, order, valid)
-        ctx.save_for_forward(scores, slope, order, valid)
         ctx.shared = ratio.shape[0] != scores.shape[0]
 
     @staticmethod
@@ -171,6 +173,15 @@ class _SoftTopK(torch.autograd.Function):
             d_scores, d_ratio = (None if d is None else _Once.apply(d, grad, scores, slope) for d in (d_scores, d_ratio))
         return d_scores, d_ratio, None, None, None, None
 
+
+class _SoftTopK(_Traced):
+    """The same with forward-mode derivatives and ``vmap``, for eager calls."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        _Traced.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], output[1], output[2], inputs[2])
+
     @staticmethod
     def jvp(ctx: Any, scores_tangent: Any, ratio_tangent: Any, *_: Any) -> tuple[Any, ...]:
         scores, slope, order, valid = ctx.saved_tensors
@@ -185,20 +196,6 @@ class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         return each(_SoftTopK, info, in_dims, args)
-
-
-class _Traced(torch.autograd.Function):
-    """The same for torch.compile, which traces no function with a ``jvp``."""
-
-    forward, backward = _SoftTopK.forward, _SoftTopK.backward
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        scores, ratio, valid, *_ = inputs
-        _, slope, order = output
-        ctx.mark_non_differentiable(slope, order)
-        ctx.save_for_backward(scores, slope, order, valid)
-        ctx.shared = ratio.shape[0] != scores.shape[0]
 
 
 class _Once(torch.autograd.Function):
