@@ -226,10 +226,13 @@ def wide_chunk(n: int, groups: int, longest: int) -> int:
 
 
 def fused_select_block(n: int) -> tuple[int, int]:
-    """``(BLOCK, num_warps)`` of the select inside the gather kernel, in three variants: 8 keys per thread."""
+    """``(BLOCK, num_warps)`` of the select inside the gather kernel, in three variants: 8 keys per thread up to 1024, then 4.
+
+    With 8 of 2048 keys, the gather of many tensors needs more than 128 registers, and ptxas spills to come down to them.
+    """
     block = min(max(next_power_of_2(n), 512), FUSED_KEYS_MAX)
     tuned = _entry("fused", next_power_of_2(n))
-    return block, tuned[0] if tuned else min(max(4, block // 256), 32)
+    return block, tuned[0] if tuned else min(max(4, block // (256 if block <= 1024 else 128)), 32)
 
 
 def fuses_select(n: int, batch: int) -> bool:
