@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Compaction moves bytes: every tensor is reduced to planes of rows with some contiguous bytes each, whatever its dtype and layout, and
-// all tensors of a call share one parallel loop. All offsets are 64-bit (csrc/tests/ moves rows that lie more than 2^32 bytes apart).
+// all tensors of a call share one parallel phase. All offsets are 64-bit (csrc/tests/ moves rows that lie more than 2^32 bytes apart).
 #include "kernels.h"
 #include "ops.h"
 #include "select_cpu.h"
@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace v2drop {
 namespace {
@@ -160,35 +161,42 @@ std::vector<int64_t> invert(const Keep& keep, int64_t rows) {
 
 }  // namespace
 
-void gather(const Keep& keep, const std::vector<Copy>& copies, int32_t threads) {
+Phase gather(const Keep& keep, const std::vector<Copy>& copies, int64_t* bytes) {
   Chunks chunks;
-  int64_t bytes = 0;
-  const auto rows_per_chunk = [&](const Copy& copy) { return std::max<int64_t>(1, kBytesPerChunk / std::max<int64_t>(1, copy.inner)); };
+  int64_t written = 0;
+  const auto rows_per_chunk = [](const Copy& copy) { return std::max<int64_t>(1, kBytesPerChunk / std::max<int64_t>(1, copy.inner)); };
   for (const Copy& copy : copies) {
-    bytes += copy.planes * copy.dst_rows * copy.inner;
+    written += copy.planes * copy.dst_rows * copy.inner;
     chunks.add(copy.planes * ((copy.dst_rows + rows_per_chunk(copy) - 1) / rows_per_chunk(copy)));
   }
-  const bool past_cache = bytes > streaming_bytes();
-  parallel_for(chunks.total(), useful_threads(threads, 2 * bytes), [&](int64_t chunk) {
-    const Copy& copy = copies[chunks.find(&chunk)];
-    const int64_t rows = rows_per_chunk(copy), per_plane = (copy.dst_rows + rows - 1) / rows;
-    const Copy::Plane plane = copy.plane(chunk / per_plane);
-    const int64_t begin = chunk % per_plane * rows, end = std::min(copy.dst_rows, begin + rows);
-    gather_chunk(copy, plane, keep.data + plane.entry * keep.count, begin, end, past_cache);
-    if (past_cache) kernels().store_fence();
-  });
+  *bytes += 2 * written;
+  const int64_t total = chunks.total();
+  const bool past_cache = written > streaming_bytes();
+  return {total, [&keep, &copies, rows_per_chunk, past_cache, chunks = std::move(chunks)](int64_t chunk) {
+            const Copy& copy = copies[chunks.find(&chunk)];
+            const int64_t rows = rows_per_chunk(copy), per_plane = (copy.dst_rows + rows - 1) / rows;
+            const Copy::Plane plane = copy.plane(chunk / per_plane);
+            const int64_t begin = chunk % per_plane * rows, end = std::min(copy.dst_rows, begin + rows);
+            gather_chunk(copy, plane, keep.data + plane.entry * keep.count, begin, end, past_cache);
+            if (past_cache) kernels().store_fence();
+          }};
 }
 
 namespace cpu {
 
 void compact(const CompactRequest& request, const v2drop_context& context) {
   check_indices(request.keep, request.copies, false);
-  gather(request.keep, request.copies, context.threads);
+  int64_t bytes = 0;
+  const Phase rows = gather(request.keep, request.copies, &bytes);
+  parallel({rows}, useful_threads(context.threads, bytes));
 }
 
 void compact_backward(const CompactRequest& request, const v2drop_context& context) {
   std::vector<int64_t> inverse = invert(request.keep, request.rows);
-  gather({inverse.data(), request.keep.batch, request.rows}, request.copies, context.threads);
+  const Keep from = {inverse.data(), request.keep.batch, request.rows};
+  int64_t bytes = 0;
+  const Phase rows = gather(from, request.copies, &bytes);
+  parallel({rows}, useful_threads(context.threads, bytes));
 }
 
 void compact_inplace(const CompactRequest& request, const v2drop_context& context) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The whole step in one call: score, select, compact.
+// The whole step in one call and one parallel region: score, select, compact.
 #include <algorithm>
 
 #include "ops.h"
@@ -27,11 +27,13 @@ namespace cpu {
 
 void drop(const DropRequest& request, const v2drop_context& context) {
   const Segments& segments = request.segments;
-  const Ordinals ordinals = make_ordinals(request.source, segments, context.threads);
-  parallel_for(segments.count, useful_threads(context.threads, ordinals.first.back() * 32), [&](int64_t g) {
+  const Ordinals ordinals = place_ordinals(segments);
+  const auto select = [&](int64_t g) {
     write_keep(segments[g], request.source.rows, ordinals.data.get() + ordinals.first[g], request.keep.data + segments[g].dst_start);
-  });
-  gather(request.keep, request.copies, context.threads);
+  };
+  int64_t bytes = kSelectBytes * ordinals.first.back();
+  const Phase scores = make_ordinals(request.source, segments, ordinals, &bytes), rows = gather(request.keep, request.copies, &bytes);
+  parallel({scores, for_each_segment(segments, ordinals, select), rows}, useful_threads(context.threads, bytes));
 }
 
 }  // namespace cpu

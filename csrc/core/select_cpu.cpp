@@ -3,6 +3,7 @@
 // Exact selection without a sort: scores become integer ordinals, bisection finds the cut, one pass in position order places who is kept.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "ops.h"
@@ -45,28 +46,39 @@ void write_value(char* to, int32_t ordinal, int32_t dtype) {  // only -inf is ev
 
 }  // namespace
 
-Ordinals make_ordinals(const ScoreSource& source, const Segments& segments, int32_t threads) {
+Ordinals place_ordinals(const Segments& segments) {
   Ordinals ordinals;
   ordinals.first.resize(static_cast<size_t>(segments.count) + 1);
   for (int64_t g = 0; g < segments.count; ++g) ordinals.first[g + 1] = ordinals.first[g] + segments[g].n;
-  const int64_t total = ordinals.first.back();
-  ordinals.data.reset(new int32_t[static_cast<size_t>(total)]);  // not make_unique, which would clear it
+  ordinals.data.reset(new int32_t[static_cast<size_t>(ordinals.first.back())]);  // not make_unique, which would clear it
+  return ordinals;
+}
 
-  const int64_t rows = source.rows;
+Phase make_ordinals(const ScoreSource& source, const Segments& segments, const Ordinals& ordinals, int64_t* bytes) {
+  const int64_t rows = source.rows, total = ordinals.first.back();
   const int64_t row_bytes = source.has_scores ? 16 : 2 * source.hidden.prev.dim * kDtypeBytes[source.hidden.prev.dtype];
   const int64_t chunk = std::max<int64_t>(1, kBytesPerChunk / std::max<int64_t>(16, row_bytes));
-  parallel_for((total + chunk - 1) / chunk, useful_threads(threads, total * row_bytes), [&](int64_t c) {
-    int64_t begin = c * chunk;
-    const int64_t end = std::min(total, begin + chunk);
-    auto g = std::upper_bound(ordinals.first.begin(), ordinals.first.end(), begin) - ordinals.first.begin() - 1;
-    for (; begin < end; ++g) {
-      const v2drop_segment& s = segments[g];
-      const int64_t row = s.src_start + s.n_prefix + (begin - ordinals.first[g]), n = std::min(end, ordinals.first[g + 1]) - begin;
-      if (n > 0) make_ordinals_of(source, row / rows, row % rows, n, ordinals.data.get() + begin);
-      begin += n;
-    }
-  });
-  return ordinals;
+  *bytes += total * row_bytes;
+  return {(total + chunk - 1) / chunk, [&, rows, total, chunk](int64_t c) {
+            int64_t begin = c * chunk;
+            const int64_t end = std::min(total, begin + chunk);
+            auto g = std::upper_bound(ordinals.first.begin(), ordinals.first.end(), begin) - ordinals.first.begin() - 1;
+            for (; begin < end; ++g) {
+              const v2drop_segment& s = segments[g];
+              const int64_t row = s.src_start + s.n_prefix + (begin - ordinals.first[g]), n = std::min(end, ordinals.first[g + 1]) - begin;
+              if (n > 0) make_ordinals_of(source, row / rows, row % rows, n, ordinals.data.get() + begin);
+              begin += n;
+            }
+          }};
+}
+
+Phase for_each_segment(const Segments& segments, const Ordinals& ordinals, std::function<void(int64_t)> select) {
+  constexpr int64_t kPerItem = 4096;  // ordinals and segments: some microseconds
+  const int64_t count = segments.count;
+  const int64_t group = count ? std::max<int64_t>(1, kPerItem * count / std::max<int64_t>(1, ordinals.first.back() + count)) : 1;
+  return {(count + group - 1) / group, [count, group, select = std::move(select)](int64_t item) {
+            for (int64_t g = item * group; g < std::min(count, (item + 1) * group); ++g) select(g);
+          }};
 }
 
 int64_t select_best(const int32_t* ordinals, int64_t n, int64_t k, int64_t offset, int64_t* out) {
@@ -92,9 +104,8 @@ namespace cpu {
 void topk(const TopkRequest& request, const v2drop_context& context) {
   const ScoreSource& source = request.source;
   const Segments& segments = request.segments;
-  const Ordinals ordinals = make_ordinals(source, segments, context.threads);
-  // Selection passes over its ordinals some twenty times, in the cache.
-  parallel_for(segments.count, useful_threads(context.threads, ordinals.first.back() * 32), [&](int64_t g) {
+  const Ordinals ordinals = place_ordinals(segments);
+  const auto select = [&](int64_t g) {
     const v2drop_segment& s = segments[g];
     const int64_t row = s.src_start + s.n_prefix, entry = s.n ? row / source.rows : 0, offset = s.n ? row % source.rows : 0;
     const int32_t* ordinal = ordinals.data.get() + ordinals.first[g];
@@ -118,7 +129,10 @@ void topk(const TopkRequest& request, const v2drop_context& context) {
         write_value(value, ordinal[index[i] - offset], request.dtype);
       }
     }
-  });
+  };
+  int64_t bytes = kSelectBytes * ordinals.first.back();
+  const Phase scores = make_ordinals(source, segments, ordinals, &bytes);
+  parallel({scores, for_each_segment(segments, ordinals, select)}, useful_threads(context.threads, bytes));
 }
 
 }  // namespace cpu
