@@ -62,7 +62,7 @@ def _full_length(
         decoder["position_ids"] = torch.arange(first, first + new, device=tokens.device)[None]
     elif top.get("position_ids") is None and top.get("attention_mask") is None:  # Qwen2-VL counted from the cache's length
         decoder["position_ids"] = decoder["position_ids"] + missing
-    hidden = adapter.decoder.norm.weight.new_empty(()).expand(tokens.shape[0], new, 1)
+    hidden = adapter.norm.weight.new_empty(()).expand(tokens.shape[0], new, 1)
     mask, static = full_attention(decoder.get("attention_mask")), caches.is_static(decoder["past_key_values"])
     if static and mask is not None and mask.dim() == 4:  # generate() made it, for a first layer that holds all rows
         later = torch.ones(tokens.shape[0], first + new - state.prompt, dtype=torch.bool, device=mask.device)

@@ -107,8 +107,8 @@ def begin(setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: to
     input_ids: Any = top.get("input_ids")
     shape = (decoder["inputs_embeds"] if input_ids is None else input_ids).shape
     batch, rows = int(shape[0]), int(shape[1])
-    spans, grids = _vision(setup, top, batch, rows)
-    device = setup.adapter.decoder.norm.weight.device if input_ids is None else input_ids.device
+    spans, grids = _vision(setup, top, batch, rows, decoder.get("position_ids"))
+    device = setup.adapter.norm.weight.device if input_ids is None else input_ids.device
     layout = _layout(spans, rows, *padding_of(decoder.get("attention_mask"), rows), device)
     vision = tuple(sum(stop - start for start, stop in item) for item in spans)
     lengths = real_lengths(layout)
@@ -126,12 +126,12 @@ def begin(setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: to
     )  # fmt: skip
 
 
-def _vision(setup: Setup, top: dict[str, Any], batch: int, rows: int) -> tuple[Spans, tuple[Grid, ...]]:
+def _vision(setup: Setup, top: dict[str, Any], batch: int, rows: int, position_ids: Any) -> tuple[Spans, tuple[Grid, ...]]:
     if setup.options.spans is not None:
         return given_spans(setup.options.spans, batch, rows), (None,) * batch
     if top.get("input_ids") is None:
         raise ValueError("spans must be given where inputs_embeds take the place of input_ids")
-    return prompt_spans(setup.adapter, top)
+    return prompt_spans(setup.adapter, top, position_ids)
 
 
 def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, device: torch.device) -> TokenLayout:

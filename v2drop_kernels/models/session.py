@@ -147,7 +147,7 @@ class DropSession:
         first = 0 if all_layers else max(0, min(setup.stages, default=adapter.depth) - 1)
         for index in sorted({0, *range(first, adapter.depth)}):
             self._before(decoder.layers[index], functools.partial(self._before_layer, index))
-        self._handles.append(decoder.norm.register_forward_hook(self._after_norm))
+        self._handles.append(adapter.norm.register_forward_hook(self._after_norm))
 
     def _before(self, module: Any, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

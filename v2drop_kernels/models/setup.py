@@ -52,7 +52,7 @@ class Setup:
         soft = SoftBudgets()
         if options.soft:
             tokens = int(options.soft) if options.soft is not True else adapter.vision_tokens
-            soft = SoftBudgets.of(schedule, tokens, adapter.decoder.norm.weight.device)
+            soft = SoftBudgets.of(schedule, tokens, adapter.norm.weight.device)
         return cls(
             options=options,
             schedule=schedule,

@@ -1,4 +1,4 @@
-"""Which models are supported, and the modules of a model that the hooks are registered on."""
+"""The modules and settings of a model that the hooks need."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.schedule import prefill_flops
-
-VISION_TYPES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
-TEXT_TYPES = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+from .capabilities import ATTENTION, check_sequence, layer_kinds, norm_of, placeholder_ids, text_decoder
 
 
 @dataclass(frozen=True)
@@ -21,13 +18,15 @@ class ModelAdapter:
     body : Module
         The model without its head, which receives ``input_ids``; for text-only models the decoder itself.
     decoder : Module
-        Has ``layers``, ``norm`` and ``rotary_emb``.
+        Has ``layers`` and ``rotary_emb``.
     kind : str
         ``config.model_type``.
     config : PretrainedConfig
         Of the whole model.
     token_ids : tuple of int
         Placeholders of images and videos.
+    kinds : tuple of str
+        The kind of attention of every block.
     """
 
     body: Any
@@ -35,6 +34,18 @@ class ModelAdapter:
     kind: str
     config: Any
     token_ids: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def norm(self) -> Any:
+        """The norm behind the last block."""
+        return norm_of(self.decoder)
+
+    @property
+    def video_ids(self) -> tuple[int, ...]:
+        """Those of :attr:`token_ids` that stand for videos."""
+        ids = [getattr(self.config, name, None) for name in ("video_token_id", "video_token_index")]
+        return tuple(x for x in ids if isinstance(x, int))
 
     @property
     def depth(self) -> int:
@@ -44,10 +55,12 @@ class ModelAdapter:
     @property
     def vision_tokens(self) -> int | None:
         """Tokens of an image, if all images have the same number; else None."""
-        if self.kind != "llava" or self.config.vision_feature_select_strategy != "default":
+        if getattr(self.config, "vision_feature_select_strategy", None) != "default" or hasattr(
+            self.config, "image_grid_pinpoints"
+        ):
             return None
-        vision = self.config.vision_config
-        return (int(vision.image_size) // int(vision.patch_size)) ** 2
+        side, patch = patch_sides(self.config)
+        return (side // patch) ** 2 if side and patch else None
 
     @property
     def attention(self) -> str:
@@ -62,12 +75,22 @@ class ModelAdapter:
     def kv_row_bytes(self, itemsize: int) -> int:
         """Bytes of the keys and values of one token in one block."""
         config = self.decoder.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * int(config.num_key_value_heads) * int(width) * itemsize
+        widths = 2 * int(width)
+        if getattr(config, "kv_lora_rank", None):  # latent attention caches the keys and values that it makes from the latents
+            heads, widths = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return int(heads) * widths * itemsize
 
     def block_flops(self, tokens: tuple[int, ...]) -> int:
-        """Multiply-adds of one block for items of these lengths, by :func:`prefill_flops`."""
-        return prefill_flops(tokens, self.decoder.config.hidden_size, self.decoder.config.intermediate_size)
+        """Multiply-adds of one block for items of these lengths, by :func:`prefill_flops`; of experts those that a token visits."""
+        config = self.decoder.config
+        inner, experts = getattr(config, "intermediate_size", None), getattr(config, "moe_intermediate_size", None)
+        inner = max(inner) if isinstance(inner, list | tuple) else inner
+        if isinstance(experts, int) and experts:
+            chosen = [getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")]
+            inner = experts * next((n for n in chosen if isinstance(n, int)), 1)
+        return prefill_flops(tokens, config.hidden_size, int(inner or 4 * config.hidden_size))
 
 
 def adapter_of(model: Any) -> ModelAdapter:
@@ -76,28 +99,25 @@ def adapter_of(model: Any) -> ModelAdapter:
     Raises
     ------
     ValueError
-        A compiled model, an unsupported model type or attention implementation, a decoder without the expected modules, or
-        layers with sliding-window attention.
+        A compiled model, or one that lacks a capability; the sentence says which.
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model must not be compiled: torch.compile ignores hooks that are added later; pass the original model")
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in VISION_TYPES + TEXT_TYPES:
-        known = ", ".join(VISION_TYPES + TEXT_TYPES)
-        raise ValueError(f"model must be one of {known} by its config.model_type, got {kind or type(model).__name__}")
-    body, decoder = model.base_model, model.get_decoder()
-    missing = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
-    if missing:
-        raise ValueError(f"model must have a decoder with layers, norm and rotary_emb; {type(decoder).__name__} lacks {missing[0]}")
-    config = model.config
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index") if kind in VISION_TYPES else ()
-    ids = {x for name in names if isinstance(x := getattr(config, name, None), int)}
-    adapter = ModelAdapter(body, decoder, kind, config, tuple(sorted(ids)))
+    decoder = text_decoder(model)
+    check_sequence(model, decoder)
+    body, config = model.base_model, model.config
+    kinds = layer_kinds(decoder)
+    adapter = ModelAdapter(body, decoder, config.model_type, config, placeholder_ids(config, body), kinds)
     check_attention(adapter)
-    kinds = getattr(decoder.config, "layer_types", None) or ()
-    if any(name != "full_attention" for name in kinds) or (not kinds and getattr(decoder.config, "sliding_window", None)):
-        raise ValueError("model must have full attention in every layer: a sliding window counts rows, and dropping moves them")
     return adapter
+
+
+def patch_sides(config: Any) -> tuple[int | None, int | None]:
+    """Side of the square pictures that the vision tower receives, and of its patches; None where they are not fixed."""
+    vision = getattr(config, "vision_config", None)
+    sides = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    side, patch = (x[0] if isinstance(x, list | tuple) and len(set(x)) == 1 else x for x in sides)
+    return side if isinstance(side, int) else None, patch if isinstance(patch, int) else None
 
 
 def check_attention(adapter: ModelAdapter) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...core.layout import TokenLayout
-from .model import ModelAdapter
+from .model import ModelAdapter, patch_sides
 
 Spans = tuple[tuple[tuple[int, int], ...], ...]
 Grid = tuple[int, ...] | None
+GridOf = Callable[[int, list[tuple[int, int, int]]], Grid]  # of an item and its runs: token, start, stop
 
 
 def given_spans(spans: Any, batch: int, rows: int) -> Spans:
@@ -34,58 +36,71 @@ def placeholder_runs(input_ids: torch.Tensor, token_ids: tuple[int, ...]) -> lis
     return sorted(found)
 
 
-def prompt_spans(adapter: ModelAdapter, given: dict[str, Any]) -> tuple[Spans, tuple[Grid, ...]]:
-    """The spans of vision tokens of every item, and the grid of items with one image or video."""
+def prompt_spans(adapter: ModelAdapter, given: dict[str, Any], position_ids: Any) -> tuple[Spans, tuple[Grid, ...]]:
+    """The spans of vision tokens of every item, and the grid of items with one image or video.
+
+    An image may lie in several spans, with separators or time stamps between them. ``position_ids`` are the decoder's.
+    """
     input_ids = given["input_ids"]
     runs = placeholder_runs(input_ids, adapter.token_ids)
     spans: list[list[tuple[int, int]]] = [[] for _ in range(input_ids.shape[0])]
     for item, _, start, stop in runs:
         spans[item].append((start, stop))
-    grids = _grids(adapter, given, runs)
-    return tuple(map(tuple, spans)), tuple(grids.get(item) for item in range(len(spans)))
+    mine: list[list[tuple[int, int, int]]] = [[] for _ in spans]
+    for item, token, start, stop in runs:
+        mine[item].append((token, start, stop))
+    grid_of = _grids_by_position(adapter, position_ids) if _is_mrope(position_ids) else _grids_by_tile(adapter, given, runs)
+    return tuple(map(tuple, spans)), tuple(grid_of(item, its) if its else None for item, its in enumerate(mine))
 
 
-def _grids(adapter: ModelAdapter, given: dict[str, Any], runs: list[tuple[int, int, int, int]]) -> dict[int, Grid]:
-    """The grid of every item that has just one image or video; raises where the tokens of one image lie apart."""
-    broken = "the tokens of an image must be contiguous, but "
-    found: dict[int, list[tuple[int, ...]]] = {}
-    for token in adapter.token_ids:
-        mine = [run for run in runs if run[1] == token]
-        images = _images(adapter, given, token)
-        if isinstance(images, int):  # only their number is known
-            if len(mine) > images:
-                raise ValueError(f"{broken}input_ids have {len(mine)} runs of them for {images} images")
-            continue
-        if images is None:
-            continue
-        left = iter(images)
-        for item, _, start, stop in mine:
-            n = stop - start
-            while n > 0 and (grid := next(left, None)) is not None:
-                found.setdefault(item, []).append(grid)
-                n -= math.prod(grid)
-            if n < 0:
-                raise ValueError(f"{broken}the run of {stop - start} tokens at {start} of item {item} ends inside one")
-    return {item: grids[0] for item, grids in found.items() if len(grids) == 1}
+def _is_mrope(position_ids: Any) -> bool:
+    """Whether ids count time, rows and columns: ``[3, B, N]``, or ``[4, B, N]`` with the row of the text first."""
+    return isinstance(position_ids, torch.Tensor) and position_ids.dim() == 3 and position_ids.shape[0] in (3, 4)
 
 
-def _images(adapter: ModelAdapter, given: dict[str, Any], token: int) -> list[tuple[int, ...]] | int | None:
-    """The patch grids of the images behind a placeholder, in order; or only their number; or None when nothing is known."""
-    config = adapter.config
-    video = token == getattr(config, "video_token_id", None)
-    if adapter.kind in ("qwen2_vl", "qwen2_5_vl"):
-        thw = given.get("video_grid_thw" if video else "image_grid_thw")
-        if thw is None:
+def _grids_by_position(adapter: ModelAdapter, position_ids: torch.Tensor) -> GridOf:
+    """Grids from ids of time, row and column, which the model makes from its images also where ``generate`` keeps these."""
+    table = position_ids[-3:].tolist()
+
+    def one_run(item: int, start: int, stop: int) -> tuple[int, ...] | None:
+        axes = [table[axis][item if len(table[axis]) > 1 else 0][start:stop] for axis in range(3)]
+        sizes = tuple(len(set(axis)) for axis in axes)
+        return sizes if math.prod(sizes) == stop - start else None
+
+    def grid_of(item: int, runs: list[tuple[int, int, int]]) -> Grid:
+        grids = {one_run(item, start, stop) for _, start, stop in runs}
+        if len(grids) != 1 or None in grids:
             return None
-        merge = config.vision_config.spatial_merge_size
-        return [(h // merge, w // merge) if t == 1 else (t, h // merge, w // merge) for t, h, w in thw.tolist()]
-    pixels = given.get("pixel_values_videos" if video else "pixel_values")
-    if pixels is None:
-        return None
-    vision = config.vision_config
-    side: Any = getattr(vision, "image_size", None)
-    patch: Any = getattr(vision, "patch_size", None)
-    square = isinstance(side, int) and isinstance(patch, int) and config.vision_feature_select_strategy == "default"
-    if adapter.kind == "llava" and square and given.get("image_sizes") is None:
-        return [(side // patch, side // patch)] * pixels.shape[0]
-    return int(pixels.shape[0])
+        frames, rows, columns = grids.pop()  # type: ignore[misc]
+        if len(runs) == 1:
+            return (rows, columns) if frames == 1 else (frames, rows, columns)
+        video = len({token for token, _, _ in runs}) == 1 and runs[0][0] in adapter.video_ids
+        return (len(runs), rows, columns) if frames == 1 and video else None  # frames between time stamps
+
+    return grid_of
+
+
+def _grids_by_tile(adapter: ModelAdapter, given: dict[str, Any], runs: list[tuple[int, int, int, int]]) -> GridOf:
+    """The square grid of items whose one image is one tile, if every tile has the same number of tokens."""
+    tiles = _tiles(given)
+    images = [run for run in runs if run[1] not in adapter.video_ids]
+    tokens = sum(stop - start for _, _, start, stop in images)
+    side, patch = patch_sides(adapter.config)
+    width = math.isqrt(tokens // tiles) if tiles and tokens % tiles == 0 else 0
+    regular = bool(width and side and patch) and width * width * tiles == tokens and (side // patch) % width == 0  # type: ignore[operator]
+
+    def grid_of(item: int, runs: list[tuple[int, int, int]]) -> Grid:
+        one = len(runs) == 1 and runs[0][0] not in adapter.video_ids and runs[0][2] - runs[0][1] == width * width
+        return (width, width) if regular and one else None
+
+    return grid_of
+
+
+def _tiles(given: dict[str, Any]) -> int:
+    """Pictures that the vision tower received for this batch; 0 if that is unknown. ``generate`` runs the tower beforehand."""
+    outputs = given.get("mm_encoder_outputs") or {}
+    features = getattr(outputs.get("image"), "pooler_output", None)
+    if features is not None:
+        return len(features)
+    pixels = given.get("pixel_values")
+    return math.prod(pixels.shape[:-3]) if isinstance(pixels, torch.Tensor) and pixels.dim() >= 4 else 0

@@ -63,7 +63,7 @@ class DART(Policy):
         text_pivots = _top(norms, text_rows(context), self.text_pivots)
         pivots = torch.cat([context.row_indices(vision_pivots, self.pivots), context.row_indices(text_pivots, self.text_pivots)], 1)
         # Only forward: the final norm's hooks belong to the session.
-        cosines = cosine_to_pivots(context.adapter.decoder.norm.forward(context.hidden), pivots, backend=context.backend)
+        cosines = cosine_to_pivots(context.adapter.norm.forward(context.hidden), pivots, backend=context.backend)
         left = host_ints(context.keep, norms.device)[:, None] - vision_pivots.sum(1, keepdim=True)
         share = -(-left // (pivots >= 0).sum(1, keepdim=True).clamp(min=1))  # without remainder if all pivots exist, by `count`
         pool, place = vision & ~vision_pivots, torch.arange(vision.shape[1], device=vision.device)
