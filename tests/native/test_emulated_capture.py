@@ -4,6 +4,7 @@ whatever would make the host wait is counted.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.cases import METRICS, every_op, hidden_pair, same
-from support.ragged import B, D, N, drop_packed, drop_padded, forget_plans, topk
+from support.ragged import CALLS, B, D, N, all_three, drop_padded, forget_plans, other_plans
 from support.streams import Pool, take_for_eager
 
 from v2drop_kernels import native as library
@@ -51,37 +52,36 @@ def uploads(monkeypatch):
     forget_plans()
 
 
-def pass_by(monkeypatch, call, seeds):
-    """Make calls with these plans without running them: what they allocate, keep and give back is real."""
+@contextlib.contextmanager
+def without_launches(monkeypatch):
+    """Calls that run nothing: what they allocate, keep and give back is real."""
     with monkeypatch.context() as patch:
         patch.setattr(native, "_function", lambda name: lambda *arguments: None)
-        for seed in seeds:
-            call(seed)
+        yield
     gc.collect()
 
 
-@pytest.mark.parametrize("call", [drop_padded, drop_packed, topk])
-def test_replays_between_ten_thousand_plans(emulator, monkeypatch, call):
+def test_replays_between_ten_thousand_plans(emulator, monkeypatch):
     prev, cur = hidden_pair((B, N, D), torch.float32)
     kept, make = [], tables._plan_tables
     monkeypatch.setattr(tables, "_plan_tables", lambda *args: kept.append(make(*args)) or kept[-1])
-    call(0, prev, cur, ON.backend)  # the plan of the graph is kept from an eager call before
+    all_three(prev, cur, ON.backend)  # the plans of the graph are kept from eager calls before
     pool = Pool()
-    got = captured(emulator, monkeypatch, pool, lambda: call(0, prev, cur, ON.backend))
+    got = captured(emulator, monkeypatch, pool, lambda: all_three(prev, cur, ON.backend))
     for table in kept:
         memory = table.segments.untyped_storage()
         assert not emulator.v2drop_emulate_holds(memory.data_ptr(), memory.nbytes())
-    assert len(kept) == 1
+    assert len(kept) == len(CALLS)
     kept.clear()
     monkeypatch.setattr(tables, "_plan_tables", make)
     for i in range(REPLAYS):
-        seeds = range(i * OTHER_PLANS // REPLAYS + 1, (i + 1) * OTHER_PLANS // REPLAYS + 1)
-        pass_by(monkeypatch, lambda seed: call(seed, prev, cur, ON.backend), seeds)
+        with without_launches(monkeypatch):
+            other_plans(i * OTHER_PLANS // REPLAYS, (i + 1) * OTHER_PLANS // REPLAYS, prev, cur, ON.backend)
         prev.copy_(prev.roll(1, dims=1)), cur.copy_(cur.roll(3, dims=2))
         for x in (*got, *(x for x in pool.tensors if x.dtype == torch.uint8)):  # results and scratch memory
             x.fill_(77)
         emulator.v2drop_emulate_replay()
-        same(list(got), list(call(0, prev, cur, "reference")))
+        same(got, all_three(prev, cur, "reference"))
 
 
 def test_a_kept_table_would_be_noticed(emulator, monkeypatch):
@@ -101,7 +101,7 @@ def test_no_call_makes_the_host_wait(emulator, metric):
     prev, cur = hidden_pair((2, 40, 8), torch.float32)
     before = emulator.v2drop_emulate_synchronisations()
     every_op(ON, prev, cur, metric, 9)
-    for call in (drop_padded, drop_packed, topk):
+    for call in CALLS:
         call(-2, *hidden_pair((B, N, D), torch.float32), ON.backend)
     assert emulator.v2drop_emulate_synchronisations() == before
 

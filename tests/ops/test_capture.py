@@ -12,7 +12,7 @@ import gc
 import pytest
 import torch
 from support.cases import hidden_pair, same
-from support.ragged import B, D, N, drop_packed, drop_padded, forget_plans, topk
+from support.ragged import B, D, N, all_three, drop_padded, forget_plans, other_plans
 from support.streams import Dangling, TritonGraph
 
 from v2drop_kernels.backends import tables
@@ -29,23 +29,21 @@ def clean():
     forget_plans()
 
 
-@pytest.mark.parametrize("call", [drop_padded, drop_packed, topk])
-def test_replays_between_ten_thousand_plans(monkeypatch, call):
+def test_replays_between_ten_thousand_plans(monkeypatch):
     prev, cur = hidden_pair((B, N, D), torch.float32)
     graph = TritonGraph(monkeypatch)
-    call(0, prev, cur, "triton")  # the plan of the graph is kept from an eager call before
-    got = graph.capture(lambda: call(0, prev, cur, "triton"))
+    all_three(prev, cur, "triton")  # the plans of the graph are kept from eager calls before
+    got = graph.capture(lambda: all_three(prev, cur, "triton"))
     for i in range(REPLAYS):
         graph.skipping = True
-        for seed in range(i * OTHER_PLANS // REPLAYS, (i + 1) * OTHER_PLANS // REPLAYS):
-            call(seed + 1, prev, cur, "triton")
+        other_plans(i * OTHER_PLANS // REPLAYS, (i + 1) * OTHER_PLANS // REPLAYS, prev, cur, "triton")
         graph.skipping = False
         gc.collect()
         prev.copy_(prev.roll(1, dims=1)), cur.copy_(cur.roll(3, dims=2))  # the caller's memory, with other values
         for x in got:
             x.fill_(-7)
         graph.replay()
-        same(list(got), list(call(0, prev, cur, "reference")))
+        same(got, all_three(prev, cur, "reference"))
 
 
 def test_budgets_of_offsets_on_the_device(monkeypatch):

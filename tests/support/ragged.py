@@ -67,6 +67,20 @@ def topk(seed, prev, cur, backend):
     return tuple(vk.variation_topk(prev, cur, [2, 1, 3], droppable=_layout(topk, seed), order="score", backend=backend))
 
 
+CALLS = (drop_padded, drop_packed, topk)
+
+
+def all_three(prev, cur, backend):
+    """One call of each with its first plan, as one list of results: what a graph captures."""
+    return [x for call in CALLS for x in call(0, prev, cur, backend)]
+
+
+def other_plans(first, last, prev, cur, backend):
+    """Calls of each kind in turn, every one with a plan that no other seed has."""
+    for seed in range(first + 1, last + 1):
+        CALLS[seed % len(CALLS)](seed, prev, cur, backend)
+
+
 def forget_plans():
     """Forget the plans of calls that were made without their launches: nothing wrote the tables that are kept with them."""
     calls._cached_drop_plan.cache_clear()
