@@ -122,7 +122,7 @@ test-interpreter: setup
 
 test-compile-only: setup
 	@echo "== test 3 of 4: kernels compiled for GPUs that are not here"
-	@$(MAIN) $(PYTEST) tests/compile_only $(ARGS)
+	@$(MAIN) $(PYTEST) --dist loadfile tests/compile_only $(ARGS)
 
 test-main: setup
 	@echo "== test 4 of 4: the main tests"

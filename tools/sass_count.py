@@ -310,9 +310,11 @@ def report(found: dict[str, dict[str, Any]], gather: Path) -> dict[str, Any]:
     }
 
 
-def of_sources() -> dict[str, Any]:
-    """The report on this checkout."""
-    select, gather = (compile_source(ROOT / "csrc/core" / name) for name in ("select_segments_cuda.cu", "compact_cuda.cu"))
+COUNTED = ("select_segments_cuda.cu", "compact_cuda.cu")  # the sources of the report
+
+
+def of_cubins(select: Path, gather: Path) -> dict[str, Any]:
+    """The report on the compiled sources ``COUNTED``."""
     return report(selections(select), gather)
 
 
@@ -336,7 +338,7 @@ def main() -> None:
     if options.cubin:
         show(options.cubin, options.kernel)
         return
-    made = of_sources()
+    made = of_cubins(*(compile_source(ROOT / "csrc/core" / name) for name in COUNTED))
     for team, found in made["counts"].items():
         print(team)
         for name in ("range", "bins", "count", "place"):

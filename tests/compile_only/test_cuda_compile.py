@@ -1,10 +1,12 @@
-"""The CUDA C++ kernels, compiled by nvcc without a GPU: one real architecture and PTX, no spills, and the accesses asked for.
+"""The CUDA C++ kernels, compiled by nvcc without a GPU: real architectures and PTX, no spills, and the accesses asked for.
 
-The flags are those of CMakeLists.txt. What the kernels compute is tested on the CPU by tests/emulated.
+A source is compiled once, by one command for all that the tests of this session read: the object for the host, a cubin for every
+architecture, and PTX. The flags are those of CMakeLists.txt. What the kernels compute is tested on the CPU by the emulated tests.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import json
@@ -21,6 +23,7 @@ from support.sass import accesses_before_wait
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/core").glob("*.cu"))
 NVCC = shutil.which("nvcc")
+OLDEST = 80
 
 pytestmark = [
     pytest.mark.compile_only,
@@ -41,35 +44,65 @@ class Kernel(NamedTuple):
         return [(re.findall(r"\b(?:U8|S8|U16|S16|64|128)\b", x) or ["32"])[-1].lstrip("US") for x in found]
 
 
-def nvcc(source: Path, out: Path, *flags: str) -> Path:
+class Built(NamedTuple):
+    """What one call of nvcc made of a source."""
+
+    host: Path  # the object file, with all that follows inside
+    cubins: dict[int, Path]  # by architecture
+    ptx: Path  # for the oldest architecture
+
+
+def kernels_of(cubin: Path) -> dict[str, Kernel]:
+    """The kernels, by mangled name."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin))
+    bodies = re.split(r"\bFunction : (\S+)", cuobjdump("-sass", cubin))
+    sass = dict(zip(bodies[1::2], bodies[2::2], strict=True))
+    assert sass.keys() == {function for function, _, _ in usage} != set()
+    return {function: Kernel(int(registers), int(stack), sass[function]) for function, registers, stack in usage}
+
+
+def nvcc(source: Path, folder: Path, archs: set[int]) -> Built:
     options = ["-std=c++17", "-O3", "--fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
     options += ['-DV2DROP_CUDA_ARCHS_STRING="test"', f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc/core'}"]
-    done = subprocess.run([NVCC, *options, *flags, source, "-o", out], capture_output=True, text=True, check=False)
+    options += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in sorted(archs)]
+    host = folder / f"{source.stem}.o"
+    command = [NVCC, *options, f"-gencode=arch=compute_{OLDEST},code=compute_{OLDEST}", "-c", source, "-o", host]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return out
+    for option in ("-xelf", "-xptx"):
+        cuobjdump(option, "all", host.name, cwd=folder)
+    (ptx,) = folder.glob("*.ptx")
+    return Built(host, {arch: next(folder.glob(f"*.sm_{arch}.cubin")) for arch in archs}, ptx)
 
 
-def cuobjdump(option: str, cubin: Path) -> str:
+def cuobjdump(*arguments: str | Path, cwd: Path | None = None) -> str:
     tool = shutil.which("cuobjdump")
     if tool is None:  # Triton brings one
         tool = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
-    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """A function from the name of a source and an architecture to its kernels, by mangled name."""
+def built(request, tmp_path_factory):
+    """A function from the name of a source to what was made of it: for sm_90 and the architectures that tests have as parameter."""
+    archs = collections.defaultdict(lambda: {90})
+    for item in request.session.items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if "arch" in params:
+            archs[params["name"]].add(params["arch"])
+    archs["select_segments_cuda.cu"].add(OLDEST)  # of test_clusters_are_compiled_for_those_that_have_them
 
     @functools.cache
-    def of(name: str, arch: int = 90) -> dict[str, Kernel]:
-        cubin = nvcc(ROOT / "csrc/core" / name, tmp_path_factory.mktemp("cubin") / f"{name}.cubin", f"-arch=sm_{arch}", "-cubin")
-        usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin))
-        bodies = re.split(r"\bFunction : (\S+)", cuobjdump("-sass", cubin))
-        sass = dict(zip(bodies[1::2], bodies[2::2], strict=True))
-        assert sass.keys() == {function for function, _, _ in usage} != set()
-        return {function: Kernel(int(registers), int(stack), sass[function]) for function, registers, stack in usage}
+    def of(name: str) -> Built:
+        return nvcc(ROOT / "csrc/core" / name, tmp_path_factory.mktemp("cubin"), archs[name])
 
     return of
+
+
+@pytest.fixture(scope="module")
+def kernels(built):
+    """A function from the name of a source and an architecture to its kernels, by mangled name."""
+    return functools.cache(lambda name, arch=90: kernels_of(built(name).cubins[arch]))
 
 
 def named(kernels: dict[str, Kernel], name: str) -> dict[str, Kernel]:
@@ -87,7 +120,7 @@ def test_sources_are_those_of_the_build():
     assert sorted(listed) == [str(x.relative_to(ROOT)) for x in SOURCES] != []
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("arch", [OLDEST, 90, 100, 120])
 @every_source
 def test_no_spills(name, arch, kernels):
     for function, kernel in kernels(name, arch).items():
@@ -123,20 +156,19 @@ def test_the_check_of_the_wait_finds_an_early_load():
 
 
 @every_source
-def test_the_library_neither_copies_nor_synchronises(name, tmp_path):
+def test_the_library_neither_copies_nor_synchronises(name, built):
     """The host's side of a source calls nothing of the CUDA runtime that waits, copies, or takes and gives memory back."""
-    library = nvcc(ROOT / "csrc/core" / name, tmp_path / "host.o", "-arch=sm_90", "-c")
-    symbols = subprocess.run(["nm", "-u", library], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-u", built(name).host], capture_output=True, text=True, check=True).stdout
     called = set(re.findall(r"\b(cuda\w+)", symbols))
     assert called  # of the launches
     assert not {x for x in called if re.search("Memcpy|Memset$|Synchronize|Malloc|Free|Query", x)}  # cudaMemsetAsync is a launch
 
 
 @every_source
-def test_ptx(name, tmp_path):
-    """The oldest architecture: nothing in the sources needs a newer one where it is not asked for."""
-    ptx = nvcc(ROOT / "csrc/core" / name, tmp_path / "kernels.ptx", "-arch=compute_80", "-ptx").read_text()
-    assert ".target sm_80" in ptx
+def test_ptx(name, built):
+    """The oldest architecture: nothing in the sources needs a newer one where it is not requested."""
+    ptx = built(name).ptx.read_text()
+    assert f".target sm_{OLDEST}" in ptx
     assert "griddepcontrol" not in ptx
 
 
@@ -199,7 +231,7 @@ def test_long_selections_keep_loads_in_flight(team, kernels):
     assert ("UCGABAR_WAIT" in kernel.sass) == (team == "ClusterOfBlocks")
 
 
-def test_counts_of_the_selections():
+def test_counts_of_the_selections(built):
     """Instructions a key and pass, and the times that follow on an H200, also where scores need a fourth pass.
 
     The bounds are the counts of nvcc 13.0, rounded up. The committed counts, for the performance model, are those of the sources.
@@ -209,7 +241,7 @@ def test_counts_of_the_selections():
         counter = importlib.import_module("sass_count")
     finally:
         sys.path.remove(str(ROOT / "tools"))
-    made = counter.of_sources()
+    made = counter.of_cubins(*(built(name).cubins[90] for name in counter.COUNTED))
     most = {"range": 7, "bins": 10.5, "count": 8.5, "place": 40}
     for found in made["counts"].values():
         assert {name for name, bound in most.items() if name in found and found[name]["instructions_per_key"] > bound} == set()
@@ -227,7 +259,7 @@ def test_counts_of_the_selections():
 def test_clusters_are_compiled_for_those_that_have_them(kernels):
     """For sm_80 the kernel is empty, and is never launched there."""
     (kernel,) = (
-        k for f, k in named(kernels("select_segments_cuda.cu", 80), "select_team_kernel").items() if "ClusterOfBlocks" in f
+        k for f, k in named(kernels("select_segments_cuda.cu", OLDEST), "select_team_kernel").items() if "ClusterOfBlocks" in f
     )
     assert kernel.registers < 16
 
