@@ -7,12 +7,14 @@ import torch
 from support.cases import (
     BATCHES,
     FLOATS,
+    KINDS,
     METRICS,
     SIZES,
     STRIDES,
     companions,
     count,
     cross,
+    fewer,
     hidden_pair,
     normal,
     same,
@@ -188,7 +190,7 @@ def float_companions(b, key, dtype, device):
     return leaves, {k: found[k] for k in ("position_ids", "labels", "attention_mask") if k in found}
 
 
-@cross(b=BATCHES, key=["flat", "mrope"], op=["drop_tokens", "compact"])
+@cross(b=fewer(BATCHES, KINDS), key=["flat", "mrope"], op=["drop_tokens", "compact"])
 def test_compaction_gradients(on, b, key, op):
     """The gradient of a gather is a scatter: exact, and zero in every row that was dropped."""
     x = scores("three", b.lead, torch.float32)

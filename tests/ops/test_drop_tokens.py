@@ -9,6 +9,7 @@ from support.cases import (
     BATCHES,
     COPIED,
     FLOATS,
+    KINDS,
     KS,
     LARGE,
     METRICS,
@@ -159,7 +160,7 @@ def test_drop_tokens_keeps_what_variation_topk_chooses(on, metric, dtype, b):
     check_compacted(got, oracle.keep(ranks, b, b.ks("n/3")), cur, {})
 
 
-@cross(b=[b for b in BATCHES if b.rows > 9])
+@cross(b=[b for b in fewer(BATCHES, KINDS) if b.rows > 9])
 def test_drop_tokens_in_three_stages(on, b):
     """The layout of one stage is the droppable of the next: 2/3, then 1/2, then none of the vision tokens."""
     arguments, ids = b.arguments(on.device), torch.arange(b.rows).expand(b.lead).contiguous().to(on.device)
@@ -240,7 +241,7 @@ def test_drop_tokens_of_alternating_shapes(on, repeat):
         assert got.layout == want.layout
 
 
-@cross(b=BATCHES, k=["n/3", "list"], op=["drop_tokens", "compact"])
+@cross(b=fewer(BATCHES, KINDS), k=["n/3", "list"], op=["drop_tokens", "compact"])
 def test_into_the_tensors_of_an_earlier_result(on, b, k, op):
     """``out``: the same shapes again and again need no new memory; every byte of the earlier step is overwritten."""
     first, cur = hidden_pair((*b.lead, 8), torch.bfloat16)

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from support.cases import fewer
 from torch.autograd import forward_ad
 
 import v2drop_kernels as vk
@@ -65,7 +66,7 @@ def remembered():
 
 @pytest.mark.parametrize("droppable", [None, (3, 20)], ids=["all", "span"])
 def test_a_second_call_gives_what_a_first_one_gives(backend, droppable):
-    for dtype, seed in itertools.product([torch.float32, torch.bfloat16], range(3)):
+    for dtype, seed in zip([torch.float32, torch.bfloat16] * 3, range(fewer([6], [2])[0]), strict=False):
         h_prev, h_cur, given = arguments(seed, dtype=dtype)
         second = vk.drop_tokens(h_prev, h_cur, 5, droppable=droppable, backend=backend, **given)
         scores = vk.variation_score(h_prev, h_cur, backend=backend)

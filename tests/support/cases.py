@@ -319,6 +319,11 @@ BATCHES = [
     _packed("packed-no-rows", [0]),
     _packed("packed-no-tokens", [0, 0, 0]),
 ]  # fmt: skip
+# One batch of each way to say which tokens compete: enough in the interpreter for kernels that other tests run on all batches.
+KINDS = [b for b in BATCHES if b.name in (
+    "span-B2-N70", "spans-B4-N50", "right-padding-B3-N30", "left-padding-B3-N30", "mask-left-padding-B3-N45", "packed-tensor-T90",
+    "packed-spans-T80", "packed-mask-T60", "no-rows-B2",
+)]  # fmt: skip
 # Beyond 2048 competing rows the GPU selects in a kernel of its own, beyond 8192 it no longer keeps the keys in
 # registers.
 LARGE = [
