@@ -152,6 +152,9 @@ def _busy() -> float:
     return (user + nice + system + interrupts + soft_interrupts + steal) / os.sysconf("SC_CLK_TCK")
 
 
+DRY_GATE = {"copied": 1 << 16, "seconds": 0.0002}  # of a dry run, which measures nothing
+
+
 class NoiseGate:
     """A fixed loop of about 20 ms, half arithmetic in cache and half copies in DRAM, as a witness of quiet.
 
@@ -159,7 +162,8 @@ class NoiseGate:
     ``tolerance``. Steady noise would raise that best as well, so other processes may not use more than this share of a core.
     """
 
-    def __init__(self, tolerance: float = 0.10, copied: int = 0) -> None:
+    def __init__(self, tolerance: float = 0.10, copied: int = 0, seconds: float = 0.010) -> None:
+        """``copied`` bytes are copied at a time (0: twice the last-level cache); each half of the loop takes ``seconds``."""
         self.tolerance = tolerance
         self._square = torch.ones(256, 256)
         elements = (copied or min(2 * LLC, 128 << 20)) // 4
@@ -168,7 +172,7 @@ class NoiseGate:
         self.best = (float("inf"), float("inf"))
         for _ in range(5):
             self.sample()
-        self._loops = (max(1, round(0.010 / self.best[0])), max(1, round(0.010 / self.best[1])))
+        self._loops = (max(1, round(seconds / self.best[0])), max(1, round(seconds / self.best[1])))
         self.best = (float("inf"), float("inf"))
         for _ in range(10):
             self.sample()

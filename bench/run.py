@@ -39,7 +39,7 @@ def measure_targets(
 ) -> tuple[bool, int]:
     """All targets to ``path``; whether every asserted one passed, and how many results were wrong."""
     dry = run == "dry"
-    gate = harness.NoiseGate(math.inf if run == "ungated" else 0.10, copied=1 << 16 if dry else 0)
+    gate = harness.NoiseGate(math.inf if run == "ungated" else 0.10, **harness.DRY_GATE if dry else {})
     conditions = harness.conditions(run)
     passed, wrong = True, 0
     with path.open("w", newline="") as file:

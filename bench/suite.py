@@ -47,7 +47,7 @@ def listed(dry: bool, ops: Sequence[str] = OPS) -> list[Setting]:
 def measure(path: Path, run: str, chosen: Sequence[Setting] | None = None) -> int:
     """Measure the suite into ``path``; how many providers gave a wrong result, which leaves a row without numbers."""
     dry, rows, wrong = run == "dry", list[dict[str, Any]](), 0
-    gate = harness.NoiseGate(copied=1 << 16 if dry else 0)
+    gate = harness.NoiseGate(**harness.DRY_GATE if dry else {})
     threads, skipped = torch.get_num_threads(), dict[tuple[str, str], None]()
     try:
         for setting in harness.progress(listed(dry) if chosen is None else chosen, "suite"):
