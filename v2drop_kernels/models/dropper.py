@@ -63,11 +63,17 @@ class TokenDropper:
     ------
     ValueError, TypeError
         On construction for invalid options; on the call for a model that is unsupported, compiled, or has fewer layers than the
-        schedule needs; in a forward for images whose tokens are not contiguous, images in a later chunk or turn, and caches whose
-        layers cannot differ in length.
+        schedule needs; in a forward for images whose tokens are not contiguous, images in a later chunk or turn with positions
+        other than "persistent" or with ``compact_earlier_kv``, and caches whose layers cannot differ in length; after the block
+        for a cache that lacks rows, unless a single token can do without the hooks.
 
     Notes
     -----
+    Every call has a state of its own: one block serves calls from several threads, and calls inside calls. A cache holds the record
+    of what it lacks, and continues in any block on the model, also under another schedule; ``reorder_cache``, ``crop``, selections
+    of items and copies keep the record. In a later turn with images only its own vision tokens compete, and policies that read
+    attention weights rank them by the attention within that turn.
+
     Logits keep their shape: rows of dropped tokens repeat those of the last kept token before them. ``output_hidden_states``
     returns each layer's own rows. With ``soft`` the ratios are read on the host in every prefill. A block normalises its input,
     so the mask takes effect from the following block on, in the residual stream: with only one block between two stages, the first

@@ -1,9 +1,11 @@
-"""One forward of the decoder: what its hooks share, and the arguments of layers that hold only some rows of the prompt."""
+"""One forward of the decoder: what its hooks share, and the arguments of layers that hold only some rows of the text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .adapters import ModelAdapter, caches
 from .adapters.arguments import LayerCall
@@ -15,39 +17,57 @@ from .rows import KeptRows
 
 @dataclass
 class Forward:
-    """The state of one forward: of a prefill, of decoding steps, or of neither.
+    """The state of one forward.
 
     Attributes
     ----------
     prefill : Prefill | None
-    decoding : CacheState | None
-        Of the cache that the tokens of this forward are added to.
+        Of a prompt, until the final norm.
+    state : CacheState | None
+        The rows that each layer's cache holds; None where all layers hold all rows.
     position_ids : Tensor | None
         As the rotary embedding was called with.
-    step_mask : Tensor | None
-        In decoding, over all rows of the prompt, where the model cannot make it because the first layer lacks rows.
     """
 
     prefill: Prefill | None = None
-    decoding: CacheState | None = None
+    state: CacheState | None = None
     position_ids: Any = None
-    step_mask: Any = None
     _token: object = field(default_factory=object)  # identifies this forward to KeptRows.once
 
-    def mask(self, adapter: ModelAdapter, call: LayerCall, layer: int, rows: KeptRows, state: CacheState) -> Any:
-        """The mask of a layer that holds only ``rows``, made once for all layers that hold the same rows."""
-        prefill = self.prefill is not None
+    def mask(self, adapter: ModelAdapter, call: LayerCall, layer: int) -> Any:
+        """The mask of a layer that lacks rows, made once for all layers that hold the same rows."""
+        columns = self.state.layers[layer] if self.state else None
+        assert columns is not None
         length = caches.key_count(call.cache, call.hidden.shape[1], layer)
-        mask = call.mask if prefill or not state.first_is_short else self.step_mask
-        make = lambda: cut_mask(mask, rows, state.prompt, prefill=prefill, length=length, flash=adapter.flash)
-        return rows.once("mask", self._token, make)
+        return columns.once("mask", self._token, lambda: self._cut(adapter, call.mask, columns, length))
 
-    def cut(self, adapter: ModelAdapter, call: LayerCall, layer: int, rows: KeptRows, state: CacheState) -> LayerCall:
-        """The arguments of a layer that holds only ``rows``."""
-        new = call.with_mask(self.mask(adapter, call, layer, rows, state))
+    def _cut(self, adapter: ModelAdapter, mask: Any, columns: KeptRows, length: int) -> Any:
+        assert self.state is not None
+        prefill, prompt = self.prefill, self.state.prompt
+        if prefill is not None and not prefill.first:
+            return cut_mask(mask, columns, prompt, prefill=True, length=length, flash=adapter.flash)
+        if prefill is not None and prefill.current is not None and mask is not None and mask.dim() == 4:
+            at = prefill.current.keep.clamp(min=0).to(mask.device)[:, None, :, None]
+            mask = mask.expand(at.shape[0], -1, -1, -1)
+            mask = mask.gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = cut_mask(mask, columns, prompt, prefill=False, length=length, flash=adapter.flash)
+        # A static cache has the same size in every layer, so behind fewer rows there are more columns than the mask is wide.
+        return mask[..., :length] if isinstance(mask, torch.Tensor) else mask
+
+    def cut(self, adapter: ModelAdapter, call: LayerCall, layer: int) -> LayerCall:
+        """The arguments of a layer that lacks rows."""
+        new = call.with_mask(self.mask(adapter, call, layer))
         if self.prefill is not None:
-            return new.with_rope(self.prefill.rope).without_position_ids()
+            return new if self.prefill.rope is None else new.with_rope(self.prefill.rope).without_position_ids()
+        assert self.state is not None
+        rows = self.state.layers[layer]
+        assert rows is not None
         if rows.shift is None:
             return new
         rotary, ids = adapter.decoder.rotary_emb, self.position_ids - rows.shift
         return new.with_rope(rows.once("rope", self._token, lambda: rotary.forward(call.hidden, ids)))
+
+    def close(self) -> None:
+        """Mark the cache as unused: without hooks it must not be read."""
+        if self.state is not None:
+            self.state.active = False

@@ -9,11 +9,12 @@ import torch
 
 from ..core.layout import TokenLayout
 from ..ops.drop_tokens import drop_tokens
+from .adapters import ModelAdapter
 from .adapters.arguments import LayerCall
 from .adapters.masks import padding_of
 from .adapters.spans import Grid, Spans, given_spans, prompt_spans
 from .caches import CacheState
-from .rows import KeptRows, insert_vision
+from .rows import KeptRows, insert_vision, rows_behind
 from .setup import Setup
 
 
@@ -40,7 +41,13 @@ class Prefill:
     inject : int
         The vision rows are absent before this layer.
     cache_state : CacheState
-        The rows that each layer's cache holds.
+        The rows that each layer's cache holds, those of earlier turns included.
+    first : int
+        Rows of earlier turns, which the cache holds.
+    earlier : CacheState | None
+        What the cache held of them, if not all.
+    held : tuple
+        Per layer the rows of this prompt that its cache holds; None for all.
     current : KeptRows | None
         The rows that are present; None while all are.
     full_layout : TokenLayout | None
@@ -67,6 +74,9 @@ class Prefill:
     entering: list[tuple[tuple[int, ...], tuple[int, ...], int]]
     inject: int
     cache_state: CacheState
+    first: int = 0
+    earlier: CacheState | None = None
+    held: tuple[KeptRows | None, ...] = ()
     current: KeptRows | None = None
     full_layout: TokenLayout | None = None
     embeds: torch.Tensor | None = None
@@ -81,8 +91,25 @@ class Prefill:
     def depth(self) -> int:
         return len(self.entering)
 
-    def finish(self) -> None:
-        """Release everything but row numbers."""
+    def hold(self, held: tuple[KeptRows | None, ...]) -> None:
+        """Note which rows of this prompt every layer's cache holds, behind those of earlier turns."""
+        self.held = self.cache_state.layers = held
+        if not self.first:
+            return
+        old, prompt = ((None,) * self.depth, 0) if self.earlier is None else (self.earlier.layers, self.earlier.prompt)
+        pairs = {(id(a), id(b)): (a, b) for a, b in zip(old, held, strict=True)}
+        joined = {key: rows_behind(a, prompt, self.first, b, self.rows) for key, (a, b) in pairs.items()}
+        self.cache_state.layers = tuple(joined[id(a), id(b)] for a, b in zip(old, held, strict=True))
+
+    def finish(self, adapter: ModelAdapter) -> None:
+        """Release everything but row numbers, and note whether single tokens can do without hooks."""
+        held = [rows for rows in self.cache_state.layers if rows is not None]
+        self.cache_state.plain = (
+            adapter.attention == "sdpa"
+            and all(n == self.rows for n in self.lengths)
+            and not any(rows.ragged or rows.shift is not None for rows in held)
+            and (self.earlier is None or self.earlier.plain)
+        )
         self.rope = self.position_ids = self.prev_hidden = self.embeds = self.labels = None
         for _, rows in self.stages:
             rows.forget()
@@ -93,8 +120,11 @@ def real_lengths(layout: TokenLayout) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in layout.bounds)
 
 
-def begin(setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: torch.Tensor | None) -> Prefill:
-    """Find the vision tokens of a new prompt and what every stage keeps of them.
+def begin(
+    setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: torch.Tensor | None, first: int = 0,
+    earlier: CacheState | None = None,
+) -> Prefill:  # fmt: skip
+    """Find the vision tokens of a new prompt, or a new turn, and what every stage keeps of them.
 
     Parameters
     ----------
@@ -103,13 +133,18 @@ def begin(setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: to
         Arguments of the model and of its decoder, by name.
     labels : Tensor | None
         Of the model, ignored unless ``[B, N]``.
+    first, earlier : int, CacheState | None
+        Rows of earlier turns in the cache, and what the cache holds of them.
     """
     input_ids: Any = top.get("input_ids")
     shape = (decoder["inputs_embeds"] if input_ids is None else input_ids).shape
     batch, rows = int(shape[0]), int(shape[1])
     spans, grids = _vision(setup, top, batch, rows, decoder.get("position_ids"))
     device = setup.adapter.norm.weight.device if input_ids is None else input_ids.device
-    layout = _layout(spans, rows, *padding_of(decoder.get("attention_mask"), rows), device)
+    layout = _layout(spans, rows, *padding_of(_of_new_rows(decoder.get("attention_mask"), first), rows), device)
+    ends = [item for item, runs in enumerate(spans) if runs and runs[-1][1] == rows]
+    if earlier is not None and earlier.ends_in_image and earlier.prompt == first and any(runs and not runs[0][0] for runs in spans):
+        raise ValueError("input_ids must hold whole images: the chunk before this one ends inside an image")
     vision = tuple(sum(stop - start for start, stop in item) for item in spans)
     lengths = real_lengths(layout)
     inject = setup.schedule.inject if any(vision) else 0
@@ -118,12 +153,25 @@ def begin(setup: Setup, top: dict[str, Any], decoder: dict[str, Any], labels: to
     if input_ids is not None and any(policy.seeded for policy in setup.policies.values()):
         item_ids = [ids[start:stop] for ids, (start, stop) in zip(input_ids.tolist(), layout.bounds, strict=True)]
     depth = setup.adapter.depth
-    return Prefill(
+    if first and budgets and (setup.options.positions != "persistent" or setup.options.compact_earlier_kv):
+        raise ValueError(
+            "input_ids must not bring images behind a filled cache with positions other than 'persistent' or compact_earlier_kv"
+        )
+    made = Prefill(
         batch=batch, rows=rows, spans=spans, grids=grids, layout=layout, lengths=lengths, vision=vision, budgets=budgets,
         item_ids=item_ids, entering=[(lengths, vision, rows)] * depth, inject=inject,
-        cache_state=CacheState(rows, (None,) * depth),
+        cache_state=CacheState(first + rows, (None,) * depth, ends_in_image=bool(ends)), first=first, earlier=earlier,
         labels=labels if labels is not None and tuple(labels.shape) == (batch, rows) else None,
     )  # fmt: skip
+    made.hold((None,) * depth)
+    return made
+
+
+def _of_new_rows(mask: Any, first: int) -> Any:
+    """The mask without its columns for the ``first`` rows, which the cache holds."""
+    if isinstance(mask, dict):
+        return {kind: _of_new_rows(one, first) for kind, one in mask.items()}
+    return mask[..., first:] if first and isinstance(mask, torch.Tensor) else mask
 
 
 def _vision(setup: Setup, top: dict[str, Any], batch: int, rows: int, position_ids: Any) -> tuple[Spans, tuple[Grid, ...]]:
@@ -164,7 +212,7 @@ def _budgets(setup: Setup, vision: tuple[int, ...], lengths: tuple[int, ...], in
 
 def remove_vision(setup: Setup, prefill: Prefill, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
     """Late injection: the layers before it receive the text alone, with the position ids that it has among the vision tokens."""
-    prefill.cache_state.attach(call, prefill.rows)
+    prefill.cache_state.attach(call)
     dropped = drop_tokens(
         None, hidden, 0, droppable=prefill.layout, scores=hidden.new_zeros(hidden.shape[:2], dtype=torch.float32),
         rope=call.rope, backend=setup.options.backend,
@@ -175,7 +223,7 @@ def remove_vision(setup: Setup, prefill: Prefill, hidden: torch.Tensor, call: La
     prefill.layout, prefill.full_layout = dropped.layout, prefill.layout
     every = KeptRows(torch.arange(prefill.rows, device=dropped.keep.device).expand(prefill.batch, -1), False)
     inject = prefill.inject
-    prefill.cache_state.layers = (prefill.current,) * inject + (every,) * (prefill.depth - inject)
+    prefill.hold((prefill.current,) * inject + (every,) * (prefill.depth - inject))
     prefill.entering[:inject] = [(lengths, (0,) * prefill.batch, width)] * inject
     return dropped.hidden
 

@@ -40,6 +40,38 @@ class KeptRows:
         """Release what :meth:`once` stored."""
         self._memo.clear()
 
+    def items(self, select: Any) -> KeptRows:
+        """The same for other items of the batch; ``select`` maps a tensor and its batch dimension to the selected tensor."""
+        shift = None if self.shift is None else select(self.shift, self.shift.dim() - 2)
+        return KeptRows(select(self.keep, 0), self.ragged, shift)
+
+    def without_last(self, count: int, prompt: int) -> KeptRows | None:
+        """Without the last ``count`` rows of the prompt; None where an item lacks one of them. Reads the rows on the host."""
+        width = self.keep.shape[1]
+        expected = torch.arange(prompt - count, prompt, device=self.keep.device)
+        if count > width or not bool((self.keep[:, width - count :] == expected).all()):
+            return None
+        return KeptRows(self.keep[:, : width - count], self.ragged, self.shift)
+
+
+def rows_behind(old: KeptRows | None, prompt: int, first: int, new: KeptRows | None, added: int) -> KeptRows | None:
+    """The rows of a text of ``first + added`` rows: ``old`` of its first ``prompt`` rows, all up to ``first``, then ``new``.
+
+    The numbers of ``new`` count from ``first``. None stands for all rows.
+    """
+    known = old if new is None else new
+    if known is None:
+        return None
+    batch, device = known.keep.shape[0], known.keep.device
+    every = torch.arange(first + added, device=device).expand(batch, -1)
+    head, tail = every[:, :first], every[:, first:]
+    if old is not None:
+        head = torch.cat([old.keep.to(device), every[:, prompt:first]], dim=1)
+    if new is not None:
+        tail = torch.where(new.keep >= 0, new.keep + first, new.keep)
+    ragged = any(rows is not None and rows.ragged for rows in (old, new))
+    return KeptRows(torch.cat([head, tail], dim=1), ragged, None if old is None else old.shift)
+
 
 def insert_vision(hidden: torch.Tensor, rows: KeptRows, embeds: torch.Tensor) -> torch.Tensor:
     """``embeds [B, N, D]`` in which the rows that are present, ``hidden [B, S, D]``, replace theirs: one gather."""

@@ -10,8 +10,8 @@ the prompt, so logits, labels and loss keep their shapes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +24,10 @@ from .adapters import caches
 from .adapters.arguments import LayerCall, named_arguments
 from .adapters.model import check_attention, check_checkpointing
 from .caches import CacheState
-from .decode import begin_step
+from .calls import Call, Calls, ThreadDict
+from .decode import brings_images, state_of
 from .forward import Forward
+from .hooks import Hooks
 from .prefill import Prefill, begin, inject_vision, real_lengths, remove_vision
 from .report import Kept, LayerReport, Report
 from .rows import scatter_to_prompt
@@ -46,13 +48,11 @@ class DropSession:
     """
 
     def __init__(self, options: TokenDropper, model: Any) -> None:
-        self._setup = Setup.of(options, model)
-        self._model = model
-        self._handles: list[Any] = []
-        self._labels: torch.Tensor | None = None
-        self._arguments: dict[str, Any] | None = None  # of the model's forward, until its decoder runs
-        self._forward = Forward()
-        self._last: Prefill | None = None
+        setup = Setup.of(options, model)
+        self._setup = dataclasses.replace(setup, tower_caches={key: ThreadDict() for key in setup.tower_caches})
+        self._hooks = Hooks(model)
+        self._calls = Calls()
+        self._last: Prefill | None = None  # of all threads
 
     @property
     def ratios(self) -> torch.nn.ParameterList:
@@ -68,12 +68,13 @@ class DropSession:
         """
         run, adapter = self._finished(), self._setup.adapter
         row_bytes = run.batch * adapter.kv_row_bytes(run.itemsize)
-        rows = [run.rows if held is None else held.keep.shape[1] for held in run.cache_state.layers]
+        text = run.first + run.rows
+        rows = [text if held is None else held.keep.shape[1] for held in run.cache_state.layers]
         layers = tuple(
             LayerReport(layer, tokens, vision, width, row_bytes * cached, adapter.block_flops(tokens))
             for layer, ((tokens, vision, width), cached) in enumerate(zip(run.entering, rows, strict=True))
         )
-        return Report(layers, row_bytes * run.rows * len(layers), adapter.block_flops(run.lengths) * len(layers))
+        return Report(layers, row_bytes * text * len(layers), adapter.block_flops(run.lengths) * len(layers))
 
     def kept(self, item: int = 0) -> Kept:
         """The droppable tokens of an item of the batch that each stage of the last prefill kept.
@@ -115,13 +116,16 @@ class DropSession:
     @property
     def layout(self) -> TokenLayout:
         """In a prefill, the layout of the rows that the current layer receives."""
-        assert self._forward.prefill is not None
-        return self._forward.prefill.layout
+        call = self._calls.top
+        assert call is not None
+        assert call.forward.prefill is not None
+        return call.forward.prefill.layout
 
     def _finished(self) -> Prefill:
-        if self._last is None:
+        found = self._calls.last or self._last
+        if found is None:
             raise RuntimeError("there is nothing to report yet: call the model first")
-        return self._last
+        return found
 
     def attach(self) -> None:
         """Register the hooks.
@@ -131,112 +135,129 @@ class DropSession:
         ValueError
             The model already has the hooks of another session, or lacks what a policy needs.
         """
-        setup, adapter, decoder = self._setup, self._setup.adapter, self._setup.adapter.decoder
+        setup, adapter, hooks = self._setup, self._setup.adapter, self._hooks
+        decoder = adapter.decoder
         for hook in decoder._forward_pre_hooks.values():
             if isinstance(getattr(hook, "__self__", None), DropSession):
                 raise ValueError("model already drops tokens: leave the first TokenDropper before using another one")
-        if self._model is not adapter.body:
-            self._before(self._model, self._before_model)
-        self._before(adapter.body, self._before_body)
+        if hooks.model is not adapter.body:
+            hooks.before(hooks.model, self._before_model)
+            hooks.behind(hooks.model, self._after_call, always=True)
+        hooks.before(adapter.body, self._before_body)
+        hooks.behind(adapter.body, self._after_call, always=True)
         for policy in {id(x): x for x in setup.policies.values()}.values():
-            self._handles.extend(policy.register_hooks(adapter, setup.tower_caches[id(policy)]))
-        self._before(decoder, self._before_decoder)
-        self._before(decoder.rotary_emb, self._before_rotary)
+            hooks.keep(policy.register_hooks(adapter, setup.tower_caches[id(policy)]))
+        hooks.before(decoder, self._before_decoder)
+        hooks.before(decoder.rotary_emb, self._before_rotary)
         # Decoding steps run these hooks too, so only layers that need one get it.
         all_layers = setup.schedule.inject or setup.options.compact_earlier_kv
-        first = 0 if all_layers else max(0, min(setup.stages, default=adapter.depth) - 1)
-        for index in sorted({0, *range(first, adapter.depth)}):
-            self._before(decoder.layers[index], functools.partial(self._before_layer, index))
-        self._handles.append(adapter.norm.register_forward_hook(self._after_norm))
+        self._cover(0 if all_layers else max(0, min(setup.stages, default=adapter.depth) - 1))
+        hooks.behind(adapter.norm, self._after_norm)
 
-    def _before(self, module: Any, hook: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def _cover(self, first: int) -> None:
+        """Register the hooks of the first layer and of all from ``first`` on: a cache may lack rows before this schedule does."""
+        for index, layer in enumerate(self._setup.adapter.decoder.layers):
+            if not index or index >= first:
+                self._hooks.once(index, layer, functools.partial(self._before_layer, index))
 
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._setup.clear_tower_caches()
-        self._labels = self._arguments = None
-        self._forward = Forward()
+        self._hooks.remove()
+        self._calls = Calls()
 
     def _before_model(self, module: Any, args: Any, kwargs: Any) -> None:
-        self._labels = named_arguments(module, args, kwargs).get("labels")
+        self._calls.begin(module, self._setup).labels = named_arguments(module, args, kwargs).get("labels")
 
     def _before_body(self, module: Any, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             _refuse_compilation()
-        self._setup.clear_tower_caches()
-        self._arguments = named_arguments(module, args, kwargs)
+        call = self._calls.top
+        if call is None or call.entered:
+            call = self._calls.begin(module, self._setup)
+        call.entered, call.arguments = True, named_arguments(module, args, kwargs)
+        call.use(body=module)
 
-    def _before_decoder(self, module: Any, args: Any, kwargs: Any) -> Any:
-        decoder, top, adapter = named_arguments(module, args, kwargs), self._arguments, self._setup.adapter
-        self._arguments, self._forward = None, Forward()
-        if top is None:
+    def _after_call(self, module: Any, args: Any, output: Any) -> None:
+        self._calls.end(module)
+
+    def _before_decoder(self, module: Any, args: Any, kwargs: Any) -> None:
+        call = self._calls.top
+        if call is None or call.arguments is None:
             raise RuntimeError("call the model that TokenDropper was given: its decoder alone does not receive the image tokens")
-        check_attention(adapter)
+        call.use(decoder=module)
+        top, decoder = call.arguments, named_arguments(module, args, kwargs)
+        call.arguments, call.forward = None, Forward()
+        check_attention(call.setup.adapter)
         check_checkpointing(module)
         cache: Any = decoder.get("past_key_values")
-        cached = caches.cached_tokens(cache)
-        if cached:
-            changed = begin_step(adapter, top, decoder, cached, self._forward)
-            return None if changed is None else ((), changed)
-        labels, self._labels = self._labels, None
-        self._forward.prefill = begin(self._setup, top, decoder, labels)
-        CacheState.remove(cache)
-        return None
+        state, first = CacheState.of(cache), 0
+        if state is not None or caches.cached_tokens(cache):
+            state = state_of(cache)
+            if not brings_images(call.setup, top):
+                if state is not None:
+                    call.forward.state, state.active = state, True
+                    self._cover(state.first_layer)
+                return
+            first = caches.cached_tokens(cache)
+        call.forward.prefill = prefill = begin(call.setup, top, decoder, call.labels, first, state)
+        call.forward.state = prefill.cache_state
+        if state is not None:
+            prefill.cache_state.resume(cache)
+            self._cover(state.first_layer)
 
     def _before_rotary(self, module: Any, args: Any, kwargs: Any) -> Any:
-        given, prefill = named_arguments(module, args, kwargs), self._forward.prefill
+        call = self._calls.top
+        if call is None:
+            return None
+        given, prefill = named_arguments(module, args, kwargs), call.forward.prefill
         ids = given["position_ids"]
         if prefill is not None and self._setup.options.positions == "group":
             if ids.dim() != 2:
                 raise ValueError("positions='group' needs models with one id per token, not M-RoPE")
             given["position_ids"] = ids = position_modes.group_position_ids(prefill.layout, ids.device)
-        self._forward.position_ids = ids
+        call.forward.position_ids = ids
         if prefill is not None:
             prefill.itemsize = next(iter(given.values())).element_size()
         return (), given
 
     def _before_layer(self, index: int, module: Any, args: Any, kwargs: Any) -> Any:
-        forward, call = self._forward, LayerCall(args, kwargs)
-        state, prefill = forward.decoding, forward.prefill
-        if state is not None:
-            rows = state.layers[index]
-            return None if rows is None else forward.cut(self._setup.adapter, call, index, rows, state).result()
-        if prefill is None or not (prefill.budgets or prefill.inject):
+        running = self._calls.top
+        if running is None or (state := running.forward.state) is None:
             return None
-        hidden = self._prefill_layer(index, prefill, call)
-        if prefill.current is not None:
-            rows = prefill.current
-            return forward.cut(self._setup.adapter, call.with_hidden(hidden), index, rows, prefill.cache_state).result()
+        forward, adapter, prefill = running.forward, running.setup.adapter, running.forward.prefill
+        if prefill is None:
+            return None if state.layers[index] is None else forward.cut(adapter, LayerCall(args, kwargs), index).result()
+        if not (prefill.budgets or prefill.inject or prefill.earlier):
+            return None
+        call = LayerCall(args, kwargs)
+        hidden = self._prefill_layer(index, running, prefill, call)
+        if prefill.current is not None or (prefill.first and state.layers[index] is not None):
+            return forward.cut(adapter, call.with_hidden(hidden), index).result()
         return None if hidden is call.hidden else call.with_hidden(hidden).result()
 
-    def _prefill_layer(self, index: int, prefill: Prefill, call: LayerCall) -> torch.Tensor:
+    def _prefill_layer(self, index: int, running: Call, prefill: Prefill, call: LayerCall) -> torch.Tensor:
         """The hidden states that layer ``index`` receives in a prefill."""
-        hidden = call.hidden
+        hidden, setup = call.hidden, running.setup
         if index == 0:
             prefill.embeds = hidden
             if prefill.inject:
-                hidden = remove_vision(self._setup, prefill, hidden, call)
+                hidden = remove_vision(setup, prefill, hidden, call)
         if index == prefill.inject > 0:
             hidden = inject_vision(prefill, hidden)
         if index in prefill.budgets:
-            hidden = run_stage(self._setup, self._forward, index, call.with_hidden(hidden))
+            hidden = run_stage(setup, running.forward, index, call.with_hidden(hidden))
         # Kept for a drop before the next layer, whose policy may compare it with that layer's input.
         prefill.prev_hidden = None
         if index + 1 in prefill.budgets and index + 1 != prefill.inject:
-            prefill.prev_hidden = hidden if self._setup.soft else hidden.detach()
+            prefill.prev_hidden = hidden if setup.soft else hidden.detach()
         return hidden
 
     def _after_norm(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        prefill = self._forward.prefill
-        if prefill is None:
+        call = self._calls.top
+        if call is None or (prefill := call.forward.prefill) is None:
             return None
-        self._forward.prefill, self._last = None, prefill
-        prefill.finish()
-        self._setup.clear_tower_caches()
+        call.forward.prefill, self._last, self._calls.last = None, prefill, prefill
+        prefill.finish(call.setup.adapter)
         if prefill.current is None:
             return None
         left = prefill.layout.padding_side == "left"

@@ -37,7 +37,7 @@ class Setup:
     adapter: ModelAdapter
     stages: dict[int, Stage]
     policies: dict[int, Policy]
-    tower_caches: dict[int, dict[str, Any]]
+    tower_caches: dict[int, Any]
     soft: SoftBudgets
 
     @classmethod
@@ -64,12 +64,9 @@ class Setup:
         )
 
     def tower_cache(self, layer: int) -> dict[str, Any]:
-        """Of the policy of a stage."""
-        return self.tower_caches[id(self.policies[layer])]
-
-    def clear_tower_caches(self) -> None:
-        for cache in self.tower_caches.values():
-            cache.clear()
+        """Of the policy of a stage, in this thread."""
+        found: dict[str, Any] = self.tower_caches[id(self.policies[layer])]
+        return found
 
     def counts(self, left: tuple[int, ...], layer: int, ratio: float | None) -> tuple[int, ...]:
         """What the stage keeps of every item's ``left`` tokens; ``ratio`` is the learned share that it drops, if any."""

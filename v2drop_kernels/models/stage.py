@@ -27,11 +27,13 @@ def run_stage(setup: Setup, forward: Forward, index: int, call: LayerCall) -> to
     """The hidden states that layer ``index`` receives: the rows of ``call.hidden`` that the stage keeps."""
     prefill, policy = forward.prefill, setup.policies[index]
     assert prefill is not None
-    cache = prefill.cache_state.attach(call, prefill.rows)
+    cache = prefill.cache_state.attach(call)
     context = _context(setup, forward, prefill, index, call)
     ratio = setup.soft.parameter(index)
     scores = _scores(setup, context, ratio)
     early = setup.options.compact_earlier_kv and cache is not None
+    if early:
+        caches.check_plain(cache)
     earlier = caches.filled_layers(cache, prefill.inject, index) if early else []
     static = bool(earlier) and caches.is_static(cache)
     ids = forward.position_ids if prefill.position_ids is None else prefill.position_ids
@@ -53,8 +55,12 @@ def run_stage(setup: Setup, forward: Forward, index: int, call: LayerCall) -> to
 def _context(setup: Setup, forward: Forward, prefill: Prefill, index: int, call: LayerCall) -> DropContext:
     assert prefill.embeds is not None
     options, current, mask = setup.options, prefill.current, call.mask
-    if current is not None:
-        mask = forward.mask(setup.adapter, call, index - 1, current, prefill.cache_state)
+    before = prefill.first  # columns of earlier turns: a policy ranks among the rows of this one
+    if index and (held := prefill.cache_state.layers[index - 1]) is not None and (current is not None or before):
+        mask = forward.mask(setup.adapter, call, index - 1)
+        before = before and held.keep.shape[1] - call.hidden.shape[1]
+    if mask is not None and before:
+        mask = mask[..., before:]
     if mask is not None and mask.dim() == 2:
         mask = mask.bool()[:, None, None].expand(-1, -1, call.hidden.shape[1], -1)
     return DropContext(
@@ -135,13 +141,13 @@ def _last_ids(ids: Any, batch: int, bounds: Any) -> torch.Tensor:
 def _record(prefill: Prefill, index: int, rows: KeptRows, dropped: Dropped, *, compacted: bool) -> None:
     """Note which rows every layer holds from here on; ``compacted``: the caches of earlier layers lost the rows too."""
     assert dropped.layout is not None
-    held = prefill.cache_state.layers[:index]
+    held = prefill.held[:index]
     if compacted:  # their position ids stay
         inject = prefill.inject
         moved = {id(x): KeptRows(rows.keep, rows.ragged, None if x is None else x.shift) for x in held[inject:]}
         held = (*held[:inject], *(moved[id(x)] for x in held[inject:]))
     keep, later = prefill.budgets[index], prefill.depth - index
     prefill.layout, prefill.vision, prefill.current = dropped.layout, keep, rows
-    prefill.cache_state.layers = (*held, *(rows,) * later)
+    prefill.hold((*held, *(rows,) * later))
     prefill.entering[index:] = [(real_lengths(dropped.layout), keep, rows.keep.shape[1])] * later
     prefill.stages.append((index, rows))

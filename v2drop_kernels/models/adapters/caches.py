@@ -12,13 +12,28 @@ STATE = "_v2drop_rows"  # attribute of a cache that holds its CacheState
 
 def check_cache(cache: Any) -> None:
     """Raise ValueError unless every layer of the cache keeps its own length."""
-    from transformers.cache_utils import DynamicLayer, StaticLayer
+    from transformers import cache_utils
 
     kinds = {type(layer) for layer in getattr(cache, "layers", [None])} | {getattr(cache, "layer_class_to_replicate", None)}
-    odd = sorted(kind.__name__ for kind in kinds - {DynamicLayer, StaticLayer, None} if isinstance(kind, type))
+    known = {cache_utils.DynamicLayer, cache_utils.StaticLayer, None}
+    quantised = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+    odd = sorted(
+        kind.__name__
+        for kind in kinds - known
+        if isinstance(kind, type) and not (kind.__module__ == quantised.__module__ and issubclass(kind, quantised))
+    )
     if odd or not hasattr(cache, "layers"):
         what = odd[0] if odd else type(cache).__name__
         raise ValueError(f"past_key_values must be a DynamicCache or StaticCache with full attention; {what} cannot be ragged")
+
+
+def check_plain(cache: Any) -> None:
+    """Raise ValueError unless keys and values can be read and replaced: they are neither quantised nor offloaded."""
+    from transformers import cache_utils
+
+    quantised = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+    if getattr(cache, "offloading", False) or any(isinstance(layer, quantised) for layer in cache.layers):
+        raise ValueError("compact_earlier_kv needs a cache that is neither quantised nor offloaded")
 
 
 def is_static(cache: Any) -> bool:
@@ -42,7 +57,9 @@ def check_one_length(cache: Any) -> None:
 
 def key_count(cache: Any, new: int, layer: int) -> int:
     """Number of keys that a layer attends to when ``new`` tokens are added."""
-    return new if cache is None else int(cache.get_mask_sizes(new, layer)[0])
+    if cache is None or layer >= len(cache.layers):
+        return new
+    return int(cache.layers[layer].get_mask_sizes(new)[0])
 
 
 def filled_layers(cache: Any, start: int, stop: int) -> list[Any]:

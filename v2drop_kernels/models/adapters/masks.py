@@ -49,29 +49,6 @@ def padding_of(mask: Any, rows: int) -> tuple[list[int] | None, str]:
     return None, "left"
 
 
-def step_mask(mask: torch.Tensor | None, first: int, new: int, hidden: torch.Tensor, attention: str, *, static: bool) -> Any:
-    """The mask of ``new`` tokens behind ``first`` others, over all rows of the prompt, as the model would make it; or None.
-
-    ``mask`` is the caller's: ``[B, first + new]``; or ``[B, 1, new, first + new]``, which is returned unchanged; or None. As in
-    transformers, the mask of a single token is read on the host and left out if nothing is padded.
-    """
-    if mask is not None and mask.dim() == 4:
-        return mask
-    if mask is not None:
-        if mask.shape[1] != first + new:
-            raise ValueError(f"attention_mask must be [B, {first + new}], the prompt and all that follows, got {list(mask.shape)}")
-        mask = mask.bool()
-    if not static and attention != "eager" and (new == 1 or attention != "sdpa") and (mask is None or bool(mask.all())):
-        return None
-    if attention.startswith("flash"):
-        return mask
-    visible = torch.ones(new, first + new, dtype=torch.bool, device=hidden.device).tril(first)[None, None]
-    visible = (visible if mask is None else visible & mask[:, None, None]).expand(hidden.shape[0], -1, -1, -1)
-    if attention == "eager":
-        return torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, torch.finfo(hidden.dtype).min)
-    return visible
-
-
 def cut_mask(
     mask: torch.Tensor | None, rows: KeptRows, prompt: int, *, prefill: bool, length: int, flash: bool
 ) -> torch.Tensor | None:

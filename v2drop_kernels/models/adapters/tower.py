@@ -9,8 +9,10 @@ is read on the host that the model does not read itself.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +26,8 @@ TOWER = "tower"  # key of the Tower in a policy's tower_cache
 
 
 @dataclass
-class Tower:
-    """One run of the tower.
+class Tower(threading.local):
+    """One run of the tower; every thread has its own.
 
     Attributes
     ----------
@@ -80,11 +82,11 @@ class _MethodReplacement:
     """A method of one object that is replaced until :meth:`remove`, which makes it a handle like those of hooks."""
 
     def __init__(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
-        self._owner, self._name = owner, name
+        self.owner, self.name = owner, name
         setattr(owner, name, method)
 
     def remove(self) -> None:
-        self._owner.__dict__.pop(self._name, None)
+        self.owner.__dict__.pop(self.name, None)
 
 
 def clip_tower(adapter: ModelAdapter) -> Any:
@@ -134,7 +136,7 @@ def _register(adapter: ModelAdapter, tower_cache: dict[str, Any], record: Tower)
         record.input_ids = kwargs.get("input_ids", args[0] if args else None)
 
     def publish(module: Any, args: Any) -> None:
-        tower_cache[TOWER] = record
+        tower_cache[TOWER] = dataclasses.replace(record)  # which a call inside this one does not clear
 
     def stop(module: Any, args: Any, output: Any) -> None:
         record.clear()
