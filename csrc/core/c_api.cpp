@@ -8,6 +8,11 @@
 #include "status.h"
 
 namespace v2drop {
+
+namespace cpu {
+static constexpr Ops kOps = V2DROP_OPS;
+}
+
 namespace {
 
 thread_local char last_error[sizeof(Error::message)] = "";

@@ -5,6 +5,10 @@
 
 namespace v2drop {
 
+namespace cuda {
+static constexpr Ops kOps = V2DROP_OPS;
+}
+
 const Ops& cuda_ops() { return cuda::kOps; }
 
 }  // namespace v2drop

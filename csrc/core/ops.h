@@ -27,20 +27,18 @@ struct Ops {
 // In cuda.cpp or, in a build without CUDA, cuda_missing.cpp, whose cuda_ops() throws.
 const Ops& cuda_ops();
 
-#define V2DROP_DECLARE_OPS                                                                                              \
-  void score(const ScoreRequest&, const v2drop_context&);                                                               \
-  void score_backward(const ScoreBackwardRequest&, const v2drop_context&);                                              \
-  void topk(const TopkRequest&, const v2drop_context&);                                                                 \
-  void drop(const DropRequest&, const v2drop_context&);                                                                 \
-  void compact(const CompactRequest&, const v2drop_context&);                                                           \
-  void compact_backward(const CompactRequest&, const v2drop_context&);                                                  \
-  void compact_inplace(const CompactRequest&, const v2drop_context&);                                                   \
-  void attention(const AttentionRequest&, const v2drop_context&);                                                       \
-  void key_norm(const NormRequest&, const v2drop_context&);                                                             \
-  void cosine_to_pivots(const PivotsRequest&, const v2drop_context&);                                                   \
-  void upload(const UploadRequest&, const v2drop_context&);                                                             \
-  constexpr Ops kOps = {score,    score_backward,   topk,  drop, compact, compact_backward, compact_inplace, attention, \
-                        key_norm, cosine_to_pivots, upload};
+#define V2DROP_DECLARE_OPS                                                 \
+  void score(const ScoreRequest&, const v2drop_context&);                  \
+  void score_backward(const ScoreBackwardRequest&, const v2drop_context&); \
+  void topk(const TopkRequest&, const v2drop_context&);                    \
+  void drop(const DropRequest&, const v2drop_context&);                    \
+  void compact(const CompactRequest&, const v2drop_context&);              \
+  void compact_backward(const CompactRequest&, const v2drop_context&);     \
+  void compact_inplace(const CompactRequest&, const v2drop_context&);      \
+  void attention(const AttentionRequest&, const v2drop_context&);          \
+  void key_norm(const NormRequest&, const v2drop_context&);                \
+  void cosine_to_pivots(const PivotsRequest&, const v2drop_context&);      \
+  void upload(const UploadRequest&, const v2drop_context&);
 
 namespace cpu {
 V2DROP_DECLARE_OPS
@@ -49,6 +47,11 @@ namespace cuda {
 V2DROP_DECLARE_OPS
 }
 #undef V2DROP_DECLARE_OPS
+
+// The table of the namespace where this stands. One file for each place has it, since a table needs every one of its functions, which
+// the linker does not find for CUDA in a library without it.
+#define V2DROP_OPS \
+  {score, score_backward, topk, drop, compact, compact_backward, compact_inplace, attention, key_norm, cosine_to_pivots, upload}
 
 }  // namespace v2drop
 
