@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-BENCH = Path(__file__).resolve().parents[2] / "bench" / "model" / "decoders.py"
+from support.bench import BENCH, run_script
 
 
 def test_dry_run():
-    done = subprocess.run([sys.executable, str(BENCH), "--dry", "--json"], capture_output=True, text=True, check=False)
+    done = run_script(BENCH / "model" / "decoders.py", "--dry", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["run"] for row in rows} == {"dry"}

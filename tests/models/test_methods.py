@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.bench import BENCH, run_script
 
 from v2drop_kernels.cli import main as cli
 from v2drop_kernels.models import methods, policies
@@ -80,8 +80,7 @@ def test_the_smallest_policy_is_short():
 def costs(tmp_path_factory):
     """A dry run of bench/model/policies.py."""
     folder = tmp_path_factory.mktemp("policies")
-    command = [sys.executable, str(ROOT / "bench" / "model" / "policies.py"), "--dry", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(BENCH / "model" / "policies.py", "--dry", "--out", folder)
     assert done.returncode == 0, done.stderr
     with (folder / "policies.csv").open(newline="") as file:
         return {row["method"]: row for row in csv.DictReader(file)}

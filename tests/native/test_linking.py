@@ -53,8 +53,8 @@ def documented_blocks(language: str) -> list[str]:
 def documented(tmp_path_factory) -> tuple[Path, str]:
     """Every shell block of the page, in order, exactly as written, in a copy of the sources that hides nothing that is installed.
 
-    The folder and the output. Not optimised, which saves most of the time (and shows that no undefined symbol hides in a branch that
-    an optimiser removes): the library for users is that of the package.
+    The folder and the output. Not optimised, which saves most of the time and shows that no undefined symbol hides in a branch that
+    an optimiser removes: the library for users is that of the package.
     """
     scratch = tmp_path_factory.mktemp("documented")
     for name in ("csrc", "cmake", "examples"):

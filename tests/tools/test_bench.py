@@ -5,28 +5,19 @@ from __future__ import annotations
 import csv
 import functools
 import importlib
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.bench import BENCH, run_script
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 CONDITIONS = {"run", "date", "commit", "isa", "machine", "versions"}
 RESULTS = {"op", "B", "N", "D", "dtype", "k", "threads", "mode", "provider", "check", "min_us", "median_us", "p20_us", "p80_us",
            "rounds", "bytes", "gb_s", "copy_share", "quiet"} | CONDITIONS  # fmt: skip
 TARGETS = {"target", "asserted", "op", "case", "threads", "a", "a_min_us", "b", "b_min_us", "value", "limit", "status"} | CONDITIONS
-# tests/tools/test_bench.py runs in the main process of `make test`, which is the only one without TRITON_INTERPRET.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "V2DROP_BACKEND", "PYTEST_ADDOPTS")}
-
-
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -37,7 +28,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench")
-    done = run(BENCH / "run.py", "--quick", "--out", out)
+    done = run_script(BENCH / "run.py", "--quick", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -81,10 +72,10 @@ def test_dry_run_checked_and_timed_every_provider(dry: Path):
 
 
 def test_a_dry_run_never_reaches_the_committed_results_or_the_readme(dry: Path):
-    refused = run(BENCH / "run.py", "--quick")
+    refused = run_script(BENCH / "run.py", "--quick")
     assert refused.returncode == 2
     assert "--out" in refused.stderr
-    table = run(BENCH / "readme_table.py", "--results", dry)
+    table = run_script(BENCH / "readme_table.py", "--results", dry)
     assert table.returncode != 0
     assert "not hold a full, gated measurement" in table.stderr
 
@@ -253,7 +244,7 @@ def test_the_gpu_part_of_the_docs_comes_from_its_csv_files(modules: Any, tmp_pat
 
 
 def test_the_committed_pages_hold_the_committed_results():
-    checked = run(BENCH / "readme_table.py", "--check")
+    checked = run_script(BENCH / "readme_table.py", "--check")
     assert checked.returncode == 0, checked.stderr
 
 
@@ -264,7 +255,7 @@ def test_durations_have_three_digits(modules: Any, us: str, words: str):
 
 @pytest.mark.parametrize("suite", ["attention", "merge", "soft_topk"])
 def test_the_targets_of_other_ops_run_dry(suite: str, tmp_path: Path):
-    done = run(BENCH / "run.py", "--quick", "--suite", suite, "--out", tmp_path)
+    done = run_script(BENCH / "run.py", "--quick", "--suite", suite, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found, committed = rows(tmp_path / f"{suite}.csv"), rows(BENCH / "results" / "cpu" / f"{suite}.csv")
     assert [file.name for file in tmp_path.iterdir()] == [f"{suite}.csv"]
