@@ -88,7 +88,7 @@ def reads(tensor_type: type) -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``; ``V2DROP_ISA`` limits it."""
+    """The instruction set in use: ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"baseline"``; ``V2DROP_ISA`` limits it."""
     return str(lib().isa())
 
 

@@ -122,6 +122,11 @@ void pack(const void* row, int64_t dim, float* packed) {
   }
 }
 
+inline void write_products(float* out, F32x4 found, int64_t valid) {
+  if (valid == kTileRows) return store(out, found);  // a copy of a size that is not constant would be a call
+  for (int r = 0; r < valid; ++r) out[r] = found[r];
+}
+
 template <class T, int VECTORS>
 inline void dots_tile(const Tile<typename T::Element>& tile, const float* packed, int64_t dim, float scale, float* out,
                       int64_t out_stride) {
@@ -148,32 +153,138 @@ inline void dots_tile(const Tile<typename T::Element>& tile, const float* packed
   V2DROP_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
     const F32x4 found = totals(sums[v][0], sums[v][1], sums[v][2], sums[v][3]) * (F32x4{} + scale);
-    std::memcpy(out + v * out_stride, &found, static_cast<size_t>(tile.valid) * sizeof(float));
+    write_products(out + v * out_stride, found, tile.valid);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Products of bfloat16 by the instruction that adds two of them to a lane: first that of the upper halves of two words, then that of the
+// lower ones, each rounded once with its addition. It counts subnormals as 0. Where all operands have exponents from kLeast on, below
+// kLeast + kExponents, products are exact in float32 and no sum is subnormal: then these are the bits of a multiplication followed by an
+// addition, which take every other tile. The words are rotated, so that the even element comes first here, too.
+constexpr int kPairVectors = 4;
+constexpr int64_t kPairDim = 512;                       // a tile's packed vectors stay in the first-level cache
+constexpr int kLeast = 127 - 40, kExponents = 40 + 50;  // powers of two from -40 to 49: sums of kPairDim products are below 2^128
+
+struct PairVectors {
+  alignas(64) uint32_t words[kPairVectors][kPairDim / 2];
+};
+
+// Whether packed vectors are of bfloat16 with such exponents, or 0; and their words.
+inline bool pack_pairs(const float* packed, int64_t vectors, int64_t dim, PairVectors* pairs) {
+  const int64_t pitch = packed_dim(dim);
+  if (pitch > kPairDim) return false;
+  U32 bad = {};
+  for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t j = 0; j < pitch; j += kDotBlock) {
+      const U32 even = load<U32>(packed + v * pitch + j), odd = load<U32>(packed + v * pitch + j + kDotLanes);
+      const U32 both[] = {even, odd};
+      for (const U32 x : both) {
+        const U32 magnitude = x & 0x7fffffffu;
+        bad |= (x & 0xffffu) | bits<U32>((magnitude != 0u) & (magnitude - (uint32_t{kLeast} << 23) >= (uint32_t{kExponents} << 23)));
+      }
+      store(pairs->words[v] + j / 2, even | odd >> 16);
+    }
+  }
+  return _mm512_test_epi32_mask(bits<__m512i>(bad), bits<__m512i>(bad)) == 0;
+}
+
+// As dots_tile, of whole blocks; false, and nothing is written, if an operand's exponent is out of range. Zeros are, too.
+template <int VECTORS, bool CHECK>
+inline bool pairs_tile(const Tile<uint16_t>& tile, const PairVectors& pairs, int64_t dim, float scale, float* out, int64_t out_stride) {
+  __m512 sums[VECTORS][kTileRows] = {};
+  __m512i most = _mm512_setzero_si512();
+  const __m512i least = _mm512_set1_epi16(static_cast<int16_t>(kLeast << 8));
+  for_each_block(tile, dim, [&](const uint16_t* const(&at)[kTileRows], int64_t j) {
+    __m512i x[kTileRows];
+    V2DROP_UNROLL
+    for (int r = 0; r < kTileRows; ++r) {
+      const U32 words = load<U32>(at[r]);
+      if (CHECK) most = _mm512_max_epu16(most, _mm512_sub_epi16(_mm512_add_epi16(bits<__m512i>(words), bits<__m512i>(words)), least));
+      x[r] = bits<__m512i>(words << 16 | words >> 16);
+    }
+    V2DROP_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      const __m512i y = load<__m512i>(pairs.words[v] + j / 2);
+      V2DROP_UNROLL
+      for (int r = 0; r < kTileRows; ++r) sums[v][r] = _mm512_dpbf16_ps(sums[v][r], bits<__m512bh>(x[r]), bits<__m512bh>(y));
+    }
+  });
+  if (CHECK && _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(static_cast<int16_t>(kExponents << 8)))) return false;
+  V2DROP_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    DotLanes lanes[kTileRows];
+    V2DROP_UNROLL
+    for (int r = 0; r < kTileRows; ++r) lanes[r].v[0] = bits<F32>(sums[v][r]);
+    write_products(out + v * out_stride, totals(lanes[0], lanes[1], lanes[2], lanes[3]) * (F32x4{} + scale), tile.valid);
+  }
+  return true;
+}
+
+template <bool CHECK>
+inline bool pairs_of_tile(const Tile<uint16_t>& tile, const PairVectors& pairs, int64_t vectors, int64_t dim, float scale, float* out,
+                          int64_t out_stride) {
+  switch (vectors) {
+    case 1:
+      return pairs_tile<1, CHECK>(tile, pairs, dim, scale, out, out_stride);
+    case 2:
+      return pairs_tile<2, CHECK>(tile, pairs, dim, scale, out, out_stride);
+    case 3:
+      return pairs_tile<3, CHECK>(tile, pairs, dim, scale, out, out_stride);
+    default:
+      return pairs_tile<kPairVectors, CHECK>(tile, pairs, dim, scale, out, out_stride);
+  }
+}
+#endif
+
+// Products of one tile with all vectors.
+template <class T>
+inline void dots_of_tile(const Tile<typename T::Element>& tile, const float* packed, int64_t vectors, int64_t dim, float scale, float* out,
+                         int64_t out_stride) {
+  constexpr int kMost = kWidth == 16 ? 4 : 1;  // as many vectors share the reading of a tile as their sums leave registers for
+  const int64_t pitch = packed_dim(dim);
+  for (int64_t v = 0; v < vectors; v += kMost) {
+    const auto with = [&](auto count) {
+      dots_tile<T, decltype(count)::value>(tile, packed + v * pitch, dim, scale, out + v * out_stride, out_stride);
+    };
+    const int64_t left = vectors - v;
+    if (left >= kMost) {
+      with(std::integral_constant<int, kMost>());
+    } else if (left == 3) {
+      with(std::integral_constant < int, kMost<3 ? 1 : 3>());
+    } else if (left == 2) {
+      with(std::integral_constant < int, kMost<2 ? 1 : 2>());
+    } else {
+      with(std::integral_constant<int, 1>());
+    }
   }
 }
 
 template <class T>
 void dots(const void* rows, int64_t stride_bytes, int64_t n, const float* packed, int64_t vectors, int64_t dim, float scale, float* out,
           int64_t out_stride) {
-  constexpr int kMost = kWidth == 16 ? 4 : 1;  // as many vectors share the reading of a tile as their sums leave registers for
-  const int64_t pitch = packed_dim(dim);
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    constexpr int64_t kMost = 2 * kPairVectors;
+    PairVectors pairs[2];
+    if (vectors > 1 && vectors <= kMost && dim % kDotBlock == 0) {
+      const int64_t first = vectors < kPairVectors ? vectors : kPairVectors, second = vectors - first;
+      const bool paired = pack_pairs(packed, first, dim, &pairs[0]) && pack_pairs(packed + first * dim, second, dim, &pairs[1]);
+      for (int64_t i = 0; i < n; i += kTileRows) {
+        const Tile<uint16_t> tile(rows, stride_bytes, i, n, dim);
+        if (!paired || !pairs_of_tile<true>(tile, pairs[0], first, dim, scale, out + i, out_stride)) {
+          dots_of_tile<T>(tile, packed, vectors, dim, scale, out + i, out_stride);
+        } else if (second > 0) {
+          pairs_of_tile<false>(tile, pairs[1], second, dim, scale, out + first * out_stride + i, out_stride);
+        }
+      }
+      return;
+    }
+  }
+#endif
   for (int64_t i = 0; i < n; i += kTileRows) {
     const Tile<typename T::Element> tile(rows, stride_bytes, i, n, dim);
-    for (int64_t v = 0; v < vectors; v += kMost) {
-      const auto with = [&](auto count) {
-        dots_tile<T, decltype(count)::value>(tile, packed + v * pitch, dim, scale, out + v * out_stride + i, out_stride);
-      };
-      const int64_t left = vectors - v;
-      if (left >= kMost) {
-        with(std::integral_constant<int, kMost>());
-      } else if (left == 3) {
-        with(std::integral_constant < int, kMost<3 ? 1 : 3>());
-      } else if (left == 2) {
-        with(std::integral_constant < int, kMost<2 ? 1 : 2>());
-      } else {
-        with(std::integral_constant<int, 1>());
-      }
-    }
+    dots_of_tile<T>(tile, packed, vectors, dim, scale, out + i, out_stride);
   }
 }
 

@@ -29,6 +29,24 @@ inline F32 exponential(F32 x) {
 // A total of lanes as above, of a vector of numbers.
 inline float total_of(const DotLanes& sums) { return totals(sums, sums, sums, sums)[0]; }
 
+template <class V>
+inline V larger(V a, V b) {
+  return b > a ? b : a;
+}
+
+// Of the elements of a vector without NaN. In memory, as the sums of a row are added, each step would wait for the one before to be stored.
+inline float maximum(F32 x) {
+  F32x4 quarters[kWidth / 4];
+  std::memcpy(quarters, &x, sizeof x);
+  V2DROP_UNROLL
+  for (int half = kWidth / 8; half > 0; half /= 2) {
+    V2DROP_UNROLL
+    for (int i = 0; i < half; ++i) quarters[i] = larger(quarters[i], quarters[i + half]);
+  }
+  const F32x4 pair = larger(quarters[0], V2DROP_SHUFFLE(quarters[0], quarters[0], 2, 3, 0, 1));
+  return pair[1] > pair[0] ? pair[1] : pair[0];
+}
+
 void exponentials(float* x, int64_t n, float* max, float* sum) {
   constexpr int kAtOnce = 4;  // comparisons wait for each other less
   F32 most[kAtOnce];
@@ -41,14 +59,8 @@ void exponentials(float* x, int64_t n, float* max, float* sum) {
       most[m] = y > most[m] ? y : most[m];
     }
   }
-  float ends[kAtOnce * kWidth];
-  std::memcpy(ends, most, sizeof ends);
-  for (; i < n; ++i) ends[i % kWidth] = x[i] > ends[i % kWidth] ? x[i] : ends[i % kWidth];
-  V2DROP_UNROLL
-  for (int half = kAtOnce * kWidth / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) ends[l] = ends[l + half] > ends[l] ? ends[l + half] : ends[l];
-  }
-  const float found = ends[0];
+  float found = maximum(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  for (; i < n; ++i) found = x[i] > found ? x[i] : found;
   const F32 base = splat(found == -__builtin_inff() ? 0.0f : found);
 
   DotLanes sums;

@@ -10,11 +10,16 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace v2drop {
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 #endif
 }  // namespace v2drop
 
@@ -104,6 +109,46 @@ void test_isa(const Kernels& wide) {
   }
 }
 
+// Whole blocks of bfloat16, which AVX512-BF16 multiplies in pairs where exponents allow it: numbers whose sums cancel, so that one that
+// rounded otherwise would be seen, and tiles that must be left to the other instructions: a row of zeros, subnormals, tiny or huge numbers,
+// infinities or NaN; or vectors of such numbers, or of floats that are no bfloat16.
+void test_pairs(const Kernels& wide) {
+  test_isa(wide);
+  constexpr int64_t kRows = 22;
+  for (int64_t c = 0; c < 900; ++c) {
+    const int64_t vectors = 2 + random() % 8, dim = 32 * (1 + random() % 6), pitch = packed_dim(dim);
+    const auto fill = [&](float* to, uint32_t least, uint32_t exponents, uint32_t mantissa) {
+      for (int64_t i = 0; i < dim; ++i) {
+        const uint32_t bits = (random() & 1) << 31 | (least + random() % exponents) << 23 | (random() & mantissa) << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+      }
+    };
+    std::vector<float> numbers(static_cast<size_t>((kRows + vectors) * dim));
+    for (int64_t r = 0; r < kRows + vectors; ++r) fill(&numbers[static_cast<size_t>(r * dim)], c % 2 ? 120 : 87, c % 2 ? 14 : 90, 0x7f);
+    static const uint32_t odd[][3] = {{0, 1, 0}, {0, 1, 0x7f}, {1, 60, 0x7f}, {86, 1, 0x7f}, {177, 1, 0}, {200, 55, 0x7f}, {255, 1, 0x7f}};
+    const uint32_t* const kind = odd[random() % 7];
+    if (c % 3) fill(&numbers[static_cast<size_t>(random() % (c % 3 == 1 ? kRows : kRows + vectors)) * dim], kind[0], kind[1], kind[2]);
+    std::vector<uint16_t> rows(numbers.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &numbers[i], sizeof bits);
+      rows[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    std::vector<float> out[2];
+    for (int side = 0; side < 2; ++side) {
+      const Kernels& k = side ? wide : kernels_baseline;
+      std::vector<float> packed(static_cast<size_t>(vectors * pitch));
+      for (int64_t v = 0; v < vectors; ++v) {
+        k.pack[2](rows.data() + (kRows + v) * dim, dim, packed.data() + v * pitch);
+        if (c % 5 == 0) packed[static_cast<size_t>(v * pitch)] *= 1.001f;
+      }
+      out[side].assign(static_cast<size_t>(vectors * kRows), -1);
+      k.dots[2](rows.data(), dim * 2, kRows, packed.data(), vectors, dim, 1.0f, out[side].data(), kRows);
+    }
+    check(same(out[0], out[1]), wide.isa, "pairs", c);
+  }
+}
+
 // Every 97th float from 0 down to where results are subnormal, and beyond.
 void test_exponential() {
   const float end = -87.33654f;  // the logarithm of 2^-126
@@ -145,6 +190,8 @@ int main() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     test_isa(kernels_avx512);
+    unsigned eax, ebx, ecx, edx;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bit_AVX512BF16)) test_pairs(kernels_avx512bf16);
   }
 #endif
   std::printf("dots: %s\n", failures ? "FAILED" : "ok");

@@ -288,7 +288,7 @@ def test_backend_environment_holds_for_a_process():
     assert "cpu: 'reference' is forced" in out
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_native_isa_is_capped_by_environment(isa):
     """Every instruction set that this machine has gives the same bits; V2DROP_ISA caps the choice."""
     script = """
@@ -315,5 +315,5 @@ print(native.isa())
         check=False,
     )
     assert found.returncode == 0, found.stderr
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512bf16"]
     assert found.stdout.strip() in order[: order.index(isa) + 1]

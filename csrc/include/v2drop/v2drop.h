@@ -12,9 +12,9 @@
  * called from several threads at once. On the CPU a call uses up to `threads` threads of the context, the caller's included; small calls
  * use fewer. Results are bit-identical for any number of threads. The library may be loaded before fork(): the child process starts its own
  * worker threads when it needs them. Arithmetic  On the CPU sums are float32 in one fixed order, without fused multiply-add, so all
- * instruction sets give the same bits. The environment variable V2DROP_ISA=baseline|avx2|avx512 limits the instruction set; it is read
- * once, by the first call. See v2drop_isa(). Errors      Every entry point checks its arguments first and returns a status. It does not
- * throw, print, exit or crash on an invalid argument. v2drop_last_error() returns the message of the calling thread's last failure; it
+ * instruction sets give the same bits. The environment variable V2DROP_ISA=baseline|avx2|avx512|avx512bf16 limits the instruction set; it
+ * is read once, by the first call. See v2drop_isa(). Errors      Every entry point checks its arguments first and returns a status. It does
+ * not throw, print, exit or crash on an invalid argument. v2drop_last_error() returns the message of the calling thread's last failure; it
  * begins with the name of the argument. After V2DROP_ERROR_ARGUMENT no output has been written. CUDA        With a context whose place is
  * V2DROP_CUDA, all data lies in memory of the current device; segments and descriptions of tensors lie on the host. A call checks what the
  * host can see, enqueues its work on the stream and returns: it allocates nothing, does not synchronise, and may be captured into a CUDA
@@ -187,7 +187,7 @@ typedef struct v2drop_context {
 /* The version of the library that is running, as V2DROP_VERSION encodes it. */
 V2DROP_API int32_t v2drop_version(void);
 
-/* The instruction set in use on the CPU: "avx512", "avx2" or "baseline". */
+/* The instruction set in use on the CPU: "avx512bf16", "avx512", "avx2" or "baseline". */
 V2DROP_API const char* v2drop_isa(void);
 
 /* The message of this thread's last failure; "" if there was none. Valid until this thread's next failure. */
