@@ -83,8 +83,8 @@ def lib() -> Any:
 def reads(tensor_type: type) -> bool:
     """Whether the functions of ``_C`` take tensors of this type themselves, by the exchange API of DLPack; for one type only."""
     module, _ = load_library()
-    # A build of an earlier version, which V2DROP_NATIVE_MODULE may name, has no such function.
-    return module is not None and hasattr(module, "set_tensor_type") and bool(module.set_tensor_type(tensor_type))
+    # A build of an earlier version, which V2DROP_NATIVE_MODULE may name, does not have all of these functions.
+    return module is not None and hasattr(module, "prepare_gathers") and bool(module.set_tensor_type(tensor_type))
 
 
 def isa() -> str:

@@ -198,12 +198,21 @@ std::vector<CopyBatch> group_by_class(const std::vector<Copy>& copies, const Kee
     std::vector<const Copy*> copies;
   };
   std::vector<Group> groups;
-  for (const Copy& copy : copies) {
+  const auto alignment = [](const Copy& copy) {
+    const intptr_t bits = 16 | reinterpret_cast<intptr_t>(copy.src) | reinterpret_cast<intptr_t>(copy.dst);
+    return bits & -bits;
+  };
+  size_t last = 0;  // the group of the copy before
+  for (size_t i = 0; i < copies.size(); ++i) {
+    const Copy& copy = copies[i];
     if (copy.planes == 0) continue;
-    const CopyClass c = class_of(copy);
-    auto found = std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return !std::memcmp(&g.c, &c, sizeof c); });
-    if (found == groups.end()) found = groups.insert(groups.end(), {c, {}});
-    found->copies.push_back(&copy);
+    if (!copy.like_last || alignment(copy) != alignment(copies[i - 1])) {
+      const CopyClass c = class_of(copy);
+      last = static_cast<size_t>(
+          std::find_if(groups.begin(), groups.end(), [&](const Group& g) { return !std::memcmp(&g.c, &c, sizeof c); }) - groups.begin());
+      if (last == groups.size()) groups.push_back({c, {}});
+    }
+    groups[last].copies.push_back(&copy);
   }
   std::vector<CopyBatch> launches;
   int used = kTensorsPerLaunch;

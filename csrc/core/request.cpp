@@ -363,6 +363,17 @@ Copy check_gather(int64_t index, const v2drop_gather& given, int64_t batch, int6
   return copy;
 }
 
+bool same_geometry(const v2drop_tensor& a, const v2drop_tensor& b) {
+  const size_t size = a.ndim < 0 ? 0 : static_cast<size_t>(a.ndim) * sizeof a.shape[0];
+  return a.dtype == b.dtype && a.ndim == b.ndim && !std::memcmp(a.shape, b.shape, size) && !std::memcmp(a.stride, b.stride, size);
+}
+
+// Whether the checks of a gather find what they found for the one before it, but for its addresses: the layers of a cache are alike.
+bool is_like(const v2drop_gather& a, const v2drop_gather& before) {
+  return a.src.data && a.dst.data && before.src.data && before.dst.data && a.batch_dim == before.batch_dim && a.row_dim == before.row_dim &&
+         a.fill == before.fill && same_geometry(a.src, before.src) && same_geometry(a.dst, before.dst);
+}
+
 // Checks gathers whose dst has dst_rows rows and whose src has src_rows (negative: any number). In place, dst is not read.
 std::vector<Copy> check_gathers(const v2drop_gather* gathers, int64_t n_gathers, int64_t batch, int64_t src_rows, int64_t dst_rows,
                                 bool in_place) {
@@ -370,7 +381,16 @@ std::vector<Copy> check_gathers(const v2drop_gather* gathers, int64_t n_gathers,
   if (n_gathers > 0 && !gathers) fail("gathers: is NULL");
   std::vector<Copy> copies;
   copies.reserve(static_cast<size_t>(n_gathers));
-  for (int64_t p = 0; p < n_gathers; ++p) copies.push_back(check_gather(p, gathers[p], batch, src_rows, dst_rows, in_place));
+  for (int64_t p = 0; p < n_gathers; ++p) {
+    if (p > 0 && !in_place && is_like(gathers[p], gathers[p - 1])) {
+      copies.push_back(copies.back());
+      copies.back().src = static_cast<char*>(gathers[p].src.data);
+      copies.back().dst = static_cast<char*>(gathers[p].dst.data);
+      copies.back().like_last = true;
+    } else {
+      copies.push_back(check_gather(p, gathers[p], batch, src_rows, dst_rows, in_place));
+    }
+  }
   return copies;
 }
 

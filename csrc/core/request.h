@@ -106,7 +106,8 @@ struct Copy {
   Dim dims[V2DROP_MAX_DIMS];
   int n_dims;
   int64_t planes;
-  char fill[16];  // the fill, repeated
+  char fill[16];   // the fill, repeated
+  bool like_last;  // differs from the copy before it in its addresses alone
 
   // The start of a plane in both tensors, and the batch entry it belongs to.
   struct Plane {

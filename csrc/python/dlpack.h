@@ -9,7 +9,7 @@
 
 namespace dlpack {
 
-enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
+enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
 struct Tensor {
   void* data;

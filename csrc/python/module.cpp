@@ -4,8 +4,8 @@
 //   tensor    (address, dtype code, shape, strides in elements), or None, or a tensor of the type given to set_tensor_type
 //   source    (scores, prev, cur, mask, metric code, dtype code of the scores); the first four are tensors
 //   segments  (address of an int64 table with the columns SEGMENT_FIELDS, number of rows)
-//   gathers   list of (src, dst, batch_dim, row_dim, fill); src and dst are tensors. Or a tuple (list of src, list of dst, tuple of
-//             (batch_dim, row_dim, fill))
+//   gathers   list of (src, dst, batch_dim, row_dim, fill); src and dst are tensors. Or a tuple (what prepare_gathers returned, bytes):
+//             the same with other addresses, eight bytes for each, of which the last are those of all src and then of all dst
 //   context   (place, threads, stream, address of the workspace, its bytes, launch mode, address of the segments on the device)
 // The caller keeps everything that is passed by address alive during the call. Tuples are read directly: calls on small tensors are common,
 // and the conversion by pybind11 would cost more than their work.
@@ -74,18 +74,13 @@ struct Segments {
   }
 };
 
+constexpr const char* kPrepared = "v2drop_gathers";
+
 class Gathers {
  public:
   explicit Gathers(const py::handle& object) {
     if (PyTuple_Check(object.ptr())) {
-      PyObject** fields = items(object.ptr(), 3);
-      PyObject** dimensions = items(fields[2], -1);
-      const Py_ssize_t count = PyTuple_GET_SIZE(fields[2]);
-      if (!PyList_Check(fields[0]) || PyList_GET_SIZE(fields[0]) != count || !PyList_Check(fields[1]) ||
-          PyList_GET_SIZE(fields[1]) != count)
-        throw py::type_error("expected as many src and dst as there are dimensions");
-      gathers_.reserve(count);
-      for (Py_ssize_t i = 0; i < count; ++i) add(PyList_GET_ITEM(fields[0], i), PyList_GET_ITEM(fields[1], i), items(dimensions[i], 3));
+      read_prepared(items(object.ptr(), 2));
       return;
     }
     if (!PyList_Check(object.ptr())) throw py::type_error("expected a list of gathers");
@@ -95,10 +90,30 @@ class Gathers {
       add(fields[0], fields[1], fields + 2);
     }
   }
+  Gathers(const Gathers&) = delete;
+  // The gathers for calls that give other addresses.
+  py::object prepared() {
+    for (v2drop_gather& gather : gathers_) gather.src.data = gather.dst.data = nullptr;
+    return py::capsule(new std::vector<v2drop_gather>(std::move(gathers_)), kPrepared, [](PyObject* capsule) {
+      delete static_cast<std::vector<v2drop_gather>*>(PyCapsule_GetPointer(capsule, kPrepared));
+    });
+  }
   const v2drop_gather* data() const { return gathers_.data(); }
   int64_t count() const { return static_cast<int64_t>(gathers_.size()); }
 
  private:
+  void read_prepared(PyObject** fields) {
+    const auto* prepared = static_cast<const std::vector<v2drop_gather>*>(PyCapsule_GetPointer(fields[0], kPrepared));
+    if (!prepared) throw py::error_already_set();
+    const Addresses addresses(fields[1]);
+    const int64_t count = static_cast<int64_t>(prepared->size()), first = addresses.count() - 2 * count;
+    if (first < 0) throw py::type_error("expected two addresses for each gather");
+    gathers_ = *prepared;
+    for (int64_t i = 0; i < count; ++i) {
+      gathers_[i].src.data = reinterpret_cast<void*>(addresses[first + i]);
+      gathers_[i].dst.data = reinterpret_cast<void*>(addresses[first + count + i]);
+    }
+  }
   void add(PyObject* source, PyObject* target, PyObject** dimensions) {
     const Tensor src(source), dst(target);
     if (!src) throw py::type_error("a gather has no src");
@@ -285,6 +300,8 @@ PYBIND11_MODULE(_C, module) {
   add_names(module);
   module.def("set_tensor_type", [](Handle type) { return set_tensor_type(type.ptr()); });
   module.def("signature", [](Handle tree, bool differentiable) { return signature(tree, differentiable); });
+  module.def("prepare_gathers", [](Handle gathers) { return Gathers(gathers).prepared(); });
+  module.def("result_addresses", [](Handle before, Handle blocks) { return result_addresses(before, blocks); });
   module.def("encoded_addresses", [](Handle starts, Handle pairs) { return encoded_addresses(starts, pairs); });
   module.def("rebuild", [](Handle tree, Handle leaves) { return rebuild(tree, leaves); });
   module.def("version", &version);

@@ -34,6 +34,14 @@ inline void* address(PyObject* object) {
 // The type whose tensors are read through its exchange API: torch.Tensor. Null until set_tensor_type; subclasses are never read so.
 inline PyTypeObject* tensor_type = nullptr;
 inline const dlpack::ExchangeApi* tensor_api = nullptr;
+// Its method is_neg and its attributes requires_grad and dtype, as the type holds them: looking them up by name takes longer than reading
+// them.
+inline PyObject *tensor_is_negated = nullptr, *tensor_needs_gradient = nullptr, *tensor_dtype = nullptr;
+
+// An attribute of a tensor, by what its type holds.
+inline PyObject* read_attribute(PyObject* attribute, PyObject* object) {
+  return Py_TYPE(attribute)->tp_descr_get(attribute, object, nullptr);
+}
 
 // Whether the tensors of this type can be read directly: false where the type (torch before 2.10) has no exchange API of DLPack 1.
 inline bool set_tensor_type(PyObject* type) {
@@ -48,6 +56,16 @@ inline bool set_tensor_type(PyObject* type) {
   if (!api) PyErr_Clear();
   while (api && api->major > dlpack::kMajor) api = api->previous;
   if (!api || api->major != dlpack::kMajor) return false;
+  auto is_negated = py::reinterpret_steal<py::object>(PyObject_GetAttrString(type, "is_neg"));
+  auto needs_gradient = py::reinterpret_steal<py::object>(PyObject_GetAttrString(type, "requires_grad"));
+  auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttrString(type, "dtype"));
+  if (!is_negated || !needs_gradient || !dtype || !Py_TYPE(needs_gradient.ptr())->tp_descr_get || !Py_TYPE(dtype.ptr())->tp_descr_get) {
+    PyErr_Clear();
+    return false;
+  }
+  tensor_is_negated = is_negated.release().ptr();
+  tensor_needs_gradient = needs_gradient.release().ptr();
+  tensor_dtype = dtype.release().ptr();
   Py_INCREF(type);  // for as long as the process: there is one such type
   tensor_api = api;
   tensor_type = reinterpret_cast<PyTypeObject*>(type);

@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "tensors.h"
 
@@ -17,33 +18,46 @@ class Signature {
   explicit Signature(bool differentiable) : differentiable_(differentiable) { bytes_.reserve(512); }
 
   // Whether everything in the tree can be described; the tensors are appended to `leaves`.
-  bool add(PyObject* object, PyObject* leaves) {
+  bool add(PyObject* object, PyObject* leaves, int depth) {
     if (object == Py_None) {
       bytes_.push_back('N');
       return true;
     }
     if (Py_TYPE(object) == tensor_type) return add_tensor(object) && PyList_Append(leaves, object) == 0;
     const bool tuple = PyTuple_CheckExact(object);
-    if (!tuple && !PyList_CheckExact(object)) return false;
+    if ((!tuple && !PyList_CheckExact(object)) || depth > kDepth) return false;
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
     bytes_.push_back(tuple ? '(' : '[');
-    put(count);
+    append(bytes_, count);
     for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* item = PySequence_Fast_GET_ITEM(object, i);
-      if (item == Py_None || !add(item, leaves)) return false;
+      // Reading the flags of a tensor may let other threads run, which may change a list.
+      if (i >= PySequence_Fast_GET_SIZE(object)) return false;
+      const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(object, i));
+      if (item.is_none() || !add(item.ptr(), leaves, depth + 1)) return false;
     }
     return true;
   }
 
   const std::string& bytes() const { return bytes_; }
+  const std::string& addresses() const { return addresses_; }
 
  private:
+  static constexpr int kDepth = 16;  // of lists in lists; one that contains itself has no end
+
   template <class T>
-  void put(T value) {
-    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  static void append(std::string& to, const T& value) {
+    to.append(reinterpret_cast<const char*>(&value), sizeof value);
   }
 
-  // Dtype, device, shape, strides, and to how many bytes (at most 16) the data is aligned.
+  // What a tensor is, but for its shape and strides; `alignment`: to how many bytes (at most 16) the data is aligned.
+  struct Kind {
+    const void* dtype;  // of integers of 8 bits: torch has such dtypes of 1 to 7 bits as well, which DLPack does not tell apart
+    int32_t device_type, device_id, ndim;
+    uint16_t lanes;
+    uint8_t code, bits, alignment;
+  };
+
+  // Dtype, device, shape, strides, alignment and address.
   bool add_tensor(PyObject* object) {
     dlpack::Tensor t;
     if (tensor_api->tensor_from_py_object(object, &t)) {
@@ -52,21 +66,33 @@ class Signature {
     }
     // The table does not tell these; complex numbers may be conjugate views, and others negated views.
     const bool may_be_negated = t.code != dlpack::kBool;
-    if (t.code == dlpack::kComplex || (may_be_negated && is_set(PyObject_CallMethodNoArgs(object, is_neg())))) return false;
-    if (differentiable_ && is_set(PyObject_GetAttr(object, requires_grad()))) return false;
+    if (t.code == dlpack::kComplex || (may_be_negated && is_set(PyObject_CallOneArg(tensor_is_negated, object)))) return false;
+    if (differentiable_ && is_set(read_attribute(tensor_needs_gradient, object))) return false;
     const uintptr_t start = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
-    const size_t before = bytes_.size();
-    bytes_.push_back('T');
-    put(t.code), put(t.bits), put(t.lanes), put(t.device_type), put(t.device_id), put(t.ndim);
-    put(static_cast<uint8_t>(start & 15 ? start & -start : 16));
-    for (int d = 0; d < t.ndim; ++d) put(t.shape[d]), put(t.strides[d]);
-    // The layers of a cache are alike: one like the last tensor is one byte.
-    if (bytes_.compare(before, std::string::npos, last_) == 0) {
-      bytes_.resize(before);
-      bytes_.push_back('S');
-    } else {
-      last_.assign(bytes_, before, std::string::npos);
+    append(addresses_, start);
+    Kind kind;
+    std::memset(&kind, 0, sizeof kind);  // compared as bytes
+    kind.device_type = t.device_type, kind.device_id = t.device_id, kind.ndim = t.ndim;
+    kind.lanes = t.lanes, kind.code = t.code, kind.bits = t.bits;
+    kind.alignment = static_cast<uint8_t>(start & 15 ? start & -start : 16);
+    if ((t.code == dlpack::kInt || t.code == dlpack::kUInt) && t.bits == 8) {
+      const auto dtype = py::reinterpret_steal<py::object>(read_attribute(tensor_dtype, object));
+      if (!dtype) throw py::error_already_set();
+      kind.dtype = dtype.ptr();  // there is one object for each dtype, for as long as the process
     }
+    const size_t size = static_cast<size_t>(t.ndim) * sizeof(int64_t), count = static_cast<size_t>(t.ndim);
+    // The layers of a cache are alike: one like the last tensor is one byte.
+    if (!std::memcmp(&kind, &last_, sizeof kind) && !std::memcmp(t.shape, sizes_.data(), size) &&
+        !std::memcmp(t.strides, sizes_.data() + count, size)) {
+      bytes_.push_back('S');
+      return true;
+    }
+    last_ = kind;
+    sizes_.assign(t.shape, t.shape + count);
+    sizes_.insert(sizes_.end(), t.strides, t.strides + count);
+    bytes_.push_back('T');
+    append(bytes_, kind);
+    bytes_.append(reinterpret_cast<const char*>(sizes_.data()), 2 * size);
     return true;
   }
 
@@ -77,31 +103,62 @@ class Signature {
     Py_XDECREF(flag);
     return set;
   }
-  static PyObject* is_neg() {
-    static PyObject* const name = PyUnicode_InternFromString("is_neg");
-    return name;
-  }
-  static PyObject* requires_grad() {
-    static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-    return name;
-  }
 
   bool differentiable_;
-  std::string bytes_, last_;
+  std::string bytes_, addresses_;
+  Kind last_ = {};
+  std::vector<int64_t> sizes_;  // shape and strides of the last tensor
 };
 
-// (bytes, list of tensors): two trees of equal bytes have the same structure, and their tensors the same dtypes, devices, shapes,
-// strides and alignments (up to 16 bytes). None where there is a leaf that is no plain tensor of the type of set_tensor_type, that is
-// conjugate or negated, or, with `differentiable`, that requires a gradient.
+// (bytes, list of tensors, their addresses): two trees of equal bytes have the same structure, and their tensors the same dtypes, devices,
+// shapes, strides and alignments (up to 16 bytes). The addresses are bytes too, eight for each tensor. None where there is a leaf that is
+// no plain tensor of the type of set_tensor_type, that is conjugate or negated, or, with `differentiable`, that requires a gradient.
 inline py::object signature(const py::handle& tree, bool differentiable) {
   if (!tensor_type) return py::none();
   Signature found(differentiable);
   py::list leaves;
   if (!PyTuple_CheckExact(tree.ptr())) throw py::type_error("expected a tuple");
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tree.ptr()); ++i)
-    if (!found.add(PyTuple_GET_ITEM(tree.ptr(), i), leaves.ptr())) return py::none();
-  return py::make_tuple(py::bytes(found.bytes()), leaves);
+    if (!found.add(PyTuple_GET_ITEM(tree.ptr(), i), leaves.ptr(), 0)) return py::none();
+  return py::make_tuple(py::bytes(found.bytes()), leaves, py::bytes(found.addresses()));
 }
+
+// The addresses of the results of a known call, eight bytes each, behind `before`. `blocks` has the allocations, (address, how many results
+// lie in it end to end, bytes of each).
+inline py::object result_addresses(const py::handle& before, const py::handle& blocks) {
+  if (!PyBytes_Check(before.ptr())) throw py::type_error("expected bytes");
+  std::string found(PyBytes_AS_STRING(before.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(before.ptr())));
+  PyObject** given = items(blocks.ptr(), -1);
+  for (Py_ssize_t b = 0; b < PyTuple_GET_SIZE(blocks.ptr()); ++b) {
+    PyObject** block = items(given[b], 3);
+    int64_t at = integer(block[0]);
+    const int64_t count = integer(block[1]), step = integer(block[2]);
+    for (int64_t i = 0; i < count; ++i, at += step) found.append(reinterpret_cast<const char*>(&at), sizeof at);
+  }
+  return py::bytes(found);
+}
+
+// The addresses that bytes hold, eight for each.
+class Addresses {
+ public:
+  explicit Addresses(PyObject* bytes) {
+    if (!PyBytes_Check(bytes) || PyBytes_GET_SIZE(bytes) % static_cast<Py_ssize_t>(sizeof(int64_t)) != 0)
+      throw py::type_error("expected addresses, eight bytes for each");
+    data_ = PyBytes_AS_STRING(bytes);
+    count_ = PyBytes_GET_SIZE(bytes) / static_cast<Py_ssize_t>(sizeof(int64_t));
+  }
+  int64_t count() const { return count_; }
+  int64_t operator[](int64_t i) const {
+    if (i < 0 || i >= count_) throw py::index_error("there is no such address");
+    int64_t found;
+    std::memcpy(&found, data_ + i * static_cast<int64_t>(sizeof found), sizeof found);
+    return found;
+  }
+
+ private:
+  const char* data_;
+  int64_t count_;
+};
 
 inline PyObject* rebuilt(PyObject* tree, PyObject* leaves, Py_ssize_t& next) {
   const bool tuple = PyTuple_CheckExact(tree);
@@ -132,14 +189,11 @@ inline py::object rebuild(const py::handle& tree, const py::handle& leaves) {
 }
 
 // A tuple of pairs of integers, as a Triton kernel decodes addresses (backends/launch.py: odd, with bit 62 set): `pairs` is a tuple of
-// (slot, offset, slot, offset), `starts` a list of the addresses of the slots.
+// (slot, offset, slot, offset), `starts` the addresses of the slots.
 inline py::object encoded_addresses(const py::handle& starts, const py::handle& pairs) {
-  if (!PyList_Check(starts.ptr())) throw py::type_error("expected a list of addresses");
+  const Addresses at(starts.ptr());
   const auto encoded = [&](PyObject* slot, PyObject* offset) {
-    const int64_t i = integer(slot);
-    if (i < 0 || i >= PyList_GET_SIZE(starts.ptr())) throw py::index_error("there is no such slot");
-    const int64_t at = integer(PyList_GET_ITEM(starts.ptr(), i)) + integer(offset);
-    return PyLong_FromLongLong((int64_t{1} << 62) | (at << 1) | 1);
+    return PyLong_FromLongLong((int64_t{1} << 62) | ((at[integer(slot)] + integer(offset)) << 1) | 1);
   };
   PyObject** given = items(pairs.ptr(), -1);
   const Py_ssize_t count = PyTuple_GET_SIZE(pairs.ptr());

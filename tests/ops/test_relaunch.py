@@ -5,6 +5,7 @@ There is no GPU here: Triton's ``JITFunction.run`` is replaced by one that notes
 
 from __future__ import annotations
 
+import array
 import gc
 import weakref
 
@@ -26,11 +27,12 @@ class Compiled:
     def __init__(self, kernel, log):
         self.kernel, self.log = kernel, log
 
-    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        assert (y, z, stream, function, metadata) == (1, 1, 11, self.function, self.packed_metadata)
+    def run(self, gridX, gridY, gridZ, stream, function, *arguments):
+        metadata, launch_metadata, enter, leave, *arguments = arguments
+        assert (gridY, gridZ, stream, function, metadata) == (1, 1, 11, self.function, self.packed_metadata)
         assert launch_metadata is enter is leave is None
         assert len(arguments) == len(self.kernel.arg_names)
-        self.log.append(("again", self.kernel, x, arguments))
+        self.log.append(("again", self.kernel, gridX, tuple(arguments)))
 
 
 class Driver:
@@ -143,7 +145,7 @@ def test_the_same_launches_with_other_addresses(name, layers, log, monkeypatch):
         assert again
         assert {how for how, *_ in again} == {"again"}
         with monkeypatch.context() as patch:
-            patch.setattr(relaunch(), "repeated", lambda memo, given, held, run: run())
+            patch.setattr(relaunch(), "repeated", lambda memo, device, given, held, run, places=None: run())
             del log[:]
             whole = call(h, **more)
         assert {how for how, *_ in log} == {"first"}
@@ -212,6 +214,28 @@ def test_forced_sizes_hooks_and_another_source_go_the_whole_way(log, monkeypatch
         assert not again(log, lambda: drop(hidden()))
 
 
+def test_settings_of_triton_that_changed_go_the_whole_way(log, monkeypatch):
+    settle(lambda: drop(hidden()))
+    for knobs, name, value in ((triton.knobs.runtime, "debug", True), (triton.knobs.compilation, "instrumentation_mode", "consan")):
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs, name, value)
+            assert not again(log, lambda: drop(hidden()))
+        assert again(log, lambda: drop(hidden()))
+
+
+@pytest.mark.parametrize("missing", ["packed_metadata", "function", "arguments", "driver"])
+def test_a_triton_that_launches_in_another_way_is_never_repeated(missing, log, monkeypatch):
+    if missing == "arguments":
+        monkeypatch.setattr(Compiled, "run", lambda self, grid, stream, arguments: None)
+    elif missing == "driver":
+        monkeypatch.setattr(relaunch(), "driver", object())
+    else:
+        monkeypatch.delattr(Compiled, missing)
+    for _ in range(3):
+        drop(hidden())
+    assert {how for how, *_ in log} == {"first"}
+
+
 def test_tables_of_a_plan_are_read_on_their_stream_and_never_in_a_graph(log, monkeypatch):
     from v2drop_kernels.backends import tables
 
@@ -253,6 +277,7 @@ def test_addresses_are_encoded_alike_with_and_without_the_library():
     module = relaunch()
     starts, pairs = [0x7F0000000010, 0x1000], ((0, 0, 1, 64), (1, 8, 0, 1 << 33))
     want = tuple((module._encode(starts[a] + x), module._encode(starts[b] + y)) for a, x, b, y in pairs)
-    assert module._encoded(starts, pairs) == want
-    if native.available()[0]:
-        assert native.lib().encoded_addresses(starts, pairs) == want
+    places = array.array("Q", starts).tobytes()
+    assert module._encoded(places, pairs) == want
+    if native.reads(torch.Tensor):
+        assert native.lib().encoded_addresses(places, pairs) == want

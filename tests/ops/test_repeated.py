@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.cases import fewer
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import v2drop_kernels as vk
 from v2drop_kernels import native
@@ -178,6 +180,76 @@ def test_no_tensor_is_held():
     del h_prev, h_cur, given, result
     gc.collect()
     assert not any(x() is not None for x in held)
+
+
+def test_a_cache_that_contains_itself_is_an_error():
+    h_prev, h_cur, _ = arguments()
+    kv = []
+    kv.append(kv)
+    for _ in range(2):
+        with pytest.raises(RecursionError):
+            vk.drop_tokens(h_prev, h_cur, 5, kv=kv)
+
+
+def test_a_cache_that_shrinks_while_it_is_read():
+    """Another thread may run while the flags of a tensor are read; here the tensor's own flag empties the list."""
+    h_prev = torch.zeros(2, 24, 16)
+    kv = [torch.zeros(2, 2, 24, 8) for _ in range(8)]
+
+    class Emptied(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kv.clear()
+            return function(*args, **(kwargs or {}))
+
+    with Emptied():
+        repeated.signature((h_prev, kv))
+
+
+def test_every_dtype_is_another_call(reader):
+    found = {}
+    for dtype in sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str):
+        try:
+            described = repeated.signature((torch.empty(2, 3, dtype=dtype),))
+        except (RuntimeError, TypeError):
+            continue
+        if described is not None:
+            assert found.setdefault(described[0], dtype) is dtype
+    assert {torch.float32, torch.int32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int8} <= set(found.values())
+
+
+@pytest.mark.parametrize("form", ["inference", "inference mode", "deterministic", "resized", "parameter"])
+def test_what_is_like_a_known_call_gives_what_a_first_one_gives(form):
+    h_prev, h_cur, given = arguments()
+    expected = vk.drop_tokens(h_prev, h_cur, 5, **given)
+    vk.drop_tokens(h_prev, h_cur, 5, **given)
+    with contextlib.ExitStack() as stack:
+        if form == "inference mode":
+            stack.enter_context(torch.inference_mode())
+        elif form == "inference":
+            with torch.inference_mode():
+                h_cur = h_cur.clone()
+        elif form == "deterministic":
+            torch.use_deterministic_algorithms(True)
+            stack.callback(torch.use_deterministic_algorithms, False)
+        elif form == "resized":  # the same shape and strides in other memory
+            h_cur = torch.empty(0).set_(h_cur.clone().untyped_storage(), 0, h_cur.shape, h_cur.stride())
+        else:
+            h_cur = torch.nn.Parameter(h_cur)
+        found = vk.drop_tokens(h_prev, h_cur, 5, **given)
+    assert torch.equal(found.keep, expected.keep)
+    assert alike(found.kv, expected.kv)
+    assert found.hidden.requires_grad == (form == "parameter")
+    assert found.hidden.is_inference() == (form == "inference mode")
+
+
+def test_memory_that_was_given_back_is_an_error():
+    h_prev, h_cur, _ = arguments()
+    for _ in range(2):
+        vk.drop_tokens(h_prev, h_cur, 5)
+    h_cur.untyped_storage().resize_(0)
+    if vk.explain(h_cur).chosen != "reference":
+        with pytest.raises(ValueError, match="cur"):
+            vk.drop_tokens(h_prev, h_cur, 5)
 
 
 def test_the_table_is_bounded(monkeypatch):

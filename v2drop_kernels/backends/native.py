@@ -127,7 +127,11 @@ def _fill_bits(dtype: torch.dtype, fill: int) -> int:
 def outputs(gathers: Sequence[GatherSpec], rows: int) -> tuple[list[Tensor], Any]:
     """The results with ``rows`` rows, fresh unless given, and the gathers that fill them as the library reads them."""
     if type(gathers) is KnownGathers and library.reads(Tensor):
-        return gathers.results, (gathers.tensors, gathers.results, gathers.dimensions)
+        prepared = gathers.memo.get("gathers")
+        if prepared is None:
+            fields = zip(gathers.tensors, gathers.results, gathers.dimensions, strict=True)
+            prepared = gathers.memo["gathers"] = library.lib().prepare_gathers([(src, dst, *at) for src, dst, at in fields])
+        return gathers.results, (prepared, gathers.addresses)
     results, views = [], []
     for tensor, batch_dim, row_dim, fill, result in gathers:
         size, dtype = tensor.shape, tensor.dtype

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from triton.runtime import driver
 
 from .. import native as library
 from . import configs, tables
+from . import repeated as known
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("v2drop_recording", default=None)
 
@@ -60,9 +62,9 @@ class Launch(NamedTuple):
 class Call(NamedTuple):
     """The launches of a call.
 
-    Slots are the tensors that were given and then those that were made, in order; ``made`` has their shapes, strides, dtypes and
-    devices, and ``results`` says which slots the call returns. ``held`` are the tables of a plan that the launches read,
-    on ``stream``.
+    Slots are the tensors that were given and then those that were made, in order; ``made`` has the shapes, strides, dtypes and
+    devices of the latter, and ``results`` says which of them the call returns. ``held`` are the tables of a plan that the launches
+    read, on ``stream``; ``knobs`` is what Triton's settings were.
     """
 
     launches: tuple[Launch, ...]
@@ -71,6 +73,7 @@ class Call(NamedTuple):
     device: torch.device
     stream: int | None
     held: tuple[torch.Tensor, ...]
+    knobs: tuple[Any, ...]
 
 
 class _Unrepeatable(Exception):
@@ -95,12 +98,14 @@ class Recording:
         found = tuple(self._launch(slots, *launch) for launch in self.launches)
         device = slots[0].device
         made = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in self.made)
-        places = tuple(next(i for i, x in enumerate(slots) if x is result) for result in results)
+        places = tuple(next((i for i, x in enumerate(self.made) if x is result), -1) for result in results)
+        if -1 in places:
+            raise _Unrepeatable
         stream = tables.stream_of(device) if self.held else None
-        return Call(found, made, places, device, stream, tuple(self.held))
+        return Call(found, made, places, device, stream, tuple(self.held), _knobs())
 
     def _launch(self, slots: list[torch.Tensor], kernel: Any, compiled: Any, programs: int, given: tuple[Any, ...]) -> Launch:
-        if not hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
+        if not _launches_as_expected(kernel, compiled):
             raise _Unrepeatable
         arguments: list[Any] = [*given, *[None] * (len(kernel.arg_names) - len(given))]
         held, tensors, pairs, where = {x.data_ptr() for x in self.held}, [], [], -1
@@ -125,13 +130,13 @@ def _encode(address: int) -> int:
 
 
 @functools.cache
-def _encoder() -> Callable[[list[int], Any], tuple[tuple[int, int], ...]]:
-    module, _ = library.load_library()
-    return getattr(module, "encoded_addresses", _encoded)  # Python where the library is not there
+def _encoder() -> Callable[[bytes, Any], tuple[tuple[int, int], ...]]:
+    return library.lib().encoded_addresses if library.reads(torch.Tensor) else _encoded
 
 
-def _encoded(starts: list[int], pairs: Any) -> tuple[tuple[int, int], ...]:
-    return tuple([(_encode(starts[a] + x), _encode(starts[b] + y)) for a, x, b, y in pairs])
+def _encoded(starts: bytes, pairs: Any) -> tuple[tuple[int, int], ...]:
+    at = memoryview(starts).cast("q")
+    return tuple([(_encode(at[a] + x), _encode(at[b] + y)) for a, x, b, y in pairs])
 
 
 def _place(slots: Sequence[torch.Tensor], encoded: int) -> tuple[int, int]:
@@ -154,7 +159,12 @@ def recording() -> Recording | None:
 
 
 def repeated(
-    memo: dict[str, Any] | None, given: Sequence[torch.Tensor], held: Sequence[torch.Tensor | None], run: Callable[[], Any]
+    memo: dict[str, Any] | None,
+    device: torch.device,
+    given: Callable[[], Sequence[torch.Tensor]],
+    held: Sequence[torch.Tensor | None],
+    run: Callable[[], Any],
+    places: bytes | None = None,
 ) -> Any:
     """``run()``, or its launches alone where a call like it was recorded.
 
@@ -162,23 +172,26 @@ def repeated(
     ----------
     memo : dict | None
         What is kept for calls like this one (``Known.memo``); None: nothing is.
-    given : sequence of Tensor
-        Every tensor that ``run`` reads or writes and does not make by ``launch.empty``.
+    device : device
+        Of the tensors.
+    given : callable
+        Returns every tensor that ``run`` reads or writes and does not make by ``launch.empty``.
     held : sequence of Tensor | None
         Tables of the plan, which outlive the call where ``tables.may_keep`` says so.
     run : callable
-        Launches, and returns a tuple of tensors, each given or made.
+        Launches, and returns a tuple of tensors that it made.
+    places : bytes, optional
+        The addresses of the given tensors, eight bytes each, where they are known.
     """
     if memo is None or _recording.get() is not None:
         return run()
-    device = given[0].device
     call = memo.get("launches")
     if call is not None:
-        return _again(call, given) if _as_recorded(call) else run()
+        return _again(call, known.addresses(given()) if places is None else places) if _as_recorded(call) else run()
     read = [x for x in held if x is not None]
     if "launches" in memo or not _plain_now(device) or (read and not tables.may_keep(device)):
         return run()
-    noted = Recording(given, read)
+    noted = Recording(given(), read)
     token = _recording.set(noted)
     try:
         results = run()
@@ -191,12 +204,37 @@ def repeated(
     return results
 
 
+# What the launcher of a compiled kernel is called with, in Triton 3.6 to 3.9, before the arguments of the kernel.
+_LAUNCHER = (
+    "gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"
+)  # fmt: skip
+
+
+def _launches_as_expected(kernel: Any, compiled: Any) -> bool:
+    """Whether this Triton launches a kernel as :func:`_again` does. Another one, and the interpreter, launch in their own way."""
+    try:
+        compiled.packed_metadata, compiled.function, kernel.src, kernel.pre_run_hooks, _knobs(), driver.active
+        parameters = inspect.signature(compiled.run).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return False
+    named = tuple(x.name for x in parameters if x.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_more = any(x.kind is inspect.Parameter.VAR_POSITIONAL for x in parameters)
+    return takes_more and named in (_LAUNCHER[:5], _LAUNCHER)
+
+
+def _knobs() -> tuple[Any, ...]:
+    """Settings that a kernel is compiled with anew where they change."""
+    knobs = triton.knobs
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
+
+
 def _plain_now(device: torch.device) -> bool:
     """Whether a launch does now what it always does: no other sizes are forced, nobody looks on, its device is the current one."""
     runtime = triton.knobs.runtime
-    if configs.overridden() or runtime.add_stages_inspection_hook is not None:
+    if configs.overridden() or getattr(runtime, "add_stages_inspection_hook", None) is not None:
         return False
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        hook = getattr(runtime, name, None)
         if hook is not None and getattr(hook, "calls", True):
             return False
     return device.type != "cuda" or device.index == torch.cuda.current_device()
@@ -206,17 +244,18 @@ def _as_recorded(call: Call) -> bool:
     """Whether the launches would be those that were recorded."""
     if not _plain_now(call.device) or any(x.kernel.src is not x.source or x.kernel.pre_run_hooks for x in call.launches):
         return False
+    if call.knobs != _knobs():
+        return False
     return call.stream is None or (call.stream == tables.stream_of(call.device) and tables.may_keep(call.device))
 
 
-def _again(call: Call, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    slots = [*given]
-    for shape, strides, dtype, device in call.made:
-        slots.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
-    results = tuple([slots[i] for i in call.results])
+def _again(call: Call, places: bytes) -> tuple[torch.Tensor, ...]:
+    made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in call.made]
+    results = tuple([made[i] for i in call.results])
     if not call.launches:  # nothing to move, and where kernels are interpreted there is no driver
         return results
-    starts = [x.data_ptr() for x in slots]
+    places += known.addresses(made)
+    starts = memoryview(places).cast("q")
     active = driver.active
     stream = active.get_current_stream(active.get_current_device())
     for _, _, compiled, programs, constants, tensors, where, pairs in call.launches:
@@ -224,6 +263,6 @@ def _again(call: Call, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...
         for i, slot in tensors:
             arguments[i] = starts[slot]
         if where >= 0:
-            arguments[where] = _encoder()(starts, pairs)
+            arguments[where] = _encoder()(places, pairs)
         compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
     return results

@@ -8,6 +8,7 @@ no tensor of the caller.
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 import threading
@@ -22,6 +23,7 @@ from ..core.plan import CuPlan, Plan
 from ..core.types import GatherSpec
 from .choice import forced_name, is_traced, small_limit, transformed
 from .protocol import Op, Runner
+from .requests import KnownGathers
 
 ENTRIES = 512  # of the table; the oldest goes first
 
@@ -31,12 +33,12 @@ SHARED_BYTES = 32 << 20
 
 
 class Block(NamedTuple):
-    """One allocation: ``results`` tensors of ``first`` rows of the first dimension each, end to end."""
+    """One allocation: results of ``nbytes`` each, end to end; ``rows`` has of each its extent in the first dimension."""
 
-    results: int
+    rows: list[int]
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    first: int
+    nbytes: int
     dtype: torch.dtype
     device: torch.device
 
@@ -72,27 +74,38 @@ _table: dict[Hashable, Known] = {}
 _lock = threading.Lock()
 
 
-def signature(given: tuple[Any, ...]) -> tuple[Hashable, list[torch.Tensor]] | None:
-    """What the checks of these arguments depend on, and their tensors in order; None where there is more to look at.
+# What the checks of arguments depend on, their tensors in order, and the addresses of these, eight bytes each.
+Described = tuple[Hashable, list[torch.Tensor], bytes]
+
+
+def signature(given: tuple[Any, ...]) -> Described | None:
+    """The description of these arguments; None where there is more to look at.
 
     That is: a value that is neither None, nor a plain strided tensor, nor a list or tuple of those; or one that needs a gradient.
     """
     differentiable = torch.is_grad_enabled()
     functions = _functions()
     if functions is not None:
-        found: tuple[Hashable, list[torch.Tensor]] | None = functions[0](given, differentiable)
+        found: Described | None = functions[0](given, differentiable)
         return found
     tensors: list[torch.Tensor] = []
     try:
-        return _described(given, tensors, differentiable), tensors
-    except (_Unlike, RuntimeError):
+        return _described(given, tensors, differentiable), tensors, addresses(tensors)
+    except (_Unlike, RuntimeError):  # RecursionError is one
         return None
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> bytes:
+    """Where the data of tensors begins, eight bytes each."""
+    return array.array("Q", [x.data_ptr() for x in tensors]).tobytes()
 
 
 @functools.cache
 def _functions() -> Any:
-    """``signature`` and ``rebuild`` of the library; None where it is not there or cannot read tensors of torch."""
-    return (library.lib().signature, library.lib().rebuild) if library.reads(torch.Tensor) else None
+    """These functions of the library; None where it is not there or cannot read tensors of torch."""
+    if not library.reads(torch.Tensor):
+        return None
+    return library.lib().signature, library.lib().rebuild, library.lib().result_addresses
 
 
 class _Unlike(Exception):
@@ -114,10 +127,10 @@ def _described(value: Any, tensors: list[torch.Tensor], differentiable: bool) ->
     return (kind is list, *(_described(item, tensors, differentiable) for item in value))
 
 
-# The key of a call (None: it is not to be remembered), the tensors that it moves, and what is known of such calls. A plain tuple:
-# this is on the way of every call.
-Found = tuple[Hashable, list[torch.Tensor], Known | None]
-UNKNOWN: Found = (None, [], None)
+# The key of a call (None: it is not to be remembered), the tensors that it moves, what is known of such calls, and the addresses of
+# all its tensors, of which those that it moves are the last. A plain tuple: this is on the way of every call.
+Found = tuple[Hashable, list[torch.Tensor], Known | None, bytes]
+UNKNOWN: Found = (None, [], None, b"")
 
 
 def look_up(
@@ -140,7 +153,7 @@ def look_up(
             del tensors[0]
     key = (op, described[0], k, droppable, forced_name(backend), small_limit(), options)
     try:
-        return key, tensors, _table.get(key)
+        return key, tensors, _table.get(key), described[2]
     except TypeError:  # an option that is no word: the checks say so
         return UNKNOWN
 
@@ -156,7 +169,7 @@ def remember(
     after: TokenLayout | None = None,
 ) -> None:  # fmt: skip
     """Note what a call that was looked up, and passed all checks, has found; its results have ``out_rows`` rows."""
-    key, tensors, _ = found
+    key, tensors = found[:2]
     if key is None or runner.differentiable or runner.traced or (plan is not None and plan.ragged):
         return
     if any(spec.tensor is not x for spec, x in zip(gathers, tensors, strict=bool(gathers))):
@@ -169,20 +182,22 @@ def remember(
         _table[key] = known
 
 
-def _blocks(gathers: Sequence[GatherSpec], rows: int) -> tuple[Block, ...]:
+def _blocks(gathers: Sequence[GatherSpec], out_rows: int) -> tuple[Block, ...]:
     blocks: list[Block] = []
     for spec in gathers:
         x = spec.tensor
-        shape = tuple(rows if dim == spec.row_dim else size for dim, size in enumerate(x.shape))
+        shape = tuple(out_rows if dim == spec.row_dim else size for dim, size in enumerate(x.shape))
         strides = [1]
         for size in shape[:0:-1]:
             strides.insert(0, strides[0] * max(size, 1))
         nbytes = math.prod(shape) * x.element_size()
-        new = Block(1, shape, tuple(strides), shape[0], x.dtype, x.device)
+        new = Block([shape[0]], shape, tuple(strides), nbytes, x.dtype, x.device)
         if blocks and nbytes and nbytes % 64 == 0:
             last = blocks[-1]
-            if last[3:] == new[3:] and last.shape[1:] == shape[1:] and (last.results + 1) * nbytes <= SHARED_BYTES:
-                blocks[-1] = last._replace(results=last.results + 1, shape=((last.results + 1) * shape[0], *shape[1:]))
+            rows = [*last.rows, shape[0]]
+            alike = last[3:] == new[3:] and last.rows[0] == shape[0] and last.shape[1:] == shape[1:]
+            if alike and len(rows) * nbytes <= SHARED_BYTES:
+                blocks[-1] = last._replace(rows=rows, shape=(sum(rows), *shape[1:]))
                 continue
         blocks.append(new)
     return tuple(blocks)
@@ -200,18 +215,25 @@ def _rebuilt(tree: Any, leaves: Iterator[torch.Tensor]) -> Any:
     return type(tree)(_rebuilt(x, leaves) for x in tree) if isinstance(tree, list | tuple) else next(leaves)
 
 
-def allocate(known: Known) -> list[torch.Tensor]:
-    """Uninitialised results of the gathers of a known call."""
+def gathers_of(found: Found) -> KnownGathers:
+    """What a known call moves, with uninitialised results."""
+    _, tensors, known, given = found
+    assert known is not None
     results: list[torch.Tensor] = []
-    for count, shape, strides, first, dtype, device in known.blocks:
+    blocks = []
+    for rows, shape, strides, nbytes, dtype, device in known.blocks:
         block = torch.empty_strided(shape, strides, dtype=dtype, device=device)  # a third faster than torch.empty
-        if block.is_cpu and block.nbytes >= library.HUGE_BYTES and library.available()[0]:
-            library.lib().prefer_huge_pages(block.data_ptr(), block.nbytes)
+        start, count = block.data_ptr(), len(rows)
+        blocks.append((start, count, nbytes))
+        if count * nbytes >= library.HUGE_BYTES and device.type == "cpu" and library.available()[0]:
+            library.lib().prefer_huge_pages(start, count * nbytes)
         if count == 1:
             results.append(block)
         else:  # tensors of their own, which autograd does not take for views of one another
-            results += torch.unsafe_split_with_sizes(block, [first] * count)
-    return results
+            results += torch.unsafe_split_with_sizes(block, rows)
+    functions = _functions()
+    places = given + addresses(results) if functions is None else functions[2](given, tuple(blocks))
+    return KnownGathers(tensors, results, known.gathers, places, known.memo)
 
 
 def clear() -> None:

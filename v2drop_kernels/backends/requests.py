@@ -43,15 +43,17 @@ class Source(NamedTuple):
 class KnownGathers(Sequence[GatherSpec]):
     """The gathers of a call like an earlier one: plain tensors, their results, and ``(batch_dim, row_dim, fill)`` of each.
 
-    The same as a list of :class:`GatherSpec`, which is made only where it is looked at.
+    The same as a list of :class:`GatherSpec`, which is made only where it is looked at. ``addresses`` has those of the tensors that
+    rows are ranked by, of the tensors, and of the results, eight bytes each; ``memo`` is what a backend keeps for calls like this.
     """
 
-    __slots__ = ("dimensions", "results", "tensors")
+    __slots__ = ("addresses", "dimensions", "memo", "results", "tensors")
 
     def __init__(
-        self, tensors: list[torch.Tensor], results: list[torch.Tensor], dimensions: tuple[tuple[int, int, int], ...]
-    ) -> None:
-        self.tensors, self.results, self.dimensions = tensors, results, dimensions
+        self, tensors: list[torch.Tensor], results: list[torch.Tensor], dimensions: tuple[tuple[int, int, int], ...],
+        addresses: bytes, memo: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.tensors, self.results, self.dimensions, self.addresses, self.memo = tensors, results, dimensions, addresses, memo
 
     def __len__(self) -> int:
         return len(self.tensors)

@@ -9,7 +9,7 @@ import torch
 from ...backends import repeated
 from ...backends.choice import is_traced, resolve_backend, transformed
 from ...backends.protocol import Runner
-from ...backends.requests import CompactRequest, KnownGathers
+from ...backends.requests import CompactRequest
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.types import Compacted, TopK
@@ -138,9 +138,9 @@ def _run(runner: Runner, request: CompactRequest, rows: int, *, rewrites: bool) 
 
 def _again(earlier: repeated.Found, keep: torch.Tensor, carried: Any) -> Compacted:
     """A call whose checks are known."""
-    _, tensors, known = earlier
+    known = earlier[2]
     assert known is not None
-    gathers = KnownGathers(tensors, repeated.allocate(known), known.gathers)
+    gathers = repeated.gathers_of(earlier)
     hidden, *others = repeated.rebuild(carried, known.runner.run(CompactRequest(keep, gathers, known.memo)))
     return Compacted(hidden, keep, *others)
 

@@ -445,7 +445,8 @@ def compact(request: CompactRequest) -> list[torch.Tensor]:
     if type(gathers) is not KnownGathers:
         return gather(keep, gathers, gathers[0].tensor.shape[gathers[0].row_dim])
     rows = gathers.tensors[0].shape[gathers.dimensions[0][1]]
-    relaunch.repeated(memo, [keep, *gathers.tensors, *gathers.results], (), lambda: gather(keep, gathers, rows)[:0])
+    given = lambda: [keep, *gathers.tensors, *gathers.results]
+    relaunch.repeated(memo, keep.device, given, (), lambda: gather(keep, gathers, rows)[:0], gathers.addresses)
     return gathers.results
 
 

@@ -9,7 +9,7 @@ import torch
 from ...backends import repeated
 from ...backends.choice import is_traced, resolve_backend, transformed
 from ...backends.protocol import Runner
-from ...backends.requests import DropRequest, KnownGathers, Source
+from ...backends.requests import DropRequest, Source
 from ...core import arguments, calls, overwrite
 from ...core.arguments import check_device, is_packed
 from ...core.droppable import layout_of
@@ -155,11 +155,10 @@ def _run(runner: Runner, request: DropRequest, rows: int, *, rewrites: bool) -> 
 
 def _again(earlier: repeated.Found, ranked: Any, carried: Any, budget: Any, metric: str, score_dtype: Any) -> Dropped:
     """A call whose checks and plan are known."""
-    (_, tensors, known), (h_prev, scores) = earlier, ranked
+    known, (h_prev, scores) = earlier[2], ranked
     assert known is not None
     before, after = (h_prev, carried[0]) if scores is None else (None, None)
     source = Source(scores, before, after, None, metric, score_dtype)
-    gathers = KnownGathers(tensors, repeated.allocate(known), known.gathers)
-    keep, outs, _ = known.runner.run(DropRequest(source, known.plan, None, gathers, budget, known.memo))
+    keep, outs, _ = known.runner.run(DropRequest(source, known.plan, None, repeated.gathers_of(earlier), budget, known.memo))
     hidden, position_ids, kv, attention_mask, rope, labels = repeated.rebuild(carried, outs)
     return Dropped(hidden, keep, position_ids, kv, attention_mask, rope, labels, None, known.after)

@@ -29,8 +29,9 @@ def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor],
     if type(gathers) is not KnownGathers:
         return _drop(request, device, tables)
     ranked = source.h_prev if source.scores is None else source.scores  # h_cur is among the tensors that are gathered
-    given = [cast(torch.Tensor, ranked), *gathers.tensors, *gathers.results]
-    (keep,) = relaunch.repeated(request.memo, given, tables, lambda: _drop(request, device, tables)[:1])
+    given = lambda: [cast(torch.Tensor, ranked), *gathers.tensors, *gathers.results]
+    places = gathers.addresses[-8 * (1 + 2 * len(gathers)) :]
+    (keep,) = relaunch.repeated(request.memo, device, given, tables, lambda: _drop(request, device, tables)[:1], places)
     return keep, gathers.results, None
 
 

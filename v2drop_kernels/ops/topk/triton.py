@@ -154,7 +154,7 @@ def topk(request: TopKRequest) -> tuple[torch.Tensor, torch.Tensor]:
     source = request.source
     given = [x for x in source[:4] if isinstance(x, torch.Tensor)]
     tables = launch.tables_of(request.plan, given[0].device)
-    values, indices = relaunch.repeated(request.memo, given, tables, lambda: _topk(request, tables))
+    values, indices = relaunch.repeated(request.memo, given[0].device, lambda: given, tables, lambda: _topk(request, tables))
     return values, indices
 
 
