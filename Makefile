@@ -19,6 +19,8 @@ CTEST := PATH="$(abspath $(BIN)):$$PATH" ctest --output-on-failure --no-tests=er
 WORKERS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 0 || { n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)); })
 # Passive: threads that wait leave their core to the other processes.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+# Whole files, in the order of conftest.py, where what a file makes for its tests takes longest: builds, dry runs, compiled sources.
+BY_FILE = --dist loadfile --no-loadscope-reorder
 MAIN := env -u TRITON_INTERPRET -u V2DROP_NATIVE_MODULE
 
 .PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main sanitize fuzz gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
@@ -122,11 +124,11 @@ test-interpreter: setup
 
 test-compile-only: setup
 	@echo "== test 3 of 4: kernels compiled for GPUs that are not here"
-	@$(MAIN) $(PYTEST) --dist loadfile tests/compile_only $(ARGS)
+	@$(MAIN) $(PYTEST) $(BY_FILE) tests/compile_only $(ARGS)
 
 test-main: setup
 	@echo "== test 4 of 4: the main tests"
-	@$(MAIN) $(PYTEST) --doctest-modules $(if $(filter tests/% v2drop_kernels/%,$(ARGS)),,tests v2drop_kernels) $(ARGS)
+	@$(MAIN) $(PYTEST) $(BY_FILE) --doctest-modules $(if $(filter tests/% v2drop_kernels/%,$(ARGS)),,tests v2drop_kernels) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

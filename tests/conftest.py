@@ -76,7 +76,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(chosen) < len(items):
         kept = set(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = chosen
+    items[:] = sorted(chosen, key=_late)
+
+
+# Files with few, long tests begin first: where processes share the files, none is left with a long one at the end.
+FIRST = ("tests/native", "tests/tools", "tests/models", "tests/ops", "tests/interop")
+
+
+def _late(item: pytest.Item) -> int:
+    path = item.location[0]
+    return next((i for i, folder in enumerate(FIRST) if path.startswith(folder)), len(FIRST))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
