@@ -1,4 +1,4 @@
-"""What mkdocs needs to know of this repository: pages may link to files outside of docs/, which become part of the site.
+"""Hooks of mkdocs for this repository: pages may link to files outside of docs/, which become part of the site.
 
 A link such as ``../examples/tiny_vlm/README.md`` works in a repository viewer as it stands. For the site, each linked file is
 added under its path in the repository, and the link is rewritten to it; a link to a file that is not there fails the build.

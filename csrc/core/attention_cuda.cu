@@ -4,6 +4,9 @@
 // them, writes the masked logits, and of every run of keys the maximum and the sum of exponentials. Every block of the second puts these
 // together and reduces the weights of its keys. Runs have a size that depends on the number of keys alone, so results depend on neither
 // the device nor on what else is in the batch.
+//
+// The file is longer than others: both kernels, and the host code that sizes them, depend on one layout of the scratch memory, which must
+// be changed in all of them together.
 #include <algorithm>
 
 #include "dots_cuda.cuh"

@@ -139,7 +139,7 @@ __device__ inline void move_tile(const CopyBatch& work, int64_t entry, int64_t f
 }
 
 // The source rows of output rows `first` to `first + rows` (flat over the batch), all of one batch entry; -1 is an empty row.
-// COMPUTED: ordinals come from the score kernel, never from given scores; it saves registers to know.
+// COMPUTED: ordinals come from the score kernel, never from given scores, which saves registers.
 template <bool COMPUTED>
 __device__ void select_rows(const Selection& selection, BlockCounts<kThreads>& counts, int64_t first, int rows, int32_t* source) {
   const Table& table = selection.segments;

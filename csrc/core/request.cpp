@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kDtypes = sizeof(kDtypeBytes) / sizeof(kDtypeBytes[0]);
 
-// A struct that grows with versions, as this version knows it; see "Compatibility" in v2drop.h. `first_size` is its size in version 0.1.0.
+// A struct that grows with versions, as this version has it; see "Compatibility" in v2drop.h. `first_size` is its size in version 0.1.0.
 template <class T>
 T check_struct(const char* name, const T* given, size_t first_size) {
   if (!given) fail("%s: is NULL", name);

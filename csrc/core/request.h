@@ -70,7 +70,7 @@ struct ScoreSource {
 struct Segments {
   const v2drop_segment* data;
   int64_t count;
-  const int32_t* cu_seqlens;  // not null: only the device knows the rows of the segments, and of `data` only k counts
+  const int32_t* cu_seqlens;  // not null: the rows of the segments are only on the device, and of `data` only k counts
 
   const v2drop_segment& operator[](int64_t g) const { return data[g]; }
   int64_t largest() const;  // number of competing rows

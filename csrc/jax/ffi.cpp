@@ -104,7 +104,7 @@ class Call {
 
   v2drop_context context_on(void* stream) const {
     const ffi::AnyBuffer scratch = result(rets_.size() - 1);
-    // XLA aligns to 128 bytes; jax.py asks for 256 more than are needed.
+    // XLA aligns to 128 bytes; jax.py requests 256 more than are needed.
     const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch.untyped_data()), first = (begin + 255) / 256 * 256;
     v2drop_context context = V2DROP_CONTEXT_INIT;
     context.place = V2DROP_CUDA;

@@ -64,7 +64,7 @@ class Signature {
       PyErr_Clear();
       return false;
     }
-    // The table does not tell these; complex numbers may be conjugate views, and others negated views.
+    // The table does not distinguish these; complex numbers may be conjugate views, and others negated views.
     const bool may_be_negated = t.code != dlpack::kBool;
     if (t.code == dlpack::kComplex || (may_be_negated && is_set(PyObject_CallOneArg(tensor_is_negated, object)))) return false;
     if (differentiable_ && is_set(read_attribute(tensor_needs_gradient, object))) return false;

@@ -166,14 +166,16 @@ def test_cuda_below_refuses_what_is_no_size(nbytes):
         pass
 
 
-def test_the_size_can_be_set_by_environment():
+def test_the_size_can_be_set_by_environment(monkeypatch):
     script = "from v2drop_kernels.backends import choice; print(choice.small_limit())"
-    for given, want in [("1000", "1000\n"), ("0", "0\n"), ("", "250000000\n")]:
-        environment = {**os.environ, "V2DROP_CUDA_BELOW": given}
-        assert subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout == want
-    environment = {**os.environ, "V2DROP_CUDA_BELOW": "1 GB"}
-    failed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert "V2DROP_CUDA_BELOW must be a number of bytes, got '1 GB'" in failed.stderr
+    environment = {**os.environ, "V2DROP_CUDA_BELOW": "1000"}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout == "1000\n"
+    for given, want in [("0", 0), ("", 250_000_000)]:  # what the module reads when it is imported
+        monkeypatch.setenv("V2DROP_CUDA_BELOW", given)
+        assert choice._bytes_from_environment() == want
+    monkeypatch.setenv("V2DROP_CUDA_BELOW", "1 GB")
+    with pytest.raises(ValueError, match="V2DROP_CUDA_BELOW must be a number of bytes, got '1 GB'"):
+        choice._bytes_from_environment()
 
 
 @EVERY

@@ -221,5 +221,5 @@ def upload(values: Sequence[int], device: torch.device, dtype: torch.dtype) -> T
 
 
 def device_offsets(cu_seqlens: Tensor | None, plan: Plan | CuPlan) -> Tensor | None:
-    """The offsets as the library wants them, where only the device knows them."""
+    """The offsets in the form that the library takes, where they are only on the device."""
     return None if cu_seqlens is None or isinstance(plan, Plan) else cu_seqlens.to(torch.int32).contiguous()

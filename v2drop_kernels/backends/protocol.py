@@ -1,4 +1,4 @@
-"""What a backend is, and what an op tells about its implementations."""
+"""What a backend is, and how an op describes its implementations."""
 
 from __future__ import annotations
 

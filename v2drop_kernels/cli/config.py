@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was asked for: all flags on one line, each folder on a line of its own."""
+    """Print what the flags select: all flags on one line, each folder on a line of its own."""
     if not args.answers:
         raise ValueError(f"give one of {', '.join(f'--{answer.__name__}' for answer in _ANSWERS)}")
     flags = [answer() for answer in args.answers if answer in (cflags, libs)]

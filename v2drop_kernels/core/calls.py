@@ -28,7 +28,7 @@ class Resolved(NamedTuple):
     """A plan, the droppable mask, the offsets if only the device has them, and what is known of the result of a drop.
 
     That is its offsets, its layout, whether some of its rows are padding, and the rows of its longest item where it is packed (an
-    upper bound where only the device knows them).
+    upper bound where the lengths are only on the device).
     """
 
     plan: Plan | CuPlan
@@ -115,7 +115,7 @@ _cached_drop_plan = BoundedCache(_drop_plan, _weight)
 def _resolve_on_device(op: str, h: torch.Tensor, k: Any, droppable: Any, cu_seqlens: torch.Tensor) -> Resolved:
     if droppable is not None:
         raise ValueError(
-            "droppable with cu_seqlens that only the device knows must be a layout: make TokenLayout.packed(spans, "
+            "droppable with cu_seqlens on a device must be a layout: make TokenLayout.packed(spans, "
             "cu_seqlens) once, outside the step"
         )
     if cu_seqlens.device != h.device:
@@ -323,7 +323,7 @@ def build_result(
     ragged: bool = False,
     max_seqlen: int | None = None,
 ) -> Any:
-    """The public result: gathered tensors, new ids if asked for, a mask if the result is ragged, the new layout."""
+    """The public result: gathered tensors, new ids if requested, a mask if the result is ragged, the new layout."""
     if mode == "compacted":
         found["position_ids"] = positions.like(positions.compacted_position_ids(keep, cu_seqlens), position_ids)
     if ragged and cu_seqlens is None and "attention_mask" not in found:

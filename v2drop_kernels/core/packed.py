@@ -14,7 +14,7 @@ def longest_item(offsets: Sequence[int]) -> int:
 
 
 def kept_max_seqlen(rows: int, cu_seqlens: Any, *, traced: bool) -> int:
-    """The most rows that an item can have of ``rows`` kept ones: all, or as many as it had where the host knows that.
+    """The most rows that an item can have of ``rows`` kept ones: all, or as many as it had where the host has the lengths.
 
     It is the same on every device: the exact number is in the offsets of the result, and reading those from a GPU would
     synchronise.

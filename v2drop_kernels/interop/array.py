@@ -213,7 +213,7 @@ class _Call:
         if any(stride % item for stride in x.strides):
             x = x.copy(order="C")
         self.alive.append(x)
-        # NumPy gives an empty array any strides, such as 0 for a last dimension that the library wants contiguous.
+        # NumPy gives an empty array any strides, such as 0 for a last dimension that the library requires to be contiguous.
         strides = tuple(stride // item for stride in x.strides) if x.size else (1,) * x.ndim
         return _address(x), _dtype_code(x.dtype), x.shape, strides
 

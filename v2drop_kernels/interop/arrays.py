@@ -28,7 +28,7 @@ def rounding(score_dtype: Any) -> int:
 
 
 def host_ints(name: str, x: Any) -> Any:
-    """``x`` with Python ints in it, which NumPy's integers are not: shapes depend on them, so the host must know them."""
+    """``x`` with Python ints in it, which NumPy's integers are not: shapes depend on them, so they must be on the host."""
     try:
         x = x.tolist() if hasattr(x, "tolist") else x
         if isinstance(x, list | tuple):

@@ -68,7 +68,7 @@ def tensors_of(request: Any) -> list[torch.Tensor]:
 
 
 def differentiable(op: Op, runner: Runner, request: Any, backward: Callable[..., Any], formula: Any = None) -> Any:
-    """Run a request of ``op``, with a gradient in those of its tensors that want one.
+    """Run a request of ``op``, with a gradient in those of its tensors that require one.
 
     ``backward(needed, grad, *request)`` gives the gradients of its fields, None where there is none or it is not needed.
     ``formula`` stands for the reference where that cannot be differentiated twice.

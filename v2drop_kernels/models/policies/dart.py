@@ -4,7 +4,7 @@ Before block ``L``, with the post-RoPE keys of block ``L - 1`` (L1 norm over all
 ``x`` of block ``L``: the ``pivots`` vision tokens and the ``text_pivots`` tokens of the text behind them with the largest key
 norms are pivots. In ascending row order each pivot takes from the vision tokens that are left the ``m`` with the lowest cosine
 to it: ``m = floor((k - pivots) / (pivots + text_pivots))``. Kept: the vision pivots and what was taken, which is ``pivots + m
-(pivots + text_pivots)`` and may be a few less than asked (124 for 128); of a budget below ``pivots``, the first pivots. Equal
+(pivots + text_pivots)`` and may be a few less than the budget (124 for 128); of a budget below ``pivots``, the first pivots. Equal
 norms and cosines: the lower row first. Source: DART, EMNLP 2025 (as ports of its code compute it): L = 2 for LLaVA-1.5-7B.
 """
 
@@ -25,7 +25,7 @@ from ..text import text_rows
 
 
 def _preset(k: int, kept: int) -> Schedule:
-    source = f"DART, LLaVA-1.5-7B: {k} of 576 asked, {kept} kept before block 2, average {(2 * 576 + 30 * kept) / 32:g}"
+    source = f"DART, LLaVA-1.5-7B: {k} of 576 as the budget, {kept} kept before block 2, average {(2 * 576 + 30 * kept) / 32:g}"
     return Schedule((Stage(2, kept, policy="dart"),), f"dart-{k}", source)
 
 

@@ -38,12 +38,12 @@ from ..text import numbers, prompt_rows, text_rows
 RECYCLED = 0.3
 
 
-def _preset(name: str, asked: tuple[int, int, int], keep: tuple[int, int, int], **options: int) -> Schedule:
+def _preset(name: str, target: tuple[int, int, int], keep: tuple[int, int, int], **options: int) -> Schedule:
     stages = tuple(Stage(layer, k, policy="sparsevlm", options=options) for layer, k in zip((3, 7, 16), keep, strict=True))
     entering = Schedule(stages).average_tokens(576, 32)
-    means = "" if keep == asked else f" and the means of their clusters, {keep} rows"
+    means = "" if keep == target else f" and the means of their clusters, {keep} rows"
     source = (
-        f"SparseVLM, LLaVA-1.5-7B: {asked} tokens behind blocks 2, 6 and 15{means}; average {entering:g} counted on what enters "
+        f"SparseVLM, LLaVA-1.5-7B: {target} tokens behind blocks 2, 6 and 15{means}; average {entering:g} counted on what enters "
         f"a block, {entering - (576 - keep[-1]) / 32:g} on what leaves it"
     )
     return Schedule(stages, name, source)

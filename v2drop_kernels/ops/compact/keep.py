@@ -40,7 +40,7 @@ def surviving_rows(
         keep, longest = _with_all_others(keep, k, layout, readable=not traced and keep.device.type == "cpu")
         return keep, layout, layout.cu_seqlens, longest
     if k is not None:
-        raise ValueError("k tells how many rows of each segment keep lists, so it needs droppable")
+        raise ValueError("k is how many rows of each segment keep lists, so it needs droppable")
     return keep, None, cu_seqlens, None
 
 

@@ -54,7 +54,7 @@ def gather(keep: torch.Tensor, gathers: Sequence[GatherSpec]) -> list[torch.Tens
 
 def _gather(spec: GatherSpec, keep: torch.Tensor) -> torch.Tensor:
     x = spec.tensor
-    if x.element_size() == 1 and x.is_floating_point():  # float8: few ops know it, and a gather only moves bytes
+    if x.element_size() == 1 and x.is_floating_point():  # float8: few ops support it, and a gather only moves bytes
         return _gather(spec._replace(tensor=x.view(torch.uint8)), keep).view(x.dtype)
     if spec.batch_dim < 0:
         return _gather(GatherSpec(x.unsqueeze(0), 0, spec.row_dim + 1, spec.fill), keep).squeeze(0)

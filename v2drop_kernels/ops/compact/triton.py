@@ -2,8 +2,11 @@
 
 A tensor is, per batch entry, *planes* of rows of *width* contiguous bytes: an M-RoPE axis or a K/V head is a plane, and so is
 each element where the innermost dimension is not contiguous. Tensors of equal geometry form a class, which is all the kernel
-knows about them besides two addresses each. An output row reads its source row from ``keep``; a negative or too large index is
+needs of them besides two addresses each. An output row reads its source row from ``keep``; a negative or too large index is
 an empty row. The backward pass is the same gather through the inverse of ``keep``: no atomics, no zero-fill before.
+
+The file is longer than others: three launches (gather, move to the front, invert) share the code that walks segments, decodes a
+class and copies a row, and Triton inlines it, so that a change of one must be read beside the others.
 """
 
 from __future__ import annotations
@@ -355,7 +358,7 @@ def _portions(classes: dict[_Class, list[tuple[int, int]]]) -> list[list[tuple[_
 
 
 def _facts(key: _Class, first_item: int, pieces: int, count: int) -> tuple[int, ...]:
-    """What the kernels know of a class, in their order of decoding: the width in loads, the strides in elements."""
+    """What the kernels are given of a class, in their order of decoding: the width in loads, the strides in elements."""
     width, planes, src, dst, _, _ = key.geometry
     numbers = (first_item, count * planes * pieces, pieces, planes, width // key.align)
     return tuple(map(_plain, numbers + tuple(x // key.element for x in (*src, *dst))))

@@ -138,7 +138,7 @@ def _ranks(scores: torch.Tensor | None, h_prev: Any, h_cur: torch.Tensor, traced
 
 
 def _offsets(cu: torch.Tensor | None, resolved: calls.Resolved, device: torch.device) -> torch.Tensor:
-    """The offsets of a packed result: those that the device found, or those that the host knows."""
+    """The offsets of a packed result: those that the device computed, or those of the plan on the host."""
     return host_ints(cast(tuple[int, ...], resolved.out_cu), device, torch.int32) if cu is None else cu
 
 

@@ -37,7 +37,7 @@ def _drop(
     keep, outs, cu = runner_of(OP, backend).run(DropRequest(source, unpacked, cu_seqlens, gathers))
     if cu is None:
         cu = torch.empty(0, dtype=torch.int32, device=keep.device)
-        if cu_seqlens is not None and isinstance(unpacked, Plan):  # resolved on the host: its table tells what is kept
+        if cu_seqlens is not None and isinstance(unpacked, Plan):  # resolved on the host: its table says what is kept
             kept = unpacked.host_table()[:, COLUMNS.k].cumsum(0)
             cu = torch.nn.functional.pad(kept, (1, 0)).to(torch.int32)
     return outs, keep, cu

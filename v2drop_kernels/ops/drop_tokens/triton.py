@@ -19,7 +19,7 @@ def drop_tokens(request: DropRequest) -> tuple[torch.Tensor, list[torch.Tensor],
     """``(keep, gathered tensors, new cu_seqlens)``; the last for a ``CuPlan`` only.
 
     Where ``configs.fuses_select`` says so (few competing rows in a segment): score, then a gather whose programs each repeat the
-    select of their segment. Elsewhere, and where only the device knows the lengths: score, select, gather. Given ``scores`` take
+    select of their segment. Elsewhere, and where the lengths are only on the device: score, select, gather. Given ``scores`` take
     select and gather. The select is one launch, or three dependent ones where ``configs.wide_chunk`` says so. More than
     ``configs.TENSORS_PER_LAUNCH`` tensors take one more gather for each as many.
     """

@@ -45,7 +45,7 @@ def gradients(
 
 
 def backward(needed: dict[int, bool], grad: torch.Tensor, *fields: Any) -> tuple[Any, ...]:
-    """The gradients of a request's fields: of the rows and, where they want one, of the weights."""
+    """The gradients of a request's fields: of the rows and, where they require one, of the weights."""
     x, offsets, rows, weights, mean = fields
     both = needed.get(3, False)
     d_x, d_weights = gradients(grad, x, offsets, rows, weights, mean, both)

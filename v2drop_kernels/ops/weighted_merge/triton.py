@@ -1,6 +1,6 @@
 """weighted_merge: every program sums the edges of one output row, over one block of columns.
 
-The edges of an output row lie together, so a program knows its own: no atomics, one fixed order of additions. The gradient in
+The edges of an output row lie together, so a program finds its own without atomics, one fixed order of additions. The gradient in
 the rows is the same kernel through the transposed list of edges; that in the weights is one dot product per edge.
 """
 
