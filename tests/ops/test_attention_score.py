@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cases import FLOATS, INTERPRETED, cross, far_apart, fewer, integers, normal, same, seeded, strided
+from support.cases import DYNAMIC, FLOATS, INTERPRETED, cross, far_apart, fewer, integers, normal, same, seeded, strided
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import v2drop_kernels as vk
@@ -363,7 +363,7 @@ def test_attention_opcheck(on):
         torch.library.opcheck(ops.attention_score_backward.default, backward, test_utils=utils)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", DYNAMIC, ids=["static", "dynamic"][: len(DYNAMIC)])
 def test_attention_compiles(on, dynamic):
     """One graph, forward and backward; with dynamic shapes one compilation serves every length."""
     torch._dynamo.reset()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cases import FLOATS, cross, far_apart, fewer, integers, normal, same, seeded, strided
+from support.cases import DYNAMIC, FLOATS, cross, far_apart, fewer, integers, normal, same, seeded, strided
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import v2drop_kernels as vk
@@ -191,7 +191,7 @@ def test_similarity_opcheck(on):
     torch.library.opcheck(ops.key_norm_backward.default, (up[:, 0], x[:, None], "l1"), test_utils=utils)
 
 
-@pytest.mark.parametrize("dynamic", fewer([False, True], [False]), ids=lambda x: "dynamic" if x else "static")
+@pytest.mark.parametrize("dynamic", DYNAMIC, ids=["static", "dynamic"][: len(DYNAMIC)])
 def test_similarity_compiles(on, dynamic):
     """One graph, forward and backward; with dynamic shapes one compilation serves every length."""
     torch._dynamo.reset()

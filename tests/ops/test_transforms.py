@@ -117,7 +117,8 @@ def test_grad_vjp_and_jacrev(on, op):
     close(jacrev(ours)(x, y), jacrev(plain)(x, y))
 
 
-@ops
+# In the interpreter a Jacobian is a hundred launches: of an op without a gather, and of the one that is all ops.
+@pytest.mark.parametrize("op", fewer(list(OPS), ["variation_score-l2", "drop_tokens"]))
 def test_jvp_jacfwd_and_dual_numbers(on, op):
     """Tangents were None, or zeros."""
     x, y, ours, plain = inputs(on, op)

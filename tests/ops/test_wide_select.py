@@ -43,7 +43,7 @@ def test_select(on, chunk, N, values, k, size):
     check(on, scores(values, (2, N), torch.float32), count(k, N))
 
 
-@cross(b=BATCHES, k=[*KS, "list"], order=ORDERS)
+@cross(b=fewer(BATCHES, KINDS), k=[*KS, "list"], order=ORDERS)
 def test_select_of_segments(on, chunk, b, k, order):
     chunk(32)
     check(on, scores("three", b.lead, torch.bfloat16), b.k(k), order, **b.arguments("cpu"))

@@ -17,6 +17,7 @@ import v2drop_kernels as vk
 from support.pairs import all_pairs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = "V2DROP_NATIVE_MODULE" in os.environ
 FULL = os.environ.get("V2DROP_TEST_FULL") == "1" and not INTERPRETED
 
 SIZES = [1, 3, 63, 576, 577, 1025]
@@ -66,6 +67,10 @@ def cross(rounds: int = 1, together: str = "", **axes: list[Any]) -> Any:
 def fewer(full: list[Any], few: list[Any]) -> list[Any]:
     """``full``, or ``few`` where the interpreter takes seconds per case."""
     return few if INTERPRETED else full
+
+
+# Of torch.compile: the interpreter and the emulator see the launches of one length as of all, and torch traces the same op.
+DYNAMIC = [False] if INTERPRETED or EMULATED else [False, True]
 
 
 def seeded(*key: Any) -> torch.Generator:
