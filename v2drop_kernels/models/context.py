@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ..ops.attention_score import attention_score
 from ..ops.host_ints import host_ints
 from .adapters import ModelAdapter
 from .adapters import attention as block_attention
+from .parallel import score_all_heads, unsharded
 
 if TYPE_CHECKING:
     from .adapters.spans import Grid
@@ -165,16 +167,21 @@ class DropContext:
         ``hidden`` is the input of that block. The keys are computed again, because attention kernels that never form the weights
         cannot return them; V2Drop's score avoids this cost.
         """
-        return block_attention.project(self.blocks[layer], hidden, rows, self.rope)
+        with unsharded(self.blocks[layer]):
+            return block_attention.project(self.blocks[layer], hidden, rows, self.rope)
 
     def attention(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        """:func:`v2drop_kernels.attention_score` of the droppable rows in a block; queries at ``rows``, default the last row."""
+        """:func:`v2drop_kernels.attention_score` of the droppable rows in a block; queries at ``rows``, default the last row.
+
+        Over all heads of the model, also where tensor parallelism gives this rank a part of them (``models/parallel.py``).
+        """
         rows = self.last if rows is None else rows
         query, keys = self.project(layer, hidden, rows)
         options.setdefault("scale", block_attention.scaling(self.blocks[layer]))
-        return attention_score(
-            query, keys, query_rows=rows, key_mask=self.visible, droppable=self.droppable, backend=self.backend, **options
+        score = functools.partial(
+            attention_score, query_rows=rows, key_mask=self.visible, droppable=self.droppable, backend=self.backend, **options
         )
+        return score(query, keys) if self.adapter.group is None else score_all_heads(score, query, keys, options, self.adapter.group)
 
 
 def __getattr__(name: str) -> Any:

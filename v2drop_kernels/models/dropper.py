@@ -56,6 +56,9 @@ class TokenDropper:
         For stages of the policy "variation": round the change and its norm to this dtype as eager PyTorch does, which with the
         model's own dtype gives the scores of V2Drop's released code. Rounded scores are often equal; of equal ones at the cut
         the first tokens are kept, where ``torch.topk`` of the released code keeps any of them.
+    group : ProcessGroup | DeviceMesh, optional
+        The ranks over which the attention heads are sharded. Default: found from the weights of a model that was loaded with
+        ``tp_plan="auto"`` or sharded by ``parallelize_module``.
     backend : str, optional
         Force a backend of this package.
 
@@ -95,6 +98,7 @@ class TokenDropper:
     soft: bool | int = False
     seed: int = 0
     score_dtype: torch.dtype | None = None
+    group: Any = None
     backend: str | None = None
 
     def __post_init__(self) -> None:

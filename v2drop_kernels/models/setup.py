@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core.schedule import Schedule, Stage
+from ..distributed.collectives import group_of
 from . import policies
 from .adapters import ModelAdapter, adapter_of
+from .parallel import tensor_parallel_group
 from .policy import Policy
 from .soft import SoftBudgets, rounded_counts
 
@@ -44,6 +47,8 @@ class Setup:
     def of(cls, options: TokenDropper, model: Any) -> Setup:
         """Check that the options fit the model; raises ValueError otherwise."""
         schedule, adapter = options.schedule, adapter_of(model)
+        group = tensor_parallel_group(adapter.decoder.layers[0]) if options.group is None else group_of(options.group)
+        adapter = dataclasses.replace(adapter, group=group)
         assert isinstance(schedule, Schedule)
         schedule.validate(adapter.depth)
         if not adapter.token_ids and options.spans is None:

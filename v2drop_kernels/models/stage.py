@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..core.types import Dropped
+from ..distributed.agreement import check_equal, checks_ranks
 from ..ops.drop_tokens import drop_tokens
 from ..ops.host_ints import host_ints
 from ..ops.variation_score import variation_score
@@ -38,6 +39,8 @@ def run_stage(setup: Setup, forward: Forward, index: int, call: LayerCall) -> to
     static = bool(earlier) and caches.is_static(cache)
     ids = forward.position_ids if prefill.position_ids is None else prefill.position_ids
     dropped = _drop(setup, context, scores, ids, [] if static else earlier)
+    if setup.adapter.group is not None and checks_ranks(torch.device("meta")):
+        check_equal(f"the tokens kept before layer {index}", dropped.keep, setup.adapter.group)
     rows = _kept_rows(prefill, dropped)
     _update_positions(setup, prefill, rows, dropped, ids)
     if static:

@@ -27,6 +27,8 @@ class ModelAdapter:
         Placeholders of images and videos.
     kinds : tuple of str
         The kind of attention of every block.
+    group : ProcessGroup | None
+        The ranks over which the attention heads are sharded (tensor parallelism).
     """
 
     body: Any
@@ -35,6 +37,7 @@ class ModelAdapter:
     config: Any
     token_ids: tuple[int, ...]
     kinds: tuple[str, ...]
+    group: Any = None
 
     @property
     def norm(self) -> Any:

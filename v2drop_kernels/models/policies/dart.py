@@ -19,6 +19,7 @@ from ...ops.host_ints import host_ints
 from ...ops.similarity import cosine_to_pivots, key_norm_score
 from ...ops.topk.order import ranked
 from ..context import DropContext
+from ..parallel import sum_over_ranks
 from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..text import text_rows
@@ -58,7 +59,8 @@ class DART(Policy):
     def score(self, context: DropContext) -> Ranking:
         prev_hidden = context.previous("the keys of a block before it")
         _, keys = context.project(context.layer - 1, prev_hidden, context.last)
-        norms, vision = key_norm_score(keys, norm="l1", backend=context.backend), context.droppable
+        norms = sum_over_ranks(key_norm_score(keys, norm="l1", backend=context.backend), context.adapter.group)
+        vision = context.droppable
         vision_pivots = _top(norms, vision, self.pivots)
         text_pivots = _top(norms, text_rows(context), self.text_pivots)
         pivots = torch.cat([context.row_indices(vision_pivots, self.pivots), context.row_indices(text_pivots, self.text_pivots)], 1)

@@ -31,6 +31,7 @@ from ...ops.merge_dropped import merge_dropped
 from ...ops.merge_dropped.sparsevlm import recycled_clusters
 from ...ops.topk.order import ranked
 from ..context import DropContext
+from ..parallel import all_heads
 from ..policy import FLOAT32, Method, Policy
 from ..ranking import Ranking
 from ..text import numbers, prompt_rows, text_rows
@@ -121,6 +122,7 @@ class SparseVLM(Policy):
             logits = logits.reshape(batch, keys.shape[1] * per_key, -1, n)
             weights = logits.masked_fill(~seen[:, None, part], -torch.inf).softmax(-1) / pull[:, None, part]
             total += weights.masked_fill(~rated[:, None, part], 0).sum(2)
+        total = all_heads(total, context.adapter.group)
         best = total.sum(2).argsort(dim=1, descending=True, stable=True)[:, : self.heads, None]
         return total.gather(1, best.expand(-1, -1, n)).mean(1) / (raters >= 0).sum(1, keepdim=True).clamp(min=1)
 
