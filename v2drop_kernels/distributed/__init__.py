@@ -6,7 +6,7 @@ gloo and NCCL, and inside torch.compile.
 """
 
 from .agreement import check_equal
-from .collectives import Collective, record
+from .collectives import Collective, average_gradients, record
 from .drop import ShardedDropped, drop_tokens
 from .select import cost
 from .sharding import Sharding
@@ -17,6 +17,7 @@ __all__ = [
     "ShardedDropped",
     "ShardedTopK",
     "Sharding",
+    "average_gradients",
     "check_equal",
     "cost",
     "drop_tokens",

@@ -7,7 +7,7 @@ an all-reduce of ``n`` bytes by a ring, and what other ranks send in an all-to-a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,3 +98,25 @@ def _waited(collective: Any) -> torch.Tensor:
             + str(error).splitlines()[0]
         ) from error
     return found
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter], group: Any = None) -> None:
+    """Replace every gradient by its mean over the ranks of ``group``, in one all-reduce; a missing gradient counts as zero.
+
+    For parameters outside the model that DistributedDataParallel or FSDP wraps, such as ``session.ratios`` of soft training: call it
+    between ``backward()`` and ``optimizer.step()``, on every rank.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+        Floating point, the same ones on every rank, on one device.
+    group : ProcessGroup | DeviceMesh, optional
+        The data-parallel ranks; default: all.
+    """
+    found, group = list(parameters), group_of(group)
+    if not found:
+        return
+    flat = torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).float().flatten() for x in found])
+    mean = all_reduce(flat, group) / dist.get_world_size(group)
+    for x, part in zip(found, mean.split([x.numel() for x in found]), strict=True):
+        x.grad = part.view_as(x).to(x.dtype)

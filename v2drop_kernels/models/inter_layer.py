@@ -15,7 +15,7 @@ from ..core.schedule import Schedule
 from ..ops.host_ints import host_ints
 from .adapters.attention import project, scaling
 from .dropper import TokenDropper
-from .parallel import all_heads
+from .parallel import all_heads, tensor_parallel_group
 from .session import DropSession
 
 
@@ -121,7 +121,7 @@ def _see(session: DropSession, weights: list[list[torch.Tensor]], block: Any, ar
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     logits = (query.float() @ keys.float().transpose(2, 3))[:, :, 0] * scaling(block)
     seen = layout.real_rows(hidden.device) & (torch.arange(hidden.shape[1], device=hidden.device) <= last)
-    shares = all_heads(logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1), session.adapter.group)
+    shares = all_heads(logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1), tensor_parallel_group(block))
     weights.append([x[:, here] for x, here in zip(shares, layout.droppable_rows(hidden.device), strict=True)])
 
 
