@@ -56,10 +56,11 @@ class Drawing:
 
 def floors() -> str:
     """The folders of the package; imports go down only."""
-    d = Drawing(760, 430, "Floors of the package: imports go down only")
+    d = Drawing(760, 496, "Floors of the package: imports go down only")
     rows = [
         ("amber", [("cli  ·  plot  ·  demo", "commands, pictures, the demonstration")]),
         ("amber", [("models", "TokenDropper: sessions, adapters/ per family, policies/ per method")]),
+        ("blue", [("distributed", "sequences sharded over ranks: collectives, selection, rebalancing")]),
         ("blue", [("ops/<op>", "public function, reference, Triton, native call, registration, gradient")]),
         (
             "green",
@@ -87,7 +88,7 @@ def floors() -> str:
         if y > 20:
             d.arrow(200, y - 18, 200, y - 1)
         y += height + 18
-    d.arrow(640, 20 + 4 * 68 - 18, 640, 20 + 4 * 68 - 1)
+    d.arrow(640, 20 + 5 * 68 - 18, 640, 20 + 5 * 68 - 1)
     return d.svg()
 
 

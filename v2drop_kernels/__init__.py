@@ -9,6 +9,7 @@ import sys
 import typing
 
 if typing.TYPE_CHECKING:
+    from . import distributed as distributed
     from . import models as models
     from . import plot as plot
     from . import reference, schedule
@@ -78,7 +79,8 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "ops.bipartite_merge": ("bipartite_merge",),
         "ops.merge_dropped": ("merge_dropped",),
         "ops.weighted_merge": ("weighted_merge",),
-        "models": ("models",),  # this and plot need more than torch: not in __all__
+        "distributed": ("distributed",),  # this, models and plot are imported when they are used: not in __all__
+        "models": ("models",),
         "plot": ("plot",),
         "core.positions": ("positions",),
         "reference": ("reference",),
@@ -90,7 +92,7 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "ops.soft_topk": ("soft_topk",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
-    _MODULES = ("models", "plot", "positions", "reference", "schedule")
+    _MODULES = ("distributed", "models", "plot", "positions", "reference", "schedule")
 
     def __getattr__(name: str) -> object:
         if name not in _HOME:

@@ -1,4 +1,4 @@
-"""Checks of the sharded ops that every rank of a group runs; see support/ranks.py. Expected: the op of one process, cut into shards."""
+"""Checks of the sharded ops, run by every rank of a group (support/ranks.py). Expected: the op of one process, cut into shards."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def check_topk():
         want = vk.segmented_topk(scores, k, **where)
         for algorithm in ("gather", "radix"):
             got = vd.segmented_topk(mine(scores, sharding), k, sharding=sharding, algorithm=algorithm, **where)
-            shard, flat = got.local.clamp(min=0), torch.tensor([i for a, b in sharding.ranges[dist.get_rank()] for i in range(a, b)])
+            shard, flat = (
+                got.local.clamp(min=0),
+                torch.tensor([i for a, b in sharding.ranges[dist.get_rank()] for i in range(a, b)]),
+            )
             for g in range(len(k)):
                 expected = held(want.indices[g], want.values[g], sharding)
                 assert held(got.indices[g], got.values[g], sharding) == expected, (seed, algorithm, g)
@@ -133,7 +136,9 @@ def check_stages():
     got = vd.drop_tokens(mine(states[0], sharding, 1), mine(states[1], sharding, 1), 30, sharding=sharding, droppable=(10, 80),
                          shards="contiguous")  # fmt: skip
     assert got.layout == want.layout
-    last = vd.drop_tokens(got.hidden, mine(later, got.sharding, 1), 11, sharding=got.sharding, droppable=got.layout, shards="zigzag")
+    last = vd.drop_tokens(
+        got.hidden, mine(later, got.sharding, 1), 11, sharding=got.sharding, droppable=got.layout, shards="zigzag"
+    )
     assert torch.equal(last.hidden, mine(want_last.hidden, last.sharding, 1))
     found = vd.variation_topk(mine(states[0], sharding, 1), mine(states[1], sharding, 1), 7, sharding=sharding, droppable=(10, 80))
     whole = vk.variation_topk(states[0], states[1], 7, droppable=[(10, 80)] * 2)
@@ -228,7 +233,11 @@ def check_absent_rank():
     group = dist.new_group(timeout=datetime.timedelta(seconds=2))
     before = time.monotonic()
     if rank != 1:
-        refused(RuntimeError, "another rank raised, left, or called another op", lambda: vd.segmented_topk(torch.randn(1, 12), 3, group=group))
+        refused(
+            RuntimeError,
+            "another rank raised, left, or called another op",
+            lambda: vd.segmented_topk(torch.randn(1, 12), 3, group=group),
+        )
         assert time.monotonic() - before < 30
     dist.barrier()
     others = dist.new_group([0])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from support.ranks import outcomes
@@ -56,3 +60,12 @@ def test_wrong_shardings(make, words):
 def test_without_a_process_group():
     with pytest.raises(ValueError, match="group must be given"):
         segmented_topk(None, 3)
+
+
+def test_the_example_runs():
+    """DeepSpeed-Ulysses with a drop; it compares with one process itself."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.sequence_parallel"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "96 rows on 2 ranks became 44, as on one process" in ran.stdout

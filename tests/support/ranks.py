@@ -1,7 +1,7 @@
 """Several processes that run the same checks as the ranks of a gloo group.
 
-``outcomes(world, module, names)`` starts ``world`` processes, each of which runs the functions ``names`` of ``module`` one after another
-and notes for each "ok" or its traceback. One start serves all checks of a module, because importing torch takes seconds.
+``outcomes(world, module, names)`` starts ``world`` processes, each of which runs the functions ``names`` of ``module`` one after
+another and notes for each "ok" or its traceback. One start serves all checks of a module, because importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def outcomes(world: int, module: str, names: Sequence[str], **env: str) -> dict[
         path = os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **env}
         ranks = [
-            subprocess.Popen([*command[:3], str(r), *command[3:]], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            subprocess.Popen(
+                [*command[:3], str(r), *command[3:]], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
             for r in range(world)
         ]
         printed = []

@@ -24,6 +24,7 @@ FLOORS = [
     {"ops"},
     {"reference"},
     {"__init__"},
+    {"distributed"},
     {"models", "plot"},
     {"cli", "__main__"},
     {"bench", "tests", "examples"},

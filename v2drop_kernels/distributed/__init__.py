@@ -1,8 +1,8 @@
 """Drop steps over sequences that are sharded across processes (sequence or context parallelism), exactly as on one process.
 
 ``segmented_topk``, ``variation_topk`` and ``drop_tokens`` take this rank's shard and ``group=``, the process group that holds the
-sequence; spans, offsets and indices count rows of the whole sequence. :class:`Sharding` says which rows every rank holds. Works with
-gloo and NCCL, and inside torch.compile.
+sequence; spans, offsets and indices count rows of the whole sequence. :class:`Sharding` says which rows every rank holds. Works
+with gloo and NCCL, and inside torch.compile.
 """
 
 from .agreement import check_equal

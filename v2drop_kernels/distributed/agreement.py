@@ -1,9 +1,9 @@
 """That all ranks of a group call the same op with the same arguments, checked before they exchange data.
 
 Ranks that disagree would exchange buffers of different sizes, or each wait for a collective that the other never calls. Every op
-therefore begins with one all-gather of a few integers: hashes of what the host knows, and whether the rank found its arguments wrong.
-Reading it on a GPU would synchronise, so there it is made only where ``V2DROP_CHECK_RANKS=1``; ``V2DROP_CHECK_RANKS=0`` leaves it
-out on the CPU as well.
+therefore begins with one all-gather of a few integers: hashes of what the host knows, and whether the rank found its arguments
+wrong. Reading it on a GPU would synchronise, so there it is made only where ``V2DROP_CHECK_RANKS=1``; ``V2DROP_CHECK_RANKS=0``
+leaves it out on the CPU as well.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def agreed(op: str, device: Any, group: Any, prepare: Callable[[], tuple[Found, 
     found, facts, error = None, None, None
     try:
         found, facts = prepare()
-    except Exception as caught:  # noqa: BLE001 (it is raised below, once the other ranks know)
+    except Exception as caught:
         error = caught
     mine = [0 if error is None else 1, *(_hash((facts or {}).get(name, op if name == "op" else None)) for name in FACTS)]
     table = all_gather(torch.tensor(mine, dtype=torch.int64, device=device), group).tolist()
@@ -67,7 +67,9 @@ def check_equal(what: str, x: torch.Tensor, group: Any) -> None:
     table = all_gather(mine, group).flatten().tolist()
     other = next((r for r, value in enumerate(table) if value != table[0]), None)
     if other is not None:
-        raise RuntimeError(f"{what} must be equal on all ranks of group, but ranks 0 and {other} differ (rank {dist.get_rank(group)})")
+        raise RuntimeError(
+            f"{what} must be equal on all ranks of group, but ranks 0 and {other} differ (rank {dist.get_rank(group)})"
+        )
 
 
 def _hash(fact: Any) -> int:

@@ -103,8 +103,8 @@ def _waited(collective: Any) -> torch.Tensor:
 def average_gradients(parameters: Iterable[torch.nn.Parameter], group: Any = None) -> None:
     """Replace every gradient by its mean over the ranks of ``group``, in one all-reduce; a missing gradient counts as zero.
 
-    For parameters outside the model that DistributedDataParallel or FSDP wraps, such as ``session.ratios`` of soft training: call it
-    between ``backward()`` and ``optimizer.step()``, on every rank.
+    For parameters outside the model that DistributedDataParallel or FSDP wraps, such as ``session.ratios`` of soft training: call
+    it between ``backward()`` and ``optimizer.step()``, on every rank.
 
     Parameters
     ----------

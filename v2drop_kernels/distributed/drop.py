@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,8 @@ class ShardedDropped(NamedTuple):
     keep : Tensor
         int64 ``[B, S]`` (``[S]`` packed): the row in the whole sequence before the drop of every row, -1 for none.
     layout : TokenLayout | None
-        Of the whole result, as :meth:`TokenLayout.after` gives it: the ``droppable=`` of the next stage where ``sharding`` is known;
-        None after a mask.
+        Of the whole result, as :meth:`TokenLayout.after` gives it: the ``droppable=`` of the next stage where ``sharding`` is
+        known; None after a mask.
     sharding : Sharding | None
         Which rows of the whole result every rank holds; None for "padded", and for "trimmed" with several items.
     """
@@ -100,8 +100,8 @@ def drop_tokens(
 
     Notes
     -----
-    Collectives: those of the selection; for all but "padded" one all-gather of ``[slots, B]`` int64 that the host reads; to move rows
-    one all-to-all, of at most what this rank's new shard holds. Equivalent for contiguous shards:
+    Collectives: those of the selection; for all but "padded" one all-gather of ``[slots, B]`` int64 that the host reads; to move
+    rows one all-to-all, of at most what this rank's new shard holds. Equivalent for contiguous shards:
     ``v2drop_kernels.drop_tokens(torch.cat(all_h_prev, 1), torch.cat(all_h_cur, 1), k)``, of which every rank keeps its part.
     """
     group = group_of(group)
@@ -130,18 +130,24 @@ def drop_tokens(
             scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=backend)
     kept = _with_text(kept_rows(scores, chosen, group, how), chosen)
     counts = None if shards == "padded" else piece_counts(kept, chosen.sharding, chosen.rank, group)
+    result = _compacted(h_cur, kept, chosen, counts, moving, backend)
+    return _sharded(result, chosen, counts, shards, group, kv_layout)
+
+
+def _compacted(
+    h_cur: torch.Tensor, kept: torch.Tensor, chosen: Selection, counts: Any, moving: dict[str, Any], backend: str | None
+) -> ShardedDropped:
+    """The kept rows of this rank: as many places as it can keep, or as its longest item keeps by ``counts``."""
     keep = _keep(kept, _capacity(chosen) if counts is None else _longest(counts[chosen.rank]))
     packed = chosen.layout.is_packed
     found = compact(
         keep[0] if packed else keep, h_cur, cu_seqlens=[0, h_cur.shape[0]] if packed else None, backend=backend, **moving
-    )  # fmt: skip
-    rows = whole_rows(chosen, device)
-    result = ShardedDropped(
-        found.hidden, torch.where(found.keep < 0, -1, rows[found.keep.clamp(min=0)]) if rows.numel() else found.keep,
-        found.position_ids, found.kv, found.attention_mask, found.rope, found.labels,
-        None if chosen.layout.mask is not None else chosen.layout.after_keeping(chosen.ks),
-    )  # fmt: skip
-    return _sharded(result, chosen, counts, shards, group, kv_layout)
+    )
+    rows = whole_rows(chosen, h_cur.device)
+    origin = torch.where(found.keep < 0, -1, rows[found.keep.clamp(min=0)]) if rows.numel() else found.keep
+    after = None if chosen.layout.mask is not None else chosen.layout.after_keeping(chosen.ks)
+    hidden = cast(torch.Tensor, found.hidden)
+    return ShardedDropped(hidden, origin, found.position_ids, found.kv, found.attention_mask, found.rope, found.labels, after)
 
 
 def _with_text(kept: torch.Tensor, chosen: Selection) -> torch.Tensor:

@@ -95,7 +95,7 @@ def _from_front(x: torch.Tensor, spec: GatherSpec) -> torch.Tensor:
 
 
 class _Move(torch.autograd.Function):
-    """The exchange of several tensors ``[B, n, ...]`` as bytes; backward sends the gradients the other way, in one all-to-all too."""
+    """The exchange of several tensors ``[B, n, ...]`` as bytes; backward sends the gradients back in one all-to-all too."""
 
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, fills: list[int], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

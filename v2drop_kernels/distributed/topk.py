@@ -85,7 +85,8 @@ def segmented_topk(
     Collectives: one all-gather of scores (gather), or three all-reduces of ``[G, 2048]``, ``[G, 2048]`` and ``[G, 1024]`` int32
     and one all-gather of ``[slots, G]`` int32 (radix); with a check of the ranks one more of 72 bytes per rank
     (:mod:`v2drop_kernels.distributed.agreement`). Without that check nothing synchronises with the host.
-    Equivalent for one segment and contiguous shards: ``torch.sort(torch.cat(all_shards), descending=True, stable=True).indices[:k]``.
+    Equivalent for one segment and contiguous shards: ``torch.sort(torch.cat(all_shards), descending=True,
+    stable=True).indices[:k]``.
     """
     group, device = group_of(group), _device(scores)
 
@@ -126,7 +127,9 @@ def variation_topk(
         arguments.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
         arguments.score_options(metric, score_dtype)
         scores = torch.empty(0, dtype=torch.float32)
-        return prepared(f"variation_topk {metric} {score_dtype}", h_cur, scores, k, group, sharding, droppable, cu_seqlens, algorithm)
+        return prepared(
+            f"variation_topk {metric} {score_dtype}", h_cur, scores, k, group, sharding, droppable, cu_seqlens, algorithm
+        )
 
     chosen, how = agreed("variation_topk", device, group, prepare)
     scores = variation_score(h_prev, h_cur, metric=metric, score_dtype=score_dtype, backend=backend)
@@ -144,7 +147,7 @@ def prepared(
     cu_seqlens: Any,
     algorithm: str | None,
 ) -> tuple[tuple[Selection, str], Facts]:
-    """The selection, the algorithm, and what all ranks must agree on; ``rows`` is a shard, ``scores`` has the dtype of the scores."""
+    """The selection, the algorithm, and what all ranks must agree on; ``rows`` is a shard, of ``scores`` only the dtype is read."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     packed = is_packed(droppable, cu_seqlens)
     batch, local = (None, rows.shape[0]) if packed else (rows.shape[0], rows.shape[1])

@@ -178,10 +178,12 @@ class DropContext:
         rows = self.last if rows is None else rows
         query, keys = self.project(layer, hidden, rows)
         options.setdefault("scale", block_attention.scaling(self.blocks[layer]))
-        score = functools.partial(
+        score: Any = functools.partial(
             attention_score, query_rows=rows, key_mask=self.visible, droppable=self.droppable, backend=self.backend, **options
         )
-        return score(query, keys) if self.adapter.group is None else score_all_heads(score, query, keys, options, self.adapter.group)
+        return (
+            score(query, keys) if self.adapter.group is None else score_all_heads(score, query, keys, options, self.adapter.group)
+        )
 
 
 def __getattr__(name: str) -> Any:

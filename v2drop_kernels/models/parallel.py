@@ -1,8 +1,8 @@
 """Tensor parallelism: attention heads that lie on several ranks, whose scores are reduced before anything is selected.
 
-Hidden states, rotary tables and token ids are equal on all ranks, for the model's own all-reduces give every rank the same bits. What
-a policy computes from them alone, such as the variation, needs no collective. Sums over heads are gathered and added in the order of
-the ranks, the same way on each, so that scores and hence kept tokens are bit-equal on all ranks.
+Hidden states, rotary tables and token ids are equal on all ranks, for the model's own all-reduces give every rank the same bits.
+What a policy computes from them alone, such as the variation, needs no collective. Sums over heads are gathered and added in the
+order of the ranks, the same way on each, so that scores and hence kept tokens are bit-equal on all ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def unsharded(block: Any) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(block, FSDPModule) or not any(isinstance(x, DTensor) for x in block.parameters()):
+    if not any(isinstance(x, DTensor) for x in block.parameters()) or not isinstance(block, FSDPModule):
         yield
         return
     block.unshard()
