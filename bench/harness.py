@@ -25,6 +25,7 @@ import torch
 import v2drop_kernels as vk
 
 ROOT = Path(__file__).resolve().parent.parent
+PAUSE = 0.01  # seconds; the threads of libgomp look for work for some milliseconds
 ALL_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -219,8 +220,14 @@ class NoiseGate:
             time.sleep(0.2)
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int = 50, seconds: float = 2.0) -> list[list[float]]:
-    """Seconds of every call, taken in turns (the order reversed every other turn) until both minimums are reached."""
+def interleaved(
+    calls: Sequence[Callable[[], Any]], repetitions: int = 50, seconds: float = 2.0, burst: int = 1
+) -> list[list[float]]:
+    """Seconds of every call, taken in turns (the order reversed every other turn) until both minimums are reached.
+
+    A turn is one call, or a ``burst`` of several after a pause: the threads of the side before have gone to sleep by then, and
+    those of this one have not between its calls.
+    """
     for fn in calls:
         fn()
         fn()
@@ -232,7 +239,9 @@ def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int = 50, secon
         end = time.monotonic() + seconds
         while len(times[0]) < repetitions or time.monotonic() < end:
             for i in turns:
-                times[i].append(timed(calls[i]))
+                if burst > 1:
+                    time.sleep(PAUSE)
+                times[i] += [timed(calls[i]) for _ in range(burst)]
             turns.reverse()
     finally:
         if collecting:

@@ -2,8 +2,8 @@
 
 On the CPU first the targets (targets.py), then the suite (suite.py), both in this process. Four files come of it: targets.csv,
 results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile. ``--suite NAME`` measures
-the attention scores, the merges or soft_topk instead, by targets alone, into NAME.csv. On a GPU all further arguments are those
-of gpu_check.py.
+the attention scores, the merges, soft_topk or what threads bring instead, by targets alone, into NAME.csv. On a GPU all further
+arguments are those of gpu_check.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from providers import providers
 from registry import OPS
 
-SUITES = ("attention", "merge", "soft_topk")  # the module targets_NAME lists the targets of each
+SUITES = ("attention", "merge", "soft_topk", "threads")  # the module targets_NAME lists the targets of each
 
 
 def measure_targets(
@@ -169,7 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = "dry" if options.quick else "ungated" if options.ungated else "full"
     if os.environ.get("TRITON_INTERPRET") == "1" and not options.quick:
         parser.error("TRITON_INTERPRET=1 would measure Triton's interpreter")
-    if options.quick and not options.suite:  # compilation would take most of the time; a test traces every compiled provider
+    if options.quick and options.suite in (
+        None,
+        "threads",
+    ):  # compilation would take most of the time; a test traces every compiled provider
         torch.compiler.set_stance("force_eager")
     out = options.out or readme_table.RESULTS
     out.mkdir(parents=True, exist_ok=True)

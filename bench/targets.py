@@ -64,10 +64,11 @@ class Target(Generic[C]):
     sense: str
     sides: Callable[[Target[C]], tuple[str, Call, str, Call]]
     threads: int = 1
+    burst: int = 1  # how many calls ``harness.interleaved`` takes in one turn; more than one where threads are compared
 
     @property
     def asserted(self) -> bool:
-        return self.limit is not None and self.threads == 1
+        return self.limit is not None and (self.threads == 1 or self.burst > 1)
 
 
 def dram_case() -> Case:
@@ -212,7 +213,7 @@ def _attempts(target: Target[Any], gate: NoiseGate, ours: Call, other: Call, dry
     while attempts < ATTEMPTS and not any(found["status"] != "fail" for found in quiet):
         attempts += 1
         before = gate.settle(0.0 if dry else 5.0)
-        a, b = interleaved([ours, other], 3 if dry else REPETITIONS, 0.0 if dry else SECONDS)
+        a, b = interleaved([ours, other], 3 if dry else REPETITIONS, 0.0 if dry else SECONDS, target.burst)
         after = gate.sample()
         found = _judged(target, a, b)
         if dry:

@@ -253,7 +253,7 @@ def test_durations_have_three_digits(modules: Any, us: str, words: str):
     assert modules.tables.duration(us) == words
 
 
-@pytest.mark.parametrize("suite", ["attention", "merge", "soft_topk"])
+@pytest.mark.parametrize("suite", ["attention", "merge", "soft_topk", "threads"])
 def test_the_targets_of_other_ops_run_dry(suite: str, tmp_path: Path):
     done = run_script(BENCH / "run.py", "--quick", "--suite", suite, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
