@@ -169,10 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = "dry" if options.quick else "ungated" if options.ungated else "full"
     if os.environ.get("TRITON_INTERPRET") == "1" and not options.quick:
         parser.error("TRITON_INTERPRET=1 would measure Triton's interpreter")
-    if options.quick and options.suite in (
-        None,
-        "threads",
-    ):  # compilation would take most of the time; a test traces every compiled provider
+    uncompiled = (None, "threads")  # compilation would take most of the time; a test traces every compiled provider
+    if options.quick and options.suite in uncompiled:
         torch.compiler.set_stance("force_eager")
     out = options.out or readme_table.RESULTS
     out.mkdir(parents=True, exist_ok=True)
