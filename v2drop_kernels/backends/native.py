@@ -159,7 +159,7 @@ def _function(name: str) -> Any:
     return getattr(library.lib(), name)
 
 
-_cpu_context = functools.cache(library.cpu_context)
+cpu_context = functools.cache(library.cpu_context)
 
 
 @functools.lru_cache(maxsize=16)
@@ -184,7 +184,7 @@ def call(
     On CUDA the scratch memory has ``workspace`` bytes, or what the plan, or so many rows, and the ranked results need.
     """
     if place == "cpu":
-        _function(name)(*arguments, _cpu_context(torch.get_num_threads()))
+        _function(name)(*arguments, cpu_context(torch.get_num_threads()))
         return
     groups = table = 0
     if plan is not None:

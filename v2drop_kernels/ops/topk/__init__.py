@@ -78,7 +78,7 @@ def segmented_topk(
     """
     earlier = repeated.look_up(OP, (), (scores,), k, droppable, backend, cu_seqlens is None, order)
     if earlier[2] is not None:
-        return _again(earlier[2], Source(scores, None, None), order, (k, droppable, None))
+        return _again(earlier[2], (scores, None, None), order, (k, droppable, None))
     arguments.tensor("scores", scores)
     packed = is_packed(droppable, cu_seqlens)
     if scores.dim() != (1 if packed else 2):
@@ -146,7 +146,7 @@ def variation_topk(
     plain = cu_seqlens is None
     earlier = repeated.look_up(OP, (), (h_prev, h_cur), k, droppable, backend, plain, metric, order, score_dtype)
     if earlier[2] is not None:
-        return _again(earlier[2], Source(None, h_prev, h_cur, None, metric, score_dtype), order, (k, droppable, None))
+        return _again(earlier[2], (None, h_prev, h_cur, None, metric, score_dtype), order, (k, droppable, None))
     arguments.pair(h_prev, h_cur, is_packed(droppable, cu_seqlens))
     arguments.score_options(metric, score_dtype)
     arguments.one_of("order", order, arguments.ORDERS)
@@ -166,9 +166,12 @@ def variation_topk(
     return TopK(*runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget)))
 
 
-def _again(known: repeated.Known, source: Source, order: str, budget: Any) -> TopK:
-    """A call whose checks and plan are known."""
-    return TopK(*known.runner.run(TopKRequest(source, known.plan, None, order, budget, known.memo)))
+def _again(known: repeated.Known, source: tuple[Any, ...], order: str, budget: Any) -> TopK:
+    """A call whose checks and plan are known; ``source`` has the fields of a :class:`Source`."""
+    again = known.memo.get("again")
+    if again is None:
+        return TopK(*known.runner.run(TopKRequest(Source(*source), known.plan, None, order, budget, known.memo)))
+    return TopK(*again(source))
 
 
 def _gathered(scores: torch.Tensor, plan: Any, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,4 +29,24 @@ def topk(request: TopKRequest, place: str) -> tuple[Tensor, Tensor]:
         library.ORDERS[request.order], native.view(values), native.view(indices),
         plan=plan, width=plan.out_rows if request.order == "score" else 0,
     )  # fmt: skip
+    alike = offsets is None and source is request.source and type(ranked) is Tensor and library.reads(Tensor)
+    if place == "cpu" and request.memo is not None and alike:
+        request.memo["again"] = _again(request, values, indices)
     return values, indices
+
+
+def _again(request: TopKRequest, values: Tensor, indices: Tensor) -> Callable[[tuple[Any, ...]], tuple[Tensor, Tensor]]:
+    """The same call for other tensors of the same description: what does not depend on these is read once."""
+    empty, threads, context = torch.empty_strided, torch.get_num_threads, native.cpu_context
+    function, order = library.lib().topk, library.ORDERS[request.order]
+    segments = native.segments(request.plan)  # of the plan, which the memo's owner keeps
+    shape, strides, device, dtype, integers = values.shape, values.stride(), values.device, values.dtype, indices.dtype
+    codes = native.score_code(request.source.metric, request.source.score_dtype)
+
+    def again(source: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        values = empty(shape, strides, dtype=dtype, device=device)
+        indices = empty(shape, strides, dtype=integers, device=device)
+        function((*source[:3], None, *codes), segments, None, order, values, indices, context(threads()))
+        return values, indices
+
+    return again
