@@ -842,11 +842,3 @@ def test_before_any_forward_there_is_nothing_to_tell():
         for ask in (dropping.report, dropping.kept):
             with pytest.raises(RuntimeError, match="call the model first"):
                 ask()
-
-
-def test_compiled_models_are_refused():
-    model, inputs, _ = tiny.batch("llava", ITEMS[:1])
-    refused("model must not be compiled", torch.compile(model, backend="eager"))
-    with torch.no_grad(), TokenDropper(HALF_THEN_3)(model), pytest.raises(Exception, match="does not run under"):
-        torch.compile(model, backend="eager")(**inputs)
-    torch._dynamo.reset()

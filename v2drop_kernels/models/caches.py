@@ -31,6 +31,8 @@ class CacheState:
         Whether a forward runs in which hooks cut the masks.
     ends_in_image : bool
         Whether the last row of the prompt is a vision token.
+    traced : Forward | None
+        While a step is being compiled.
     """
 
     prompt: int
@@ -38,6 +40,7 @@ class CacheState:
     plain: bool = False
     active: bool = False
     ends_in_image: bool = False
+    traced: Any = None
 
     @property
     def first_layer(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .adapters import caches
 from .adapters.spans import placeholder_runs
 from .caches import CacheState
@@ -38,3 +40,14 @@ def state_of(cache: Any) -> CacheState | None:
     if state is None:
         caches.check_one_length(cache)
     return state
+
+
+def rotary_ids(decoder: dict[str, Any], state: CacheState) -> Any:
+    """The position ids that the rotary embedding will receive in a step, if a layer needs them; else None."""
+    if all(rows is None or rows.shift is None for rows in state.layers):
+        return None
+    ids: Any = decoder.get("position_ids")
+    if ids is None:
+        first, tokens = decoder["past_key_values"].get_seq_length(), decoder["inputs_embeds"]
+        return torch.arange(tokens.shape[1], device=tokens.device)[None] + first
+    return ids[1:] if ids.dim() == 3 and ids.shape[0] == 4 else ids

@@ -65,7 +65,7 @@ class TokenDropper:
     Raises
     ------
     ValueError, TypeError
-        On construction for invalid options; on the call for a model that is unsupported, compiled, or has fewer layers than the
+        On construction for invalid options; on the call for a model that is unsupported or has fewer layers than the
         schedule needs; in a forward for images whose tokens are not contiguous, images in a later chunk or turn with positions
         other than "persistent" or with ``compact_earlier_kv``, and caches whose layers cannot differ in length; after the block
         for a cache that lacks rows, unless a single token can do without the hooks.

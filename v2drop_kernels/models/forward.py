@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +33,15 @@ class Forward:
     prefill: Prefill | None = None
     state: CacheState | None = None
     position_ids: Any = None
-    _token: object = field(default_factory=object)  # identifies this forward to KeptRows.once
+    _masks: list[tuple[KeptRows, Any]] = field(default_factory=list)
+    _ropes: list[tuple[KeptRows, Any]] = field(default_factory=list)
 
     def mask(self, adapter: ModelAdapter, call: LayerCall, layer: int) -> Any:
         """The mask of a layer that lacks rows, made once for all layers that hold the same rows."""
         columns = self.state.layers[layer] if self.state else None
         assert columns is not None
         length = caches.key_count(call.cache, call.hidden.shape[1], layer)
-        return columns.once("mask", self._token, lambda: self._cut(adapter, call.mask, columns, length))
+        return _once(self._masks, columns, lambda: self._cut(adapter, call.mask, columns, length))
 
     def _cut(self, adapter: ModelAdapter, mask: Any, columns: KeptRows, length: int) -> Any:
         assert self.state is not None
@@ -65,9 +67,19 @@ class Forward:
         if rows.shift is None:
             return new
         rotary, ids = adapter.decoder.rotary_emb, self.position_ids - rows.shift
-        return new.with_rope(rows.once("rope", self._token, lambda: rotary.forward(call.hidden, ids)))
+        return new.with_rope(_once(self._ropes, rows, lambda: rotary.forward(call.hidden, ids)))
 
     def close(self) -> None:
         """Mark the cache as unused: without hooks it must not be read."""
         if self.state is not None:
             self.state.active = False
+
+
+def _once(found: list[tuple[KeptRows, Any]], rows: KeptRows, make: Callable[[], Any]) -> Any:
+    """``make()``, evaluated once in a forward for all layers that hold the same rows."""
+    for known, value in found:
+        if known is rows:
+            return value
+    value = make()
+    found.append((rows, value))
+    return value

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from . import compiled
+
 _TABLES = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -30,13 +32,19 @@ class Hooks:
         self._done: set[int] = set()
         self._lock = threading.Lock()
 
-    def before(self, module: Any, hook: Callable[..., Any]) -> None:
-        """A forward pre-hook with keyword arguments."""
-        self._add(module, module.register_forward_pre_hook(hook, with_kwargs=True))
+    def before(self, module: Any, hook: Callable[..., Any], *, part: bool = False) -> None:
+        """A forward pre-hook with keyword arguments. ``part``: the module contains no other hooked one; if compiled it stays so."""
+        if part and compiled.compiled_call(module) is not None:
+            self._handles.append(compiled.around(module, hook, None))
+        else:
+            self._add(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def behind(self, module: Any, hook: Callable[..., Any], *, always: bool = False) -> None:
-        """A forward hook; ``always``: also after an exception."""
-        self._add(module, module.register_forward_hook(hook, always_call=always))
+    def behind(self, module: Any, hook: Callable[..., Any], *, part: bool = False, always: bool = False) -> None:
+        """A forward hook; ``always``: also after an exception; ``part`` as in :meth:`before`."""
+        if part and compiled.compiled_call(module) is not None:
+            self._handles.append(compiled.around(module, None, hook))
+        else:
+            self._add(module, module.register_forward_hook(hook, always_call=always))
 
     def once(self, key: int, module: Any, hook: Callable[..., Any]) -> None:
         """:meth:`before`, unless a hook of this key is there; also while forwards run in other threads."""
@@ -44,7 +52,7 @@ class Hooks:
             return
         with self._lock:
             if key not in self._done:
-                self.before(module, hook)
+                self.before(module, hook, part=True)
                 self._done.add(key)
 
     def keep(self, handles: Iterable[Any]) -> None:
@@ -60,7 +68,7 @@ class Hooks:
                 self._guard(owner)
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         for module in self._modules.values():
             module.__dict__.pop("__getstate__", None)
@@ -87,8 +95,18 @@ class Hooks:
                 state[name] = type(state[name])((key, value) for key, value in state[name].items() if key not in self._ids)
         for handle in self._handles:
             if getattr(handle, "owner", None) is module:
-                state.pop(handle.name, None)
+                handle.restore(state)
         return state
+
+
+def refusals(model: Any) -> list[compiled.Replaced]:
+    """Continuous batching packs prompts into one paged cache and calls the model without a mask: refuse it by name."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ValueError("generate_batch must not be called while tokens are dropped: continuous batching has one paged cache")
+
+    names = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+    return [compiled.Replaced(model, name, refused) for name in names if hasattr(model, name)]
 
 
 class _State:

@@ -111,8 +111,6 @@ class Prefill:
             and (self.earlier is None or self.earlier.plain)
         )
         self.rope = self.position_ids = self.prev_hidden = self.embeds = self.labels = None
-        for _, rows in self.stages:
-            rows.forget()
 
 
 def real_lengths(layout: TokenLayout) -> tuple[int, ...]:
@@ -234,7 +232,6 @@ def inject_vision(prefill: Prefill, hidden: torch.Tensor) -> torch.Tensor:
     assert prefill.embeds is not None
     assert prefill.full_layout is not None
     hidden = insert_vision(hidden, prefill.current, prefill.embeds)
-    prefill.current.forget()
     prefill.current = prefill.rope = None
     prefill.layout, prefill.full_layout = prefill.full_layout, None
     return hidden

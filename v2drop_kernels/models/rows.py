@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,18 +27,6 @@ class KeptRows:
     keep: torch.Tensor
     ragged: bool
     shift: torch.Tensor | None = None
-    _memo: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
-
-    def once(self, name: str, source: object, make: Any) -> Any:
-        """``make()``, evaluated once for all layers that call with the same ``source``."""
-        found = self._memo.get(name)
-        if found is None or found[0] is not source:
-            found = self._memo[name] = (source, make())
-        return found[1]
-
-    def forget(self) -> None:
-        """Release what :meth:`once` stored."""
-        self._memo.clear()
 
     def items(self, select: Any) -> KeptRows:
         """The same for other items of the batch; ``select`` maps a tensor and its batch dimension to the selected tensor."""

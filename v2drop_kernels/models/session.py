@@ -20,14 +20,15 @@ from ..core import deprecated
 from ..core import positions as position_modes
 from ..core.layout import TokenLayout
 from ..core.schedule import Schedule
-from .adapters import caches
+from .adapters import caches, wrappers
 from .adapters.arguments import LayerCall, named_arguments
 from .adapters.model import check_attention, check_checkpointing
 from .caches import CacheState
 from .calls import Call, Calls, ThreadDict
-from .decode import brings_images, state_of
+from .compiled import is_step, regions
+from .decode import brings_images, rotary_ids, state_of
 from .forward import Forward
-from .hooks import Hooks
+from .hooks import Hooks, refusals
 from .prefill import Prefill, begin, inject_vision, real_lengths, remove_vision
 from .report import Kept, LayerReport, Report
 from .rows import scatter_to_prompt
@@ -50,7 +51,9 @@ class DropSession:
     def __init__(self, options: TokenDropper, model: Any) -> None:
         setup = Setup.of(options, model)
         self._setup = dataclasses.replace(setup, tower_caches={key: ThreadDict() for key in setup.tower_caches})
-        self._hooks = Hooks(model)
+        self._modules = wrappers.chain(model)
+        self._hooks = Hooks(self._modules[-1])
+        self._traced: CacheState | None = None
         self._calls = Calls()
         self._last: Prefill | None = None  # of all threads
 
@@ -140,19 +143,23 @@ class DropSession:
         for hook in decoder._forward_pre_hooks.values():
             if isinstance(getattr(hook, "__self__", None), DropSession):
                 raise ValueError("model already drops tokens: leave the first TokenDropper before using another one")
-        if hooks.model is not adapter.body:
-            hooks.before(hooks.model, self._before_model)
-            hooks.behind(hooks.model, self._after_call, always=True)
+        for module in self._modules:
+            if module is not adapter.body:
+                hooks.before(module, self._before_model)
+                hooks.behind(module, self._after_call, always=True)
         hooks.before(adapter.body, self._before_body)
         hooks.behind(adapter.body, self._after_call, always=True)
         for policy in {id(x): x for x in setup.policies.values()}.values():
             hooks.keep(policy.register_hooks(adapter, setup.tower_caches[id(policy)]))
         hooks.before(decoder, self._before_decoder)
-        hooks.before(decoder.rotary_emb, self._before_rotary)
+        hooks.before(decoder.rotary_emb, self._before_rotary, part=True)
         # Decoding steps run these hooks too, so only layers that need one get it.
         all_layers = setup.schedule.inject or setup.options.compact_earlier_kv
         self._cover(0 if all_layers else max(0, min(setup.stages, default=adapter.depth) - 1))
-        hooks.behind(adapter.norm, self._after_norm)
+        hooks.behind(adapter.norm, self._after_norm, part=True)
+        containing = {id(module): module for module in (*self._modules, adapter.body, decoder)}
+        hooks.keep(regions(list(containing.values()), list(decoder.layers)))
+        hooks.keep(refusals(self._modules[-1]))
 
     def _cover(self, first: int) -> None:
         """Register the hooks of the first layer and of all from ``first`` on: a cache may lack rows before this schedule does."""
@@ -166,11 +173,19 @@ class DropSession:
         self._calls = Calls()
 
     def _before_model(self, module: Any, args: Any, kwargs: Any) -> None:
-        self._calls.begin(module, self._setup).labels = named_arguments(module, args, kwargs).get("labels")
+        if torch.compiler.is_compiling():
+            return
+        call = self._calls.top
+        if call is None or call.entered:  # else a module around this one has begun it
+            call = self._calls.begin(module, self._setup)
+        if (labels := named_arguments(module, args, kwargs).get("labels")) is not None:
+            call.labels = labels
 
     def _before_body(self, module: Any, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
-            _refuse_compilation()
+            if not is_step(named_arguments(module, args, kwargs)):
+                _refuse_compilation()
+            return
         call = self._calls.top
         if call is None or call.entered:
             call = self._calls.begin(module, self._setup)
@@ -178,9 +193,13 @@ class DropSession:
         call.use(body=module)
 
     def _after_call(self, module: Any, args: Any, output: Any) -> None:
-        self._calls.end(module)
+        if not torch.compiler.is_compiling():
+            self._calls.end(module)
 
     def _before_decoder(self, module: Any, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._trace_step(kwargs)
+            return
         call = self._calls.top
         if call is None or call.arguments is None:
             raise RuntimeError("call the model that TokenDropper was given: its decoder alone does not receive the image tokens")
@@ -205,9 +224,16 @@ class DropSession:
             prefill.cache_state.resume(cache)
             self._cover(state.first_layer)
 
+    def _trace_step(self, kwargs: Any) -> None:
+        """A step that is being compiled: its hooks read and write the cache's state only, which each step leaves as it was."""
+        self._traced = state = CacheState.of(kwargs["past_key_values"])
+        if state is not None:
+            state.active = True
+            state.traced = Forward(state=state, position_ids=rotary_ids(kwargs, state))
+            self._cover(state.first_layer)
+
     def _before_rotary(self, module: Any, args: Any, kwargs: Any) -> Any:
-        call = self._calls.top
-        if call is None:
+        if torch.compiler.is_compiling() or (call := self._calls.top) is None:
             return None
         given, prefill = named_arguments(module, args, kwargs), call.forward.prefill
         ids = given["position_ids"]
@@ -221,6 +247,11 @@ class DropSession:
         return (), given
 
     def _before_layer(self, index: int, module: Any, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            step = self._traced
+            if step is None or step.layers[index] is None:
+                return None
+            return step.traced.cut(self._setup.adapter, LayerCall(args, kwargs), index).result()
         running = self._calls.top
         if running is None or (state := running.forward.state) is None:
             return None
@@ -253,6 +284,10 @@ class DropSession:
         return hidden
 
     def _after_norm(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if torch.compiler.is_compiling():
+            if (step := self._traced) is not None:
+                step.active, step.traced, self._traced = False, None, None
+            return None
         call = self._calls.top
         if call is None or (prefill := call.forward.prefill) is None:
             return None
@@ -266,4 +301,4 @@ class DropSession:
 
 @torch.compiler.disable  # otherwise the tracer would stop at the raise and run the hook uncompiled, without the error
 def _refuse_compilation() -> None:
-    raise RuntimeError("TokenDropper does not run under torch.compile, for its hooks choose shapes: generate(disable_compile=True)")
+    raise RuntimeError("prefills must run eagerly where tokens are dropped: pass the compiled model itself to TokenDropper")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...core.schedule import prefill_flops
 from .capabilities import ATTENTION, check_sequence, layer_kinds, norm_of, placeholder_ids, text_decoder
+from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,9 @@ def adapter_of(model: Any) -> ModelAdapter:
     Raises
     ------
     ValueError
-        A compiled model, or one that lacks a capability; the sentence says which.
+        The model lacks a capability; the sentence says which.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError("model must not be compiled: torch.compile ignores hooks that are added later; pass the original model")
+    model = unwrapped(model)
     decoder = text_decoder(model)
     check_sequence(model, decoder)
     body, config = model.base_model, model.config

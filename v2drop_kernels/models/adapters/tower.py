@@ -85,6 +85,10 @@ class _MethodReplacement:
         self.owner, self.name = owner, name
         setattr(owner, name, method)
 
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo the replacement in a copy of the owner's attributes."""
+        state.pop(self.name, None)
+
     def remove(self) -> None:
         self.owner.__dict__.pop(self.name, None)
 
