@@ -1,12 +1,3 @@
-"""The models are so small that threads only wait for each other: one makes the tests ten times as fast on a busy machine."""
+"""Whole models, on one thread."""
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from support.threads import one_thread  # noqa: F401
