@@ -130,7 +130,7 @@ def _share(launch: Launch, i: int, ups: Sequence[int | None]) -> Share:
     kind, work = role(launch.kernel.loops[i]), launch.work
     holds = {role(launch.kernel.loops[j]) for j, up in enumerate(ups) if up == i}
     if "CHUNK" in launch.meta:
-        return Share(_wide_runs(launch, kind, "read" in holds))
+        return Share(_wide_runs(launch, i, kind, ups))
     if kind == "copy":
         return Share(_copies(launch, i, ups), selects=False)
     if not work.n and kind in ("fill", "round"):  # rows around, and the search of a table of segments: there are none
@@ -157,7 +157,7 @@ def _scores(launch: Launch, i: int | None, ups: Sequence[int | None]) -> bool:
     return i is not None and role(launch.kernel.loops[i]) == "place" and "round" not in _inside(launch.kernel, i, ups)
 
 
-def _wide_runs(launch: Launch, kind: str, holds_reads: bool) -> float:
+def _wide_runs(launch: Launch, i: int, kind: str, ups: Sequence[int | None]) -> float:
     """Of a select by many programs, one for each chunk of keys: three launches, which count, split and place."""
     meta, work = launch.meta, launch.work
     chunks = -(-work.n // meta["CHUNK"])
@@ -167,10 +167,13 @@ def _wide_runs(launch: Launch, kind: str, holds_reads: bool) -> float:
         return meta["CHUNK"] / (4 * meta["LANES"])
     if "split" in launch.kernel.name:
         return max(1.0, chunks / meta["DEPTH"]) if kind == "read" else 1.0
-    # A value that is tied is a sample, and then there is no bisection; else it is one of about 2 n / SAMPLES candidates.
-    if kind == "round" and holds_reads:
-        return 0.0 if work.rounds else bisection_rounds(2 * work.n // WIDE_SAMPLES) / 2
-    return 0.0 if kind == "fill" else 1.0
+    # A value that is tied is a sample, and then there is no bisection; else it is one of about 2 n / SAMPLES candidates, which fit
+    # registers: the loops behind their bisection, which would read them again for every step, do not run.
+    loops = launch.kernel.loops
+    held = next(j for j, code in enumerate(loops) if role(code) == "round" and "read" not in _inside(launch.kernel, j, ups))
+    if i == held:
+        return 0.0 if work.rounds else bisection_rounds(2 * work.n // WIDE_SAMPLES)
+    return 0.0 if kind == "fill" or i > held else 1.0
 
 
 def _inside(kernel: gpu_sass.Kernel, i: int, ups: Sequence[int | None]) -> set[str]:

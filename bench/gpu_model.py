@@ -109,6 +109,35 @@ REASONS = (
         "12", "backward over a copy", "cuda",
         "instructions: to find and move an item of 16 KB takes 650 a warp, and three rows of four are zeros, which are not read",
     ),
+    (
+        "4", "image: drop", "",
+        "reading the hidden states, and then a select that waits for its barriers, take longer than what a target of so few bytes "
+        "leaves for them",
+    ),
+    (
+        "3", "drop over a copy of 2NDE + 2kDE bytes, B=1 N=6272", "triton",
+        "three dependent launches select, each with its edge; the select of the CUDA library is one launch",
+    ),
+    (
+        "3", "drop over a copy", "",
+        "a select and the start of another kernel follow the scores, where no bytes move, and the copy is too short to make up for "
+        "them",
+    ),
+    (
+        "8", "select over torch.topk", "triton",
+        "the first of three launches compares every key with 128 samples, which keeps all multiprocessors busy with instructions; "
+        "the CUDA library counts bins instead",
+    ),
+    (
+        "8", "select over torch.topk", "cuda",
+        "instructions: where a block selects from many keys, it reads them again for every pass; this is at the edge",
+    ),
+    (
+        "2", "gather of given rows", "cuda",
+        "instructions: to find and move an item takes longer than its bytes at this bandwidth",
+    ),
+    ("5", "image: drop over", "", "by bytes: at this bandwidth the launches that are saved are a small part of either side"),
+    ("7", "drop over", "", "by bytes: at this bandwidth the launches that are saved are a small part of either side"),
     ("15", "launches of drop_tokens", "triton", "many programs select a long segment in three launches, sooner than one"),
     ("6", "image, wall time", "cuda", "host time of both sides is assumed, and this is at the edge"),
     ("6", "image, wall time", "triton", "host time; small eager calls go to the CUDA library unless Triton is asked for"),
@@ -120,10 +149,10 @@ REASONS = (
 
 
 def reason(bar: Bar) -> str:
-    """Why a target is missed: as stated above, else what its time is made of."""
+    """Why a target is missed: as stated above, and what its time is made of."""
     stated = (why for number, start, backend, why in REASONS
               if bar.number == number and bar.text.startswith(start) and backend in ("", bar.backend))  # fmt: skip
-    return next(stated, bar.parts)
+    return "; ".join(filter(None, (next(stated, ""), bar.parts)))
 
 
 def _parts(p: Predictor, group: Group, backend: str) -> str:

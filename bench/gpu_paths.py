@@ -191,21 +191,20 @@ def cuda_drop(
     if case.n > t["kFusedSelect"]:
         return separate
     both = gather._replace(n=case.n, again=gather.again + select.again)
+    small = case.input_bytes / 2 <= t["kSmallBytes"]
     cut = cuda_cut(machine, case.batch, case.k, classes)
 
     def fitted(name: str) -> tuple[Launch, int]:
         kernel = cuda_kernel(name)
         resident = machine.sms * machine.resident(kernel.registers, kernel.shared, t["kThreads"])
-        one = cut.fit(resident)
+        one = cut.fit(min(resident, machine.sms) if small else resident)
         return Launch(kernel, one.blocks, t["kThreads"], {"ITEMS": one.items}, both, "pdl_edge"), resident
 
     fused = {"fused": [scored, fitted("select_and_gather_kernel<true>")[0]]}
     one, resident = fitted("drop_kernel<BFloat16>")
     if one.blocks > resident:
-        return fused | separate
+        return fused | separate if small else separate | fused
     blocks = max(one.blocks, min(scored.blocks, resident))
     every = both._replace(read=gather.read + score.read, selecting=one.blocks)
     together = {"cooperative": [one._replace(blocks=blocks, work=every, after="cooperative")]}
-    if case.input_bytes / 2 <= t["kCooperativeBytes"]:
-        return together | fused | separate
-    return fused | together | separate
+    return fused | together | separate if small else separate | fused | together  # a small one is fused in a graph

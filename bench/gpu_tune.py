@@ -192,14 +192,14 @@ class Tuning:
                 fastest = min((n for n in names if n in t), key=lambda n: t[n])
                 lines.append([str(case), *(_us(t.get(n, math.nan)) for n in names), fastest.removeprefix("cuda-")])
                 if names[0] in t:
-                    (wins if fastest == names[0] else losses).append(case.input_bytes // 2)
+                    (losses if fastest == names[2] else wins).append(case.input_bytes // 2)
         if not lines:
             return "Not measured."
         mib = lambda sizes, pick: f"{pick(sizes) / 2**20:.1f} MiB" if sizes else "no size tried"
         head = ["drop_tokens", "cooperative", "fused", "separate", "fastest"]
         return (
-            f"{table(head, lines)}\n\nSuggested kCooperativeBytes, not applied: cooperative won up to {mib(wins, max)} of one "
-            f"hidden state, and lost from {mib(losses, min)} on."
+            f"{table(head, lines)}\n\nSuggested kSmallBytes, not applied: one or two launches won up to {mib(wins, max)} of one "
+            f"hidden state, and three from {mib(losses, min)} on."
         )
 
 

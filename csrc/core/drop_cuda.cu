@@ -77,6 +77,14 @@ bool kernels_wait() {
 #endif
 }
 
+// Whether launches on this stream are recorded into a graph.
+bool is_captured(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();
+  return false;
+}
+
 Device ask_device(int device) {
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
@@ -129,10 +137,14 @@ void drop(const DropRequest& request, const v2drop_context& context) {
   std::vector<CopyBatch> batches = plan_batches(request.copies, keep);
   const int64_t max_n = host_knows ? segments.largest() : source.rows;
   const bool can_fuse = host_knows && max_n <= kFusedSelect && !batches.empty() && mode < V2DROP_LAUNCH_SEPARATE;
+  const bool small = source.has_scores || source.hidden.prev.bytes() <= kSmallBytes;
   CopyBatch one_wave = {};
-  if (can_fuse) fit_into(one_wave = batches[0], resident_blocks<select_and_gather_kernel<true>, kThreads>());
+  if (can_fuse) {
+    const int64_t resident = resident_blocks<select_and_gather_kernel<true>, kThreads>();
+    fit_into(one_wave = batches[0], small ? std::min<int64_t>(resident, current_device().sms) : resident);
+  }
   const bool few = can_fuse && segments.count * one_wave.tile_rows <= kSegmentsOfTile * keep.batch * keep.count;
-  const bool fused = can_fuse && (few || mode != V2DROP_LAUNCH_AUTO);
+  const bool fused = can_fuse && ((few && small) || mode != V2DROP_LAUNCH_AUTO);
   if (fused) batches[0] = one_wave;
   if (keep.batch * keep.count == 0 && host_knows) return;
   if (segments.count == 0) {  // every row of the result is empty
@@ -154,8 +166,7 @@ void drop(const DropRequest& request, const v2drop_context& context) {
     selection.ordinals = device_ordinals(source, scored.ordinals);
     const bool aligned = is_aligned(hidden.prev) && is_aligned(hidden.cur);
     const bool can = fused && aligned && current_device().cooperative_launch;
-    const bool small = hidden.prev.bytes() <= kCooperativeBytes;
-    if (mode == V2DROP_LAUNCH_COOPERATIVE || (mode == V2DROP_LAUNCH_AUTO && small && can)) {
+    if (mode == V2DROP_LAUNCH_COOPERATIVE || (mode == V2DROP_LAUNCH_AUTO && can && !is_captured(context.stream))) {
       if (can && launch_cooperative(hidden.prev.dtype, scored, batches[0], selection, context.stream)) {
         return launch_gather(batches, 1, LaunchDependency::kNone, context.stream);
       }

@@ -51,9 +51,10 @@ constexpr SelectCost kOneBlockCost = {2.8, 0.00037, 0.0005}, kClusterCost = {5.1
 // Segments that a tile of the gather may make on average where its blocks repeat the select: one after the other, at some 2 us each.
 constexpr int kSegmentsOfTile = 4;
 
-// Bytes of hidden states (one tensor) up to which a drop is one cooperative launch: by the model, a grid barrier then costs less than a
-// second launch, because the rows of all blocks fit the GPU at once (NVIDIA H200, bfloat16).
-constexpr int64_t kCooperativeBytes = 16 << 20;
+// Bytes of hidden states (one tensor) up to which the blocks of the gather repeat the select, one block on each SM, since those that share
+// one select one after the other. Such a drop is one cooperative launch, which takes the host least, or two in a graph, where a dependent
+// launch takes less than a grid barrier by the model; beyond these bytes a select in a launch of its own takes less (bench/gpu_model.py).
+constexpr int64_t kSmallBytes = 16 << 20;
 
 // Output bytes of one block of the gather: less where that leaves fewer than kBlocksPerSm blocks for each SM.
 // Its items, each some rows of one piece of one tensor, are four 16-byte accesses of each thread; a piece is not narrower than what a

@@ -59,6 +59,27 @@ def test_launches_of_the_automatic_mode(on, started):
     assert launches(started, lambda: vk.drop_tokens(*large, 9, backend=on.backend)) == 3
 
 
+def test_a_captured_drop_is_two_launches(on, started):
+    """By the model a dependent launch takes a GPU less than a grid barrier; an eager drop, where the host counts, is one launch."""
+    emulator = ctypes.CDLL(str(Path(library.lib().__file__).parent / "libv2drop.so"))
+    small = hidden_pair((1, 64, 8), torch.bfloat16)
+    want = vk.drop_tokens(*small, 9, backend=on.backend)
+    emulator.v2drop_emulate_begin_capture()
+    found = vk.drop_tokens(*small, 9, backend=on.backend)
+    emulator.v2drop_emulate_end_capture()
+    assert launches(started, emulator.v2drop_emulate_replay) == 2
+    assert torch.equal(found.keep, want.keep)
+    assert torch.equal(found.hidden, want.hidden)
+    emulator.v2drop_emulate_drop_capture()
+
+
+@pytest.mark.parametrize(("rows", "want"), [(7, 1), (9, 3)])
+def test_large_drops_select_in_a_launch_of_their_own(on, started, rows, want):
+    """From 16 MiB of hidden states on, by the model: the blocks of a gather that share an SM would select one after the other."""
+    given = torch.zeros(2, 1, rows, 1 << 20, dtype=torch.bfloat16)
+    assert launches(started, lambda: vk.drop_tokens(*given, 2, backend=on.backend)) == want
+
+
 @pytest.mark.parametrize("tensors", [1, 128, 129, 400])
 def test_launches_of_many_tensors(on, started, tensors):
     """Up to 128 tensors share a launch and its parameters."""

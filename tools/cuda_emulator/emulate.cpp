@@ -560,6 +560,8 @@ bool holds(const void* memory, size_t bytes) {
 
 void drop_capture() { recorded.clear(); }
 
+bool is_capturing() { return capturing; }
+
 void synchronises(const char* name) {
   if (capturing) fail("%s while launches are captured", name);
   ++synchronised;

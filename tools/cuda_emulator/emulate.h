@@ -56,6 +56,7 @@ int64_t launches(Launches which = Launches::kAll);
 // called. holds() says whether a recorded launch has an argument that is an address in this memory. The next capture, or drop_capture(),
 // forgets them.
 void begin_capture();
+bool is_capturing();
 size_t end_capture();
 void replay();
 bool holds(const void* memory, size_t bytes);

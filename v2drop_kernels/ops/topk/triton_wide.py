@@ -19,7 +19,7 @@ from ...backends import configs, launch
 from ...backends.launch import row_strides
 from ...backends.tables import Tables
 from ...core.plan import CuPlan, Plan
-from .triton_keys import EXCLUDED, FORCED, kept_up_to, key_scores, load_keys, threshold_chunked
+from .triton_keys import EXCLUDED, FORCED, kept_up_to, key_scores, load_keys, threshold, threshold_chunked
 from .triton_segments import segment_of_plan, store_rows_around
 
 # Fields of a chunk in the scratch memory: keys above all candidates, keys above ``low``, keys that are at least ``low``.
@@ -187,6 +187,34 @@ def _sums(sums, used, chunks, chunk, LANES: tl.constexpr):
     return tl.sum(above), tl.sum(over), tl.sum(reach), tl.sum(above_before), tl.sum(over_before), tl.sum(reach_before)
 
 
+@triton.jit
+def _among_candidates(candidates, n, k, stop, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """T and R of ``k`` among ``n`` candidates, and how many of the first ``stop`` are above T and equal to it.
+
+    These come before a chunk. Nearly always the candidates fit the registers of a program; if not, they are read for every step.
+    """
+    i = tl.arange(0, DEPTH * LANES)
+    if n <= DEPTH * LANES:
+        keys = tl.load(candidates + i, mask=i < n, other=EXCLUDED)
+        t, quota, _ = threshold(keys, k)
+        larger = tl.sum(((keys > t) & (i < stop)).to(tl.int32))
+        equal = tl.sum(((keys == t) & (i < stop)).to(tl.int32))
+    else:
+        t, quota, _ = threshold_chunked(candidates, 1, None, 0, n, k, False, DEPTH, LANES)
+        above = tl.zeros([LANES], tl.int32)
+        tied = tl.zeros([LANES], tl.int32)
+        first = stop * 0
+        while first < stop:
+            at = first + tl.arange(0, LANES)
+            key = tl.load(candidates + at, mask=at < stop, other=EXCLUDED)
+            above += (key > t).to(tl.int32)
+            tied += (key == t).to(tl.int32)
+            first += LANES
+        larger = tl.sum(above)
+        equal = tl.sum(tied)
+    return t, quota, larger, equal
+
+
 @triton.jit(
     do_not_specialize=["scores_b", "mask_b", "rows", "out_rows", "n_prefix", "n", "n_suffix", "k", "groups", "chunks", "room"]
 )
@@ -224,22 +252,11 @@ def _select_place_fwd_kernel(
         equal = reach_before - above
         quota = kept_rows - over
         if quota <= 0:
-            above = beyond_before
             candidates += g * room
-            t, quota, _ = threshold_chunked(candidates, 1, None, 0, reach - beyond, kept_rows - beyond, False, DEPTH, LANES)
-            # Candidates of the chunks before this one come first in the list.
-            stop = reach_before - above
-            larger = tl.zeros([LANES], tl.int32)
-            tied = tl.zeros([LANES], tl.int32)
-            at = stop * 0
-            while at < stop:
-                i = at + tl.arange(0, LANES)
-                key = tl.load(candidates + i, mask=i < stop, other=EXCLUDED)
-                larger += (key > t).to(tl.int32)
-                tied += (key == t).to(tl.int32)
-                at += LANES
-            above += tl.sum(larger)
-            equal = tl.sum(tied)
+            t, quota, larger, equal = _among_candidates(
+                candidates, reach - beyond, kept_rows - beyond, reach_before - beyond_before, DEPTH, LANES
+            )
+            above = beyond_before + larger
         end = tl.minimum(first + CHUNK, n)
         to = dst_start + pad_before + n_prefix
         while first < end:
