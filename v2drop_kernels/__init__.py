@@ -24,7 +24,8 @@ if typing.TYPE_CHECKING:
     from .ops.compact import compact, compact_
     from .ops.drop_tokens import drop_tokens
     from .ops.merge_dropped import merge_dropped
-    from .ops.similarity import cosine_to_pivots, frame_similarity, key_norm_score, random_score
+    from .ops.random_score import random_score
+    from .ops.similarity import cosine_to_pivots, frame_similarity, key_norm_score
     from .ops.soft_topk import soft_topk
     from .ops.topk import segmented_topk, variation_topk
     from .ops.variation_score import variation_score
@@ -88,7 +89,8 @@ if not typing.TYPE_CHECKING:  # or every name would be there for type checkers
         "schedule": ("schedule",),
         "ops.variation_score": ("variation_score",),
         "ops.topk": ("segmented_topk", "variation_topk"),
-        "ops.similarity": ("cosine_to_pivots", "frame_similarity", "key_norm_score", "random_score"),
+        "ops.similarity": ("cosine_to_pivots", "frame_similarity", "key_norm_score"),
+        "ops.random_score": ("random_score",),
         "ops.soft_topk": ("soft_topk",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}

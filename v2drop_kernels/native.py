@@ -4,9 +4,9 @@
 Nothing here imports an array library. ``_C`` is documented in ``csrc/python/module.cpp``, the C interface behind it in
 ``csrc/include/v2drop/v2drop.h``; arguments are tuples of addresses and integers.
 
-``METRICS``, ``ORDERS``, ``MODES``, ``HEADS``, ``QUERIES``, ``DTYPES``, ``PLACES`` and ``LAUNCH_MODES`` map the words of an
-argument to the codes of the library, and ``SEGMENT_FIELDS`` names the columns of a table of segments. They are read from ``_C`` at
-first use.
+``METRICS``, ``ORDERS``, ``MODES``, ``HEADS``, ``QUERIES``, ``DTYPES``, ``PLACES``, ``LAUNCH_MODES``, ``TIES`` and
+``MERGED_ORDERS`` map the words of an argument to the codes of the library, and ``SEGMENT_FIELDS`` names the columns of a table of
+segments. They are read from ``_C`` at first use.
 
 For developers, ``V2DROP_NATIVE_MODULE=/path/to/_C.*.so`` loads another build of the module, which finds its own libv2drop.
 """
@@ -21,7 +21,19 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_FROM_LIBRARY = ("METRICS", "ORDERS", "MODES", "HEADS", "QUERIES", "DTYPES", "PLACES", "LAUNCH_MODES", "SEGMENT_FIELDS")
+_FROM_LIBRARY = (
+    "METRICS",
+    "ORDERS",
+    "MODES",
+    "HEADS",
+    "QUERIES",
+    "DTYPES",
+    "PLACES",
+    "LAUNCH_MODES",
+    "TIES",
+    "MERGED_ORDERS",
+    "SEGMENT_FIELDS",
+)
 
 # Fresh memory of this size is mapped anew by every call, and faulting it in by pages of 4 KB costs more than the rest of a drop.
 HUGE_BYTES = 4 << 20

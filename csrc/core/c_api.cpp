@@ -95,6 +95,47 @@ v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tenso
   return run(&Ops::cosine_to_pivots, context, [&](int32_t) { return check_pivots(x, pivots, cosines); });
 }
 
+v2drop_status v2drop_weighted_merge(const v2drop_tensor* x, const v2drop_tensor* offsets, const v2drop_tensor* rows,
+                                    const v2drop_tensor* weights, int32_t mean, const v2drop_tensor* out, const v2drop_context* context) {
+  return run(&Ops::merge, context, [&](int32_t) { return check_merge(x, offsets, rows, weights, mean, out); });
+}
+
+v2drop_status v2drop_weighted_merge_backward(const v2drop_tensor* grad, const v2drop_tensor* x, const v2drop_tensor* offsets,
+                                             const v2drop_tensor* rows, const v2drop_tensor* weights, int32_t mean,
+                                             const v2drop_tensor* back_offsets, const v2drop_tensor* back_edges,
+                                             const v2drop_tensor* grad_x, const v2drop_tensor* grad_weights,
+                                             const v2drop_context* context) {
+  return run(&Ops::merge_backward, context, [&](int32_t place) {
+    return check_merge_backward(grad, x, offsets, rows, weights, mean, back_offsets, back_edges, grad_x, grad_weights, place);
+  });
+}
+
+v2drop_status v2drop_bipartite_pairs(const v2drop_tensor* features, int64_t merged, int64_t protected_rows, int32_t order,
+                                     const v2drop_tensor* keep, const v2drop_tensor* row, const v2drop_tensor* offsets,
+                                     const v2drop_tensor* edges, const v2drop_context* context) {
+  return run(&Ops::bipartite_pairs, context,
+             [&](int32_t) { return check_pairs(features, merged, protected_rows, order, keep, row, offsets, edges); });
+}
+
+v2drop_status v2drop_soft_topk(const v2drop_tensor* scores, const v2drop_tensor* ratio, const v2drop_tensor* valid, float temperature,
+                               int32_t ties, int32_t hard, const v2drop_tensor* mask, const v2drop_tensor* slope,
+                               const v2drop_tensor* order, const v2drop_context* context) {
+  return run(&Ops::soft_topk, context,
+             [&](int32_t) { return check_soft(scores, ratio, valid, temperature, ties, hard, mask, slope, order); });
+}
+
+v2drop_status v2drop_soft_topk_backward(const v2drop_tensor* grad, const v2drop_tensor* slope, const v2drop_tensor* scores,
+                                        const v2drop_tensor* order, const v2drop_tensor* valid, const v2drop_tensor* grad_scores,
+                                        const v2drop_context* context) {
+  return run(&Ops::soft_topk_backward, context,
+             [&](int32_t) { return check_soft_backward(grad, slope, scores, order, valid, grad_scores); });
+}
+
+v2drop_status v2drop_random_score(int64_t seed, const v2drop_tensor* item_seeds, const v2drop_tensor* scores,
+                                  const v2drop_context* context) {
+  return run(&Ops::random_score, context, [&](int32_t) { return check_random(seed, item_seeds, scores); });
+}
+
 v2drop_status v2drop_upload(const v2drop_tensor* values, const v2drop_tensor* to, const v2drop_context* context) {
   return run(&Ops::upload, context, [&](int32_t) { return check_upload(values, to); });
 }

@@ -4,6 +4,17 @@
 #include "ops.h"
 
 namespace v2drop {
+namespace cuda {
+
+void bipartite_pairs(const PairsRequest&, const v2drop_context&) {
+  fail_with(V2DROP_ERROR_UNSUPPORTED, "v2drop_bipartite_pairs runs on the CPU only");
+}
+void soft_topk(const SoftRequest&, const v2drop_context&) { fail_with(V2DROP_ERROR_UNSUPPORTED, "v2drop_soft_topk runs on the CPU only"); }
+void soft_topk_backward(const SoftBackwardRequest&, const v2drop_context&) {
+  fail_with(V2DROP_ERROR_UNSUPPORTED, "v2drop_soft_topk_backward runs on the CPU only");
+}
+
+}  // namespace cuda
 
 namespace cuda {
 static constexpr Ops kOps = V2DROP_OPS;

@@ -9,6 +9,8 @@
 
 #include "kernels_copy.h"
 #include "kernels_dots.h"
+#include "kernels_merge.h"
+#include "kernels_more.h"
 #include "kernels_score.h"
 #include "kernels_select.h"
 #include "kernels_softmax.h"
@@ -40,6 +42,13 @@ const Kernels V2DROP_TABLE_NAME(V2DROP_ISA) = {
     add_scaled,
     max_scaled,
     add_squares,
+    {merge_row<Float32>, merge_row<Float16>, merge_row<BFloat16>},
+    {dot_row<Float32>, dot_row<Float16>, dot_row<BFloat16>},
+    {score_short<true>, score_short<false>},
+    {to_floats<Float32>, to_floats<Float16>, to_floats<BFloat16>},
+    random_numbers,
+    sigmoids,
+    halves_of,
     copy_past_cache,
     store_fence,
 };

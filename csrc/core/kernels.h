@@ -12,7 +12,8 @@ namespace v2drop {
 
 constexpr int kMetrics = 3;  // v2drop_metric
 constexpr int kFloats = 3;   // the first values of v2drop_dtype: float32, float16, bfloat16
-constexpr int kNorms = 2;    // the first values of v2drop_metric: l2, l1
+constexpr int kShortDim = 8;
+constexpr int kNorms = 2;  // the first values of v2drop_metric: l2, l1
 
 using ScoreRow = float (*)(const void* prev, const void* cur, int64_t dim);
 using BackwardRow = void (*)(float grad, const void* prev, const void* cur, void* grad_prev, void* grad_cur, int64_t dim);
@@ -45,7 +46,17 @@ struct Kernels {
   void (*add_scaled)(float* to, const float* x, float factor, int64_t n);     // to += factor * x
   void (*max_scaled)(float* to, const float* x, float factor, int64_t n);     // to = max(to, factor * x), NaN wins
   void (*add_squares)(float* to, const float* x, int64_t n);                  // to += x^2
-  void (*copy_past_cache)(void* to, const void* from, size_t bytes);          // needs store_fence() before others read `to`
+  // to = (sum over e of weights[e] (null: 1) * row rows[e] of x) / divisor; and the dot product of two rows.
+  void (*merge_row[kFloats])(const void* x, int64_t stride_bytes, const int64_t* rows, const float* weights, int64_t edges, int64_t dim,
+                             float divisor, void* to);
+  float (*dot_row[kFloats])(const void* x, const void* y, int64_t dim);
+  // Norms (l2, l1) of the differences of n float32 rows of 1 to kShortDim elements, end to end; the bits are those of `score`.
+  void (*score_short[kNorms])(const float* prev, const float* cur, int64_t n, int64_t dim, float* to);
+  void (*to_floats[kFloats])(const void* row, int64_t n, float* to);
+  void (*random_numbers)(uint64_t seed, uint64_t item, int64_t n, float* to);
+  void (*sigmoids)(float* x, int64_t n);
+  void (*halves_of)(const char* scores, int64_t stride_bytes, int64_t n, int32_t* high, int32_t* low);
+  void (*copy_past_cache)(void* to, const void* from, size_t bytes);  // needs store_fence() before others read `to`
   void (*store_fence)();
 };
 

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "checks.h"
 #include "kernels.h"
 #include "ordinal.h"
 
@@ -40,7 +41,8 @@ v2drop_source read_source(const v2drop_source* given) {
   return check_struct("source", given, offsetof(v2drop_source, score_dtype) + sizeof(int32_t));
 }
 
-// Sound in itself: known dtype, sane rank and extents, data where there are elements, and all offsets within 64 bits.
+}  // namespace
+
 void check_tensor(const char* name, const v2drop_tensor* tensor) {
   if (!tensor) fail("%s: is NULL", name);
   if (tensor->dtype < 0 || tensor->dtype >= kDtypes) fail("%s: unknown dtype %d", name, tensor->dtype);
@@ -105,7 +107,6 @@ void check_same_rows(const char* name, const RowView& view, const char* model_na
   }
 }
 
-// A result must not overlap itself, or its rows would overwrite each other.
 void check_writable(const char* name, const v2drop_tensor& tensor) {
   if (is_empty(tensor)) return;
   for (int d = 0; d < tensor.ndim; ++d) {
@@ -121,6 +122,8 @@ void check_contiguous(const char* name, const v2drop_tensor& tensor) {
     stride *= tensor.shape[d];
   }
 }
+
+namespace {
 
 HeadRows check_heads(const char* name, const v2drop_tensor* tensor) {
   check_tensor(name, tensor);
@@ -186,13 +189,14 @@ RowView check_scores_of(const char* name, const Hidden& hidden, const v2drop_ten
   return view;
 }
 
-ScoreSource check_source(const v2drop_source& given, int32_t masked_ordinal) {
+// `wide`: scores may be float64 as well.
+ScoreSource check_source(const v2drop_source& given, int32_t masked_ordinal, bool wide = false) {
   ScoreSource source = {};
   RowView ranked;
   if (given.scores) {
     if (given.prev || given.cur) fail("%s: give either scores or prev and cur, not both", given.prev ? "prev" : "cur");
     ranked = check_rows("scores", given.scores, false);
-    check_float("scores", *given.scores);
+    if (!wide || given.scores->dtype != V2DROP_FLOAT64) check_float("scores", *given.scores);
     source.has_scores = true;
     source.scores = ranked;
   } else {
@@ -452,7 +456,7 @@ TopkRequest check_topk(const v2drop_source* source, const v2drop_segment* segmen
                        int32_t order, const v2drop_tensor* values, const v2drop_tensor* indices, int32_t place) {
   const v2drop_source given = read_source(source);
   TopkRequest request = {};
-  request.source = check_source(given, kExcluded);
+  request.source = check_source(given, kExcluded, place == V2DROP_CPU);
   request.segments = check_all_segments(request.source, segments, n_segments, cu_seqlens, place);
   if (order != V2DROP_ORDER_POSITION && order != V2DROP_ORDER_SCORE) fail("order: unknown code %d", order);
   request.order = order;

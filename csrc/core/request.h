@@ -14,7 +14,7 @@
 
 namespace v2drop {
 
-constexpr int64_t kDtypeBytes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 16, 4};  // by v2drop_dtype
+constexpr int64_t kDtypeBytes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 16, 4, 8};  // by v2drop_dtype
 
 // [batch, rows] or [rows] (batch 1), of single elements or, with dim, of rows of `dim` elements.
 struct RowView {

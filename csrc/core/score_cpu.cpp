@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "score_cpu.h"
 #include "thread_pool.h"
 
 namespace v2drop {
@@ -33,6 +34,7 @@ void store(char* to, float x) { __builtin_memcpy(to, &x, sizeof x); }
 namespace cpu {
 
 void score(const ScoreRequest& request, const v2drop_context& context) {
+  if (score_short(request, context)) return;
   const Hidden& hidden = request.hidden;
   const ScoreRow score_row = kernels().score[hidden.metric][hidden.prev.dtype][hidden.score_dtype];
   for_each_row(hidden.prev, context.threads, [&](int64_t b, int64_t i) {

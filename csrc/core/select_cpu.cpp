@@ -86,6 +86,10 @@ int64_t select_best(const int32_t* ordinals, int64_t n, int64_t k, int64_t offse
   const Kernels& kernel = kernels();
   int32_t lo = 0, hi = 0;
   kernel.range(ordinals, n, &lo, &hi);
+  if (k == 1 && hi != kExcluded) {
+    *out = offset + (std::find(ordinals, ordinals + n, hi) - ordinals);
+    return 1;
+  }
   const Cut cut = find_cut(lo, hi, n, k, [&](int32_t threshold) { return kernel.at_least(ordinals, n, threshold); });
   // A kept row and a dropped one take the same path: a branch would be mispredicted at every other row.
   int64_t above = 0, equal = 0;
@@ -102,6 +106,7 @@ int64_t select_best(const int32_t* ordinals, int64_t n, int64_t k, int64_t offse
 namespace cpu {
 
 void topk(const TopkRequest& request, const v2drop_context& context) {
+  if (request.dtype == V2DROP_FLOAT64) return topk_double(request, context);
   const ScoreSource& source = request.source;
   const Segments& segments = request.segments;
   const Ordinals ordinals = place_ordinals(segments);

@@ -41,6 +41,9 @@ Phase for_each_segment(const Segments& segments, const Ordinals& ordinals, std::
 // compact_cpu.cpp: dst row i = src row keep[i], or the fill; indices are known to be in range. `bytes` is added what it moves.
 Phase gather(const Keep& keep, const std::vector<Copy>& copies, int64_t* bytes);
 
+// select_double_cpu.cpp: the top-k of float64 scores.
+void topk_double(const TopkRequest& request, const v2drop_context& context);
+
 }  // namespace v2drop
 
 #endif  // V2DROP_CORE_SELECT_CPU_H_

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "plans.h"
 #include "tensors.h"
 #include "trees.h"
 #include "v2drop/v2drop.h"
@@ -212,6 +213,45 @@ void cosine_to_pivots(Handle x, Handle pivots, Handle cosines, Handle context) {
   call([&] { return v2drop_cosine_to_pivots(a, p, out, where); });
 }
 
+void weighted_merge(Handle x, Handle offsets, Handle rows, Handle weights, bool mean, Handle out, Handle context) {
+  const Tensor a(x), starts(offsets), from(rows), w(weights), to(out);
+  const Context where(context);
+  call([&] { return v2drop_weighted_merge(a, starts, from, w, mean, to, where); });
+}
+
+void weighted_merge_backward(Handle grad, Handle x, Handle offsets, Handle rows, Handle weights, bool mean, Handle back_offsets,
+                             Handle back_edges, Handle grad_x, Handle grad_weights, Handle context) {
+  const Tensor g(grad), a(x), starts(offsets), from(rows), w(weights), back(back_offsets), edges(back_edges), to(grad_x), of(grad_weights);
+  const Context where(context);
+  call([&] { return v2drop_weighted_merge_backward(g, a, starts, from, w, mean, back, edges, to, of, where); });
+}
+
+void bipartite_pairs(Handle features, int64_t merged, int64_t protected_rows, int order, Handle keep, Handle row, Handle offsets,
+                     Handle edges, Handle context) {
+  const Tensor a(features), k(keep), r(row), starts(offsets), e(edges);
+  const Context where(context);
+  call([&] { return v2drop_bipartite_pairs(a, merged, protected_rows, order, k, r, starts, e, where); });
+}
+
+void soft_topk(Handle scores, Handle ratio, Handle valid, float temperature, int ties, bool hard, Handle mask, Handle slope, Handle order,
+               Handle context) {
+  const Tensor s(scores), a(ratio), v(valid), m(mask), d(slope), o(order);
+  const Context where(context);
+  call([&] { return v2drop_soft_topk(s, a, v, temperature, ties, hard, m, d, o, where); });
+}
+
+void soft_topk_backward(Handle grad, Handle slope, Handle scores, Handle order, Handle valid, Handle grad_scores, Handle context) {
+  const Tensor g(grad), d(slope), s(scores), o(order), v(valid), to(grad_scores);
+  const Context where(context);
+  call([&] { return v2drop_soft_topk_backward(g, d, s, o, v, to, where); });
+}
+
+void random_score(int64_t seed, Handle items, Handle scores, Handle context) {
+  const Tensor i(items), to(scores);
+  const Context where(context);
+  call([&] { return v2drop_random_score(seed, i, to, where); });
+}
+
 void upload(Handle values, Handle to, Handle context) {
   const Tensor from(values), out(to);
   const Context where(context);
@@ -261,12 +301,15 @@ void add_names(py::module_& module) {
                                  {"bits32", V2DROP_BITS32},
                                  {"bits64", V2DROP_BITS64},
                                  {"bits128", V2DROP_BITS128},
-                                 {"int32", V2DROP_INT32}});
+                                 {"int32", V2DROP_INT32},
+                                 {"float64", V2DROP_FLOAT64}});
   module.attr("METRICS") = codes({{"l2", V2DROP_L2}, {"l1", V2DROP_L1}, {"cosine", V2DROP_COSINE}});
   module.attr("ORDERS") = codes({{"position", V2DROP_ORDER_POSITION}, {"score", V2DROP_ORDER_SCORE}});
   module.attr("MODES") = codes({{"softmax", V2DROP_SOFTMAX}, {"dot", V2DROP_DOT}});
   module.attr("HEADS") = codes({{"mean", V2DROP_HEADS_MEAN}, {"sum", V2DROP_HEADS_SUM}, {"max", V2DROP_HEADS_MAX}});
   module.attr("QUERIES") = codes({{"mean", V2DROP_QUERIES_MEAN}, {"l2", V2DROP_QUERIES_L2}});
+  module.attr("TIES") = codes({{"index", V2DROP_TIES_INDEX}, {"released", V2DROP_TIES_RELEASED}});
+  module.attr("MERGED_ORDERS") = codes({{"position", V2DROP_MERGED_POSITION}, {"released", V2DROP_MERGED_RELEASED}});
   module.attr("PLACES") = codes({{"cpu", V2DROP_CPU}, {"cuda", V2DROP_CUDA}});
   module.attr("LAUNCH_MODES") = codes({{"auto", V2DROP_LAUNCH_AUTO},
                                        {"cooperative", V2DROP_LAUNCH_COOPERATIVE},
@@ -304,6 +347,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("result_addresses", [](Handle before, Handle blocks) { return result_addresses(before, blocks); });
   module.def("encoded_addresses", [](Handle starts, Handle pairs) { return encoded_addresses(starts, pairs); });
   module.def("rebuild", [](Handle tree, Handle leaves) { return rebuild(tree, leaves); });
+  module.def("packed_segments", &packed_segments);
   module.def("version", &version);
   module.def("isa", &v2drop_isa);
   module.def("cuda_archs", &v2drop_cuda_archs);
@@ -321,5 +365,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention_score", &attention_score);
   module.def("key_norm", &key_norm);
   module.def("cosine_to_pivots", &cosine_to_pivots);
+  module.def("weighted_merge", &weighted_merge);
+  module.def("weighted_merge_backward", &weighted_merge_backward);
+  module.def("bipartite_pairs", &bipartite_pairs);
+  module.def("soft_topk", &soft_topk);
+  module.def("soft_topk_backward", &soft_topk_backward);
+  module.def("random_score", &random_score);
   module.def("upload", &upload);
 }

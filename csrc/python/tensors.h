@@ -78,6 +78,7 @@ inline int32_t dtype_code(const dlpack::Tensor& t) {
   if (t.lanes == 1) {
     if (t.code == dlpack::kFloat && bits == 32) return V2DROP_FLOAT32;
     if (t.code == dlpack::kFloat && bits == 16) return V2DROP_FLOAT16;
+    if (t.code == dlpack::kFloat && bits == 64) return V2DROP_FLOAT64;
     if (t.code == dlpack::kBfloat && bits == 16) return V2DROP_BFLOAT16;
     if (t.code == dlpack::kInt && bits == 64) return V2DROP_INT64;
     if (t.code == dlpack::kInt && bits == 32) return V2DROP_INT32;

@@ -671,6 +671,79 @@ void test_attention() {
   compare(cosines, those, 1e-5, "a cosine");
 }
 
+void write_integers(const Array& a, const std::vector<int64_t>& values) {
+  size_t i = 0;
+  for_each(a.tensor, [&](char* to) { memcpy(to, &values[i++], 8); });
+}
+
+void expect_close(const Array& a, const Array& b, double absolute, const char* what) {
+  std::vector<float> expected;
+  for_each(a.tensor, [&](char* from) { expected.push_back(number(from, a.tensor.dtype)); });
+  size_t i = 0;
+  const double relative = a.tensor.dtype == V2DROP_FLOAT32 ? 1e-4 : 2e-2;
+  for_each(b.tensor, [&](char* from) { check(close(number(from, a.tensor.dtype), expected[i++], relative, absolute), what); });
+}
+
+// Merges and their gradients, with unused edges at both ends; at times with lists that are wrong, which only the CPU can see.
+void test_merge() {
+  const int64_t batch = random(0, 3), n = random(1, 40), k = random(0, 12), edges = random(0, 80), dim = random(1, 5) * random(1, 40);
+  const int32_t dtype = static_cast<int32_t>(random(0, 2)), mean = static_cast<int32_t>(random(0, 1));
+  std::vector<int64_t> offsets, rows, back_offsets, back;
+  for (int64_t b = 0; b < batch; ++b) {
+    std::vector<int64_t> starts, by_row(static_cast<size_t>(edges));
+    for (int64_t i = 0; i <= k; ++i) starts.push_back(random(0, edges));
+    std::sort(starts.begin(), starts.end());
+    offsets.insert(offsets.end(), starts.begin(), starts.end());
+    const size_t first = rows.size();
+    for (int64_t e = 0; e < edges; ++e) rows.push_back(random(0, n - 1)), by_row[static_cast<size_t>(e)] = e;
+    const auto row = [&](int64_t e) { return rows[first + static_cast<size_t>(e)]; };
+    std::stable_sort(by_row.begin(), by_row.end(), [&](int64_t x, int64_t y) { return row(x) < row(y); });
+    for (int64_t i = 0; i <= n; ++i)
+      back_offsets.push_back(std::count_if(by_row.begin(), by_row.end(), [&](int64_t e) { return row(e) < i; }));
+    back.insert(back.end(), by_row.begin(), by_row.end());
+  }
+  const bool wrong = batch > 0 && k > 0 && one_in(4);
+  if (wrong) offsets[0] = one_in(2) ? -1 - random(0, 9) : edges + 1 + random(0, 1000);
+  Array x = make_array(dtype, {batch, n, dim}, kLastIsDense), starts = make_array(V2DROP_INT64, {batch, k + 1}, kContiguous);
+  Array from = make_array(V2DROP_INT64, {batch, edges}, kContiguous), w = make_array(V2DROP_FLOAT32, {batch, edges}, kContiguous);
+  Array by_source = make_array(V2DROP_INT64, {batch, n + 1}, kContiguous), sorted = make_array(V2DROP_INT64, {batch, edges}, kContiguous);
+  Array out = make_array(dtype, {batch, k, dim}, kLastIsDense), again(out), grad = make_array(dtype, {batch, k, dim}, kLastIsDense);
+  Array to_x = make_array(dtype, {batch, n, dim}, kLastIsDense), to_x_again(to_x);
+  Array to_w = make_array(V2DROP_FLOAT32, {batch, edges}, kContiguous), to_w_again(to_w);
+  fill_floats(x, false), fill_floats(grad, false);
+  for_each(w.tensor, [](char* to) {
+    const float value = static_cast<float>(random(1, 64)) / 64;
+    memcpy(to, &value, 4);
+  });
+  write_integers(starts, offsets), write_integers(from, rows), write_integers(by_source, back_offsets), write_integers(sorted, back);
+  const v2drop_tensor* weights = one_in(2) ? &w.tensor : nullptr;
+  On on(batch * edges + 128, 0, 0, nullptr);
+  const v2drop_status expected = wrong ? V2DROP_ERROR_ARGUMENT : V2DROP_OK;
+  check(v2drop_weighted_merge(&x.tensor, &starts.tensor, &from.tensor, weights, mean, &out.tensor, &kCpu) == expected, "merge on the CPU");
+  check(v2drop_weighted_merge(&x.tensor, &starts.tensor, &from.tensor, weights, mean, &again.tensor, &on.cuda) == V2DROP_OK, "merge");
+  check(v2drop_weighted_merge_backward(&grad.tensor, &x.tensor, &starts.tensor, &from.tensor, weights, mean, nullptr, nullptr, &to_x.tensor,
+                                       &to_w.tensor, &kCpu) == expected,
+        "gradients of a merge on the CPU");
+  check(v2drop_weighted_merge_backward(&grad.tensor, &x.tensor, &starts.tensor, &from.tensor, weights, mean, &by_source.tensor,
+                                       &sorted.tensor, &to_x_again.tensor, &to_w_again.tensor, &on.cuda) == V2DROP_OK,
+        "its gradients");
+  if (wrong) return;
+  const double size = dtype == V2DROP_FLOAT16 ? 6e4 : 64;  // of a number; at most 80 are added
+  expect_close(out, again, dtype == V2DROP_FLOAT32 ? 1e-3 : 1e-2 * size, "a merged number");
+  expect_close(to_x, to_x_again, dtype == V2DROP_FLOAT32 ? 1e-3 : 1e-2 * size, "a gradient of a merge");
+  expect_close(to_w, to_w_again, 1e-5 * size * size * static_cast<double>(dim), "a gradient of a weight");
+}
+
+void test_random_scores() {
+  const int64_t batch = random(0, 4), n = random(0, 300), key = random(INT64_MIN / 2, INT64_MAX / 2);
+  Array items = make_array(V2DROP_INT64, {batch}, kAny), cpu = make_array(V2DROP_FLOAT32, {batch, n}, kContiguous), cuda(cpu);
+  const v2drop_tensor* seeds = one_in(2) ? &items.tensor : nullptr;
+  On on(0, 0, 0, nullptr);
+  check(v2drop_random_score(key, seeds, &cpu.tensor, &kCpu) == V2DROP_OK, "random scores on the CPU");
+  check(v2drop_random_score(key, seeds, &cuda.tensor, &on.cuda) == V2DROP_OK, "random scores");
+  check(same_bytes(cpu, cuda), "the bits of random scores");
+}
+
 // One wrong argument among good ones.
 void test_wrong() {
   Input in(true, false);
@@ -784,9 +857,9 @@ int main(int argc, char** argv) {
   const uint64_t first = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
   for (seed = first; seed < first + static_cast<uint64_t>(calls); ++seed) {
     state = seed * 1000003;
-    void (*const tests[])() = {test_scores,  test_topk,  test_drop,  test_drop,      test_packed,   test_compact,
-                               test_compact, test_wrong, test_wrong, test_attention, test_attention};
-    tests[random(0, 10)]();
+    void (*const tests[])() = {test_scores, test_topk,  test_drop,      test_drop,      test_packed, test_compact, test_compact,
+                               test_wrong,  test_wrong, test_attention, test_attention, test_merge,  test_merge,   test_random_scores};
+    tests[random(0, 13)]();
   }
   if (!failures) printf("%ld random calls: ok\n", calls);
   return failures != 0;

@@ -20,7 +20,7 @@ from v2drop_kernels.ops.weighted_merge.groups import groups
 from v2drop_kernels.ops.weighted_merge.reference import weighted_merge as plain_merge
 
 if not INTERPRETED:  # the interpreter counts as CPU too
-    backends = pytest.mark.backends("reference", "triton")
+    backends = pytest.mark.backends("reference", "triton", "cuda", "cpu")
 else:
     backends = pytest.mark.backends("triton")
 
@@ -197,7 +197,7 @@ def test_weighted_merge_compiles_to_one_graph(on):
         torch.testing.assert_close(g, w, rtol=12 * 2**-24, atol=12 * 2**-24)
 
 
-@pytest.mark.backends("triton")
+@pytest.mark.backends("triton", "cuda", "cpu")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck_of_weighted_merge(on, weighted):
     """Schema, fake and autograd of the op that a compiled graph holds."""
@@ -205,9 +205,9 @@ def test_opcheck_of_weighted_merge(on, weighted):
     weights = torch.rand(2, 12, generator=seeded("w")).to(on.device).requires_grad_() if weighted else None
     offsets, rows = moved(on, *edges(2, 6, 4, 12))
     # test_aot_dispatch_dynamic compares gradients with those of a compiled graph, too.
-    torch.library.opcheck(torch.ops.v2drop.weighted_merge.default, (x, offsets, rows, weights, True))
+    torch.library.opcheck(torch.ops.v2drop.weighted_merge.default, (x, offsets, rows, weights, True, on.backend))
     grad = torch.ones(2, 4, 8, device=on.device)
-    args = (grad, x.detach(), offsets, rows, weights if weights is None else weights.detach(), True, weighted)
+    args = (grad, x.detach(), offsets, rows, weights if weights is None else weights.detach(), True, weighted, on.backend)
     torch.library.opcheck(torch.ops.v2drop.weighted_merge_backward.default, args)
 
 

@@ -275,23 +275,27 @@ def test_frame_similarity_of_nothing(on, shape, pairs):
     assert vk.frame_similarity(torch.ones(shape).to(on.device), pairs=pairs, backend=on.backend).shape == shape[:3]
 
 
-def splitmix(x):
-    """One output of SplitMix64 from the state x, in Python's integers."""
-    x = (x + 0x9E3779B97F4A7C15) % 2**64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-    return x ^ x >> 31
+def philox(block, item, seed):
+    """Four words of Philox4x32-10, in Python's integers."""
+    c, key = [block % 2**32, block >> 32, item % 2**32, item >> 32], [seed % 2**32, seed >> 32]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ key[0], b % 2**32, (a >> 32) ^ c[3] ^ key[1], a % 2**32]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return c
 
 
 @cross(seed=[0, 1, -5, 2**63, 2**64 - 1])
 def test_random_score(on, seed):
-    """The hash in Python's integers; SplitMix64's first output for seed 0 is published."""
-    assert splitmix(0) == 0xE220A8397B1DCDAF
-    got = vk.random_score((3, 20), seed, item_seeds=[4, -1, 4], device=on.device).cpu()
+    """The generator in Python's integers, whose numbers for a counter and a key of 0 are published."""
+    assert philox(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    with vk.backend(on.backend):
+        got = vk.random_score((3, 20), seed, item_seeds=[4, -1, 4], device=on.device).cpu()
+        narrow = vk.random_score((2, 5), seed, device=on.device).cpu()
     for i, item in enumerate([4, -1, 4]):
-        mixed = splitmix((splitmix(seed % 2**64) + item) % 2**64)
-        want = [(splitmix((mixed + j) % 2**64) >> 40) / 2**24 for j in range(20)]
+        want = [philox(j // 4, item % 2**64, seed % 2**64)[j % 4] // 256 / 2**24 for j in range(20)]
         assert got[i].tolist() == want
+    assert narrow[1].tolist() == [philox(j // 4, 1, seed % 2**64)[j % 4] // 256 / 2**24 for j in range(5)]
 
 
 def test_random_score_does_not_depend_on_neighbours(on):

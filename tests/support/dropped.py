@@ -9,7 +9,7 @@ import torch
 from support import slow, tiny
 from support.tiny import item
 from v2drop_kernels.models import TokenDropper
-from v2drop_kernels.ops.similarity import random_score
+from v2drop_kernels.ops.random_score import random_score
 
 ITEMS = [item(4, "image", 6, seed=1), item(9, seed=2), item(3, "image", 2, "image", 5, seed=3)]
 NEW = 4

@@ -228,19 +228,23 @@ def counts(backend: str, data: Any) -> None:
 
 
 def random_score(backend: str, data: Any) -> None:
-    """The hash of its docstring in Python's integers."""
-    draw, mask = data.draw, 2**64 - 1
+    """The generator of its docstring in Python's integers."""
+    draw = data.draw
     batch, n, seed = draw(st.integers(0, 3)), draw(st.integers(0, 9)), draw(st.integers(-(2**40), 2**40))
     items = draw(st.lists(st.integers(-(2**62), 2**62), min_size=batch, max_size=batch))
 
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
+    def words(block: int, item: int) -> list[int]:
+        c, key = [block % 2**32, block >> 32, item % 2**32, (item >> 32) % 2**32], [seed % 2**32, (seed >> 32) % 2**32]
+        for _ in range(10):
+            a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+            c = [(b >> 32) ^ c[1] ^ key[0], b % 2**32, (a >> 32) ^ c[3] ^ key[1], a % 2**32]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        return c
 
-    want = [[((mix(mix(mix(seed & mask) + item) + j) >> 40) & 0xFFFFFF) / 2**24 for j in range(n)] for item in items]
-    equal(vk.random_score((batch, n), seed, item_seeds=items), np.array(want, dtype=np.float32).reshape(batch, n), "random_score")
+    want = [[(words(j // 4, item)[j % 4] >> 8) / 2**24 for j in range(n)] for item in items]
+    with vk.backend(backend):
+        got = vk.random_score((batch, n), seed, item_seeds=items)
+    equal(got, np.array(want, dtype=np.float32).reshape(batch, n), "random_score")
 
 
 ALL = (

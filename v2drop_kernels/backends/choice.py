@@ -263,6 +263,11 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
     return Runner(plain.name, plain.run, plain.differentiable, True)
 
 
+def runner_on(op: Op, device: torch.device, forced: str | None) -> Runner:
+    """What runs an eager call of ``op`` that has no tensor, on this device, in float32."""
+    return _chosen_runner(op, device, torch.float32, forced, device.type == "cuda")
+
+
 @functools.lru_cache(maxsize=1024)
 def _chosen_runner(op: Op, device: torch.device, dtype: torch.dtype, forced: str | None, small: bool) -> Runner:
     return runner_of(op, choose_name(device.type, dtype, forced, small))

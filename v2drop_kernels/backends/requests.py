@@ -146,6 +146,16 @@ class CosineRequest(NamedTuple):
     pivots: torch.Tensor
 
 
+class RandomRequest(NamedTuple):
+    """random_score: float32 ``[batch, n]`` by a seed and the int64 ``[batch]`` seeds of the items (None: their numbers)."""
+
+    batch: int
+    n: int
+    seed: int
+    items: torch.Tensor | None
+    device: torch.device
+
+
 class MergeRequest(NamedTuple):
     """weighted_merge: ``[B, K, D]`` of rows ``[B, N, D]`` by lists of edges."""
 

@@ -6,6 +6,7 @@ integers on the host, so that the shapes of results need no synchronisation. tor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -266,7 +267,7 @@ class TokenLayout:
             spans[s.item].append((start, start + survivors))
             kept[s.item] -= s.n - survivors
         if self.is_packed:
-            ends = [sum(kept[: i + 1]) for i in range(len(kept))]
+            ends = list(itertools.accumulate(kept))
             out_rows, bounds = sum(kept), tuple((end - n, end) for end, n in zip(ends, kept, strict=True))
         else:
             out_rows, left = max(kept, default=0), self.padding_side == "left"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +48,22 @@ COLUMNS = Segment(*range(len(Segment._fields)))  # the number of each column, by
 WIDTH = len(COLUMNS)
 
 
+class TensorTable(Sequence[int]):
+    """The table of a plan that was made as an int64 tensor ``[groups, 8]``; integers of it are made where they are looked at."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return self.tensor.numel()
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.tensor.view(-1)[i].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.tensor.view(-1).tolist())
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a backend executes; see the module docstring. All host integers.
@@ -62,7 +78,7 @@ class Plan:
         Number of segments.
     uniform : tuple | None
         ``(n_prefix, n, n_suffix, k)`` when every batch entry is one such segment that starts at its first row.
-    table : tuple | None
+    table : sequence
         Otherwise ``groups * 8`` ints: the fields of one :class:`Segment` after another.
     """
 
@@ -71,7 +87,7 @@ class Plan:
     out_rows: int
     groups: int
     uniform: tuple[int, int, int, int] | None
-    table: tuple[int, ...] = ()
+    table: Sequence[int] = ()
 
     @functools.cached_property
     def max_n(self) -> int:
@@ -107,6 +123,8 @@ class Plan:
 
     @functools.cached_property
     def _host_table(self) -> torch.Tensor:
+        if isinstance(self.table, TensorTable):
+            return self.table.tensor
         import torch
 
         return torch.tensor(self.flat_table(), dtype=torch.int64).view(self.groups, WIDTH)

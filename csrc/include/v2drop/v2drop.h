@@ -75,7 +75,8 @@ typedef enum v2drop_dtype {
   V2DROP_BITS32 = 7,
   V2DROP_BITS64 = 8,
   V2DROP_BITS128 = 9,
-  V2DROP_INT32 = 10
+  V2DROP_INT32 = 10,
+  V2DROP_FLOAT64 = 11 /* interpreted by v2drop_topk on the CPU only */
 } v2drop_dtype;
 
 typedef enum v2drop_metric {
@@ -98,6 +99,13 @@ typedef enum v2drop_heads { V2DROP_HEADS_MEAN = 0, V2DROP_HEADS_SUM = -1, V2DROP
 
 /* The reduction over the queries of an item: the mean, or the square root of the sum of squares. */
 typedef enum v2drop_queries { V2DROP_QUERIES_MEAN = 0, V2DROP_QUERIES_L2 = 1 } v2drop_queries;
+
+/* Where equal scores of v2drop_soft_topk stand: by index, or all at the highest of their ranks. */
+typedef enum v2drop_ties { V2DROP_TIES_INDEX = 0, V2DROP_TIES_RELEASED = 1 } v2drop_ties;
+
+/* The output rows of v2drop_bipartite_pairs: as in the input, or as in ToMe's code: the protected rows, the even ones that stayed (by
+ * descending cosine where no row is protected), the odd ones. */
+typedef enum v2drop_merged_order { V2DROP_MERGED_POSITION = 0, V2DROP_MERGED_RELEASED = 1 } v2drop_merged_order;
 
 typedef enum v2drop_place { V2DROP_CPU = 0, V2DROP_CUDA = 1 } v2drop_place;
 
@@ -222,7 +230,8 @@ V2DROP_API v2drop_status v2drop_variation_score_backward(const v2drop_tensor* gr
                                                          const v2drop_tensor* grad_prev, const v2drop_tensor* grad_cur,
                                                          const v2drop_context* context);
 
-/* The k best of the n competing rows of every segment, by (score descending, index ascending); NaN ranks above +inf, -0.0 equals 0.0. Rows
+/* Scores may also be FLOAT64 on the CPU.
+ * The k best of the n competing rows of every segment, by (score descending, index ascending); NaN ranks above +inf, -0.0 equals 0.0. Rows
  * where the mask of the source is false are never returned. values [n_segments, K]: dtype of the given scores, else float32. indices
  * [n_segments, K]: INT64, positions inside the batch entry. Both contiguous, K >= every k; places left over hold -inf and -1. Of a segment
  * only src_start, n_prefix, n and k are used. cu_seqlens (optional, CUDA only; INT32, contiguous, [n_segments + 1], on the device; one
@@ -278,6 +287,56 @@ V2DROP_API v2drop_status v2drop_key_norm(const v2drop_tensor* k, int32_t norm, c
  * all three may be left out together. */
 V2DROP_API v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, const v2drop_tensor* cosines,
                                                  const v2drop_context* context);
+
+/* out[b, k] = the sum over e from offsets[b, k] to offsets[b, k + 1] of weights[b, e] * x[b, rows[b, e]]; `mean` divides it by the sum of
+ * these weights, and gives 0 where that is 0. x [batch, rows, dim], stride[dim] == 1; out [batch, targets, dim] of its dtype, stride[dim] ==
+ * 1; offsets (INT64, [batch, targets + 1]), rows (INT64, [batch, edges]) and weights (optional: 1; float32, [batch, edges]) contiguous. The
+ * sum is float32, in the order of the edges. On the CPU, offsets that do not ascend within the edges and used edges from outside the rows
+ * are an error; on CUDA nothing outside is read, and such an edge adds nothing. */
+V2DROP_API v2drop_status v2drop_weighted_merge(const v2drop_tensor* x, const v2drop_tensor* offsets, const v2drop_tensor* rows,
+                                               const v2drop_tensor* weights, int32_t mean, const v2drop_tensor* out,
+                                               const v2drop_context* context);
+
+/* The gradients of v2drop_weighted_merge. grad: like its out. grad_x: like x, and grad_weights: float32, contiguous, [batch, edges]; NULL for
+ * one that is not wanted. On CUDA grad_x needs the edges by source row: back_edges (INT64, contiguous, [batch, edges]) are the numbers of
+ * the edges, those of row n from back_offsets[b, n] to back_offsets[b, n + 1] (INT64, contiguous, [batch, rows + 1]), and a workspace of 8
+ * bytes an edge + 512; on the CPU both are NULL. Deterministic: no atomics. */
+V2DROP_API v2drop_status v2drop_weighted_merge_backward(const v2drop_tensor* grad, const v2drop_tensor* x, const v2drop_tensor* offsets,
+                                                        const v2drop_tensor* rows, const v2drop_tensor* weights, int32_t mean,
+                                                        const v2drop_tensor* back_offsets, const v2drop_tensor* back_edges,
+                                                        const v2drop_tensor* grad_x, const v2drop_tensor* grad_weights,
+                                                        const v2drop_context* context);
+
+/* Which pairs of rows bipartite_merge (ToMe) merges, on the CPU only: rows 0, 2, ... of features [batch, rows, dim], stride[dim] == 1, are
+ * compared by cosine with rows 1, 3, ..., and the `merged` most similar even rows (the lower of equals first) each go to their most similar
+ * odd row (the lowest of equals). merged: at most (rows - protected_rows) / 2; the first protected_rows take no part. order: a
+ * v2drop_merged_order. All results INT64 and contiguous: keep [batch, rows - merged], the input row that each output row was; row [batch,
+ * rows], the output row of each input row; offsets [batch, rows - merged + 1] and edges [batch, rows], the lists of v2drop_weighted_merge. */
+V2DROP_API v2drop_status v2drop_bipartite_pairs(const v2drop_tensor* features, int64_t merged, int64_t protected_rows, int32_t order,
+                                                const v2drop_tensor* keep, const v2drop_tensor* row, const v2drop_tensor* offsets,
+                                                const v2drop_tensor* edges, const v2drop_context* context);
+
+/* The differentiable top-k of HiDivDrop, on the CPU only. Of n valid scores (a float dtype, [batch, rows]) the one in place s of the order
+ * of v2drop_topk has the normalised rank (n - s) / n, and the soft mask is sigmoid(temperature * (rank - ratio)); temperature 0 stands for n.
+ * ratio: float32, [batch] or [1]. valid (optional, BOOL, [batch, rows]): the mask of other rows is 0. hard: 0 and 1 instead, by `ties`, a
+ * v2drop_ties: the round((1 - ratio) n) first (half to even), or those whose rank exceeds the ratio, where equal scores share the highest
+ * of their ranks. mask, slope (optional: the derivative of the soft mask in the rank): float32, and order (optional: the rows in that order,
+ * those that are not valid last): INT64; all contiguous, [batch, rows]. */
+V2DROP_API v2drop_status v2drop_soft_topk(const v2drop_tensor* scores, const v2drop_tensor* ratio, const v2drop_tensor* valid,
+                                          float temperature, int32_t ties, int32_t hard, const v2drop_tensor* mask,
+                                          const v2drop_tensor* slope, const v2drop_tensor* order, const v2drop_context* context);
+
+/* The gradient of v2drop_soft_topk in the scores, by the nearest neighbours in rank, from its slope and order; on the CPU only. grad and
+ * grad_scores: float32, contiguous, [batch, rows]. */
+V2DROP_API v2drop_status v2drop_soft_topk_backward(const v2drop_tensor* grad, const v2drop_tensor* slope, const v2drop_tensor* scores,
+                                                   const v2drop_tensor* order, const v2drop_tensor* valid,
+                                                   const v2drop_tensor* grad_scores, const v2drop_context* context);
+
+/* Random numbers in [0, 1), multiples of 2^-24, the same everywhere: scores (float32, contiguous, [batch, rows]). Column j is word j % 4 of
+ * Philox4x32-10 with the counter (j / 4, item) and the key `seed`, 64 bits each, the low word first, without its 8 low bits. item: that of
+ * item_seeds (optional, INT64, [batch]), or the number of the entry. */
+V2DROP_API v2drop_status v2drop_random_score(int64_t seed, const v2drop_tensor* item_seeds, const v2drop_tensor* scores,
+                                             const v2drop_context* context);
 
 /* to[i] = values[i]. values: INT64, contiguous, [n], on the host wherever the call runs; to: INT64 or INT32 (which takes the low 32 bits),
  * contiguous, [n]. On CUDA the numbers travel as kernel arguments, 1024 a launch: nothing synchronises, the caller may change `values` once

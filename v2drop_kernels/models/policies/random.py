@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from ...ops.similarity import random_score
+from ...ops.random_score import random_score
 from ..context import DropContext
 from ..policy import Method, Policy
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...backends.choice import is_traced, resolve_name, transformed
 from ...core import arguments
 from ...core.deprecated import argument
 from ..similarity.pairwise import cosines
@@ -13,6 +14,9 @@ from ..topk.order import ranked
 from ..weighted_merge import weighted_merge
 from ..weighted_merge.arguments import count, floats, rows_of
 from ..weighted_merge.groups import groups
+
+_SERVED = (torch.float32, torch.float16, torch.bfloat16)
+_MOST = 1024  # rows of an item, beyond which a product of matrices is faster than the dot products of the library
 
 
 class Merged(NamedTuple):
@@ -109,29 +113,49 @@ def bipartite_merge(
     else:
         floats("size", size, x, n)
     r = min(r, max(n - protected, 0) // 2)
-    index = torch.arange(n, device=x.device).expand(batch, n)
     if r == 0:
+        index = torch.arange(n, device=x.device).expand(batch, n)
         return Merged(x, size.to(wide), index.clone(), index.clone())
     with torch.no_grad():
-        similar = cosines(features[:, ::2], features[:, 1::2], wide)  # [B, A, B]
-        similar[:, : (protected + 1) // 2] = -torch.inf
-        similar[:, :, : protected // 2] = -torch.inf
-        best = similar.max(dim=2)
-        proposals = ranked(best.values)
-        chosen = proposals[:, :r]
-        leaves, into = 2 * chosen, 2 * best.indices.gather(1, chosen) + 1
-        if order == "position":
-            gone = torch.zeros((batch, n), dtype=torch.bool, device=x.device).scatter_(1, leaves, True)
-            keep = gone.to(torch.uint8).sort(dim=1, stable=True).indices[:, : n - r]
-        else:
-            keep = _released_order(2 * proposals[:, r:], index[:, 1::2], protected)
-        place = torch.zeros_like(index).scatter_(1, keep, index[:, : n - r])
-        row = place.scatter(1, leaves, place.gather(1, into))
-        offsets, rows = groups(row, n - r)
+        keep, row, offsets, rows = _pairs(x, features, r, protected, order, wide, backend)
     weights = size.to(wide).gather(1, rows)
     hidden = weighted_merge(x, offsets, rows, weights, mean=True, backend=backend)
     total = weighted_merge(size.to(wide)[:, :, None], offsets, rows, backend=backend)[:, :, 0]
     return Merged(hidden, total, keep, row)
+
+
+def _pairs(
+    x: torch.Tensor, features: torch.Tensor, r: int, protected: int, order: str, wide: torch.dtype, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The input row of every output row, the output row of every input row, and the lists of edges of the merge."""
+    if _served(x, features, backend):
+        from . import native
+
+        return native.pairs(features, r, protected, order)
+    batch, n = x.shape[:2]
+    index = torch.arange(n, device=x.device).expand(batch, n)
+    similar = cosines(features[:, ::2], features[:, 1::2], wide)  # [B, A, B]
+    similar[:, : (protected + 1) // 2] = -torch.inf
+    similar[:, :, : protected // 2] = -torch.inf
+    best = similar.max(dim=2)
+    proposals = ranked(best.values)
+    chosen = proposals[:, :r]
+    leaves, into = 2 * chosen, 2 * best.indices.gather(1, chosen) + 1
+    if order == "position":
+        gone = torch.zeros((batch, n), dtype=torch.bool, device=x.device).scatter_(1, leaves, True)
+        keep = gone.to(torch.uint8).sort(dim=1, stable=True).indices[:, : n - r]
+    else:
+        keep = _released_order(2 * proposals[:, r:], index[:, 1::2], protected)
+    place = torch.zeros_like(index).scatter_(1, keep, index[:, : n - r])
+    row = place.scatter(1, leaves, place.gather(1, into))
+    return keep, row, *groups(row, n - r)
+
+
+def _served(x: torch.Tensor, features: torch.Tensor, backend: str | None) -> bool:
+    """Whether the library finds the pairs of this call; of float64 rows or features plain PyTorch does."""
+    if not x.is_cpu or x.dtype not in _SERVED or features.dtype not in _SERVED or x.shape[1] > _MOST:
+        return False
+    return not (is_traced(x) or is_traced(features) or transformed()) and resolve_name(x, backend) == "cpu"
 
 
 def _released_order(even: torch.Tensor, odd: torch.Tensor, protected: int) -> torch.Tensor:

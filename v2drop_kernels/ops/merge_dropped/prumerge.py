@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...backends.choice import resolve_name
 from ..similarity.pairwise import cosines
+from ..topk import segmented_topk
 from ..topk.order import ranked
 from ..weighted_merge import weighted_merge
 from ..weighted_merge.groups import groups
@@ -24,7 +26,7 @@ def merge_neighbours(
         index = torch.arange(n, device=x.device)
         similar = cosines(features.gather(1, at[:, :, None].expand(-1, -1, features.shape[2])), features)  # [B, K, N]
         other = may[:, None] & (index != at[:, :, None])  # a row is no neighbour of its own
-        near = ranked(similar, other)[:, :, :m]
+        near = _nearest(similar, other, m, backend)
         gives = other.gather(2, near) & may.gather(1, at)[:, :, None]
         # What is no neighbour becomes the row itself, with weight 0: no foreign NaN comes in.
         rows = torch.cat([at[:, :, None], torch.where(gives, near, at[:, :, None])], 2)  # [B, K, 1 + m]
@@ -38,3 +40,11 @@ def merge_neighbours(
         rest = weighted_merge(x, ends, members, scores.gather(1, members), backend=backend)
         out = torch.where(targets.gather(1, at)[:, :, None], rest, out)
     return torch.where((keep >= 0)[:, :, None], out, 0.0)
+
+
+def _nearest(similar: torch.Tensor, other: torch.Tensor, m: int, backend: str | None) -> torch.Tensor:
+    """The ``m`` best columns ``[B, K, m]`` of every row among ``other``, the best first; where there are fewer, others at the end."""
+    if similar.numel() == 0 or resolve_name(similar, backend, torch.float32) == "reference":
+        return ranked(similar, other)[:, :, :m]
+    rows = similar.masked_fill(~other, -torch.inf).flatten(0, 1)
+    return segmented_topk(rows, m, order="score", backend=backend).indices.view(*similar.shape[:2], -1)

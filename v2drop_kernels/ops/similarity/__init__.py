@@ -1,10 +1,6 @@
-"""Scores by the keys and hidden states alone: norms, cosines with pivots and between frames, and the random control."""
+"""Scores by the keys and hidden states alone: norms, and cosines with pivots and between frames."""
 
 from __future__ import annotations
-
-import operator
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,7 +8,6 @@ from ...backends.choice import resolve_backend
 from ...backends.requests import CosineRequest, KeyNormRequest
 from ...core import arguments
 from ..autograd import differentiable
-from ..host_ints import host_ints
 from ..variation_score import variation_score
 from . import reference
 from .gradient import cosine_to_pivots_backward, key_norm_backward
@@ -176,86 +171,3 @@ def frame_similarity(x: torch.Tensor, *, pairs: str = "previous", backend: str |
     infinite = torch.full_like(alone[..., 0], torch.inf, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     scores = torch.cat([infinite, *found], 1)[:, torch.cat(places).argsort()]
     return scores if x.dim() == 4 else scores[0]
-
-
-def random_score(
-    like: torch.Tensor | Sequence[int], seed: int = 0, *, item_seeds: Sequence[int] | torch.Tensor | None = None, device: Any = None
-) -> torch.Tensor:
-    """Score tokens at random, as a control for rankings.
-
-    Parameters
-    ----------
-    like : Tensor or (B, N)
-        The scores have its first two sizes and its device.
-    seed : int
-        Of all items.
-    item_seeds : sequence of int or int64 Tensor ``[B]``, optional
-        An additional seed per item. Default: the index of the item in the batch. Give seeds where the scores of an item must not
-        depend on its place in the batch.
-    device : optional
-        Default the device of ``like``, or the CPU.
-
-    Returns
-    -------
-    Tensor
-        float32 ``[B, N]``, multiples of ``2**-24`` from 0 to below 1.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Sizes that are not two; seeds that are not one integer per item.
-
-    Notes
-    -----
-    The score of column ``j`` is a hash of (seed, item seed, j) in 64-bit integers (two rounds of the finaliser of SplitMix64), so
-    it is the same on every device and torch version, whatever the batch and its width. Not for cryptography.
-
-    Source: the "random" rows of the papers' ablations.
-
-    Examples
-    --------
-    >>> random_score((1, 4)).shape
-    torch.Size([1, 4])
-    >>> bool((random_score((2, 4), item_seeds=[7, 8])[1] == random_score((1, 9), item_seeds=[8])[0, :4]).all())
-    True
-    """
-    sizes = tuple(like.shape[:2]) if isinstance(like, torch.Tensor) else tuple(like) if isinstance(like, list | tuple) else ()
-    if len(sizes) != 2:
-        raise ValueError(f"like must be a tensor [B, N, ...] or sizes (B, N), got {arguments.kind(like)}")
-    for size in sizes:
-        arguments.require_int("like", size)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {arguments.kind(seed)}")
-    if isinstance(like, torch.Tensor) and device is None:
-        device = like.device
-    if item_seeds is None:
-        items = torch.arange(sizes[0], device=device)
-    elif isinstance(item_seeds, torch.Tensor):
-        items = item_seeds.to(device)
-    else:
-        items = host_ints(_integers(item_seeds), torch.device(device or "cpu"))
-    if items.dtype != torch.int64 or items.shape != sizes[:1]:
-        raise ValueError(f"item_seeds must be one int64 per item, [B] = [{sizes[0]}], got {items.dtype} {list(items.shape)}")
-    mixed = _mix(_mix(torch.full_like(items, _signed(seed))) + items)
-    bits = _mix(mixed[:, None] + torch.arange(sizes[1], device=device))
-    return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
-
-
-def _integers(seeds: Any) -> list[int]:
-    """The seeds as the integers that int64 wraps them to."""
-    try:
-        return [_signed(operator.index(seed)) for seed in seeds]
-    except TypeError:
-        raise TypeError(f"item_seeds must be a sequence of ints or an int64 tensor, got {arguments.kind(seeds)}") from None
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """One step of SplitMix64 from the state ``x``; int64 wraps as the uint64 of its definition does."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(x: int) -> int:
-    return (x + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,18 +1,19 @@
 """soft_topk: HiDivDrop's differentiable top-k (section 3.2, DTop-K) with a gradient to the scores and to the ratio.
 
-Implemented with torch's sort, so every backend runs the same code: apart from the sort there is little work that a kernel could
-save, and a kernel that counts comparisons instead would take O(n^2).
+On the CPU one call of the compiled library each way. Elsewhere torch's sort and a few operations around it: apart from the sort
+there is little work that a kernel could save, and a kernel that counts comparisons instead would take O(n^2).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 
-from ...backends.choice import resolve_name, transformed
+from ...backends.choice import is_traced, resolve_name, transformed
 from ...core import arguments
-from ..autograd import each
+from ..autograd import by_formula, each
 from .reference import soft_topk as _forward
 from .reference import soft_topk_backward as _backward
 
@@ -48,7 +49,7 @@ def soft_topk(
     hard : bool
         Return 0 and 1, or, if False, the soft mask itself.
     backend : str, optional
-        Checked as everywhere; all backends run the same code.
+        Checked as everywhere; ``"cpu"`` has a kernel, the others run plain PyTorch.
 
     Returns
     -------
@@ -97,6 +98,37 @@ def soft_topk(
     >>> a.grad < 0
     tensor(True)
     """
+    _check(scores, ratio, valid, temperature, ties)
+    temperature = None if temperature is None else float(temperature)
+    name = resolve_name(scores, backend, torch.float32)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if scores.shape[1] == 0:
+        return scores.to(wide)
+    if isinstance(ratio, torch.Tensor) and ratio.is_cpu and not scores.is_cpu:
+        # One number in host memory: an argument of the kernel that adds it, where .to() would copy.
+        ratio = torch.zeros((1, 1), dtype=wide, device=scores.device) + ratio
+    elif isinstance(ratio, torch.Tensor):
+        ratio = ratio.to(scores.device, wide).reshape(-1, 1)
+    else:
+        ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)
+    by_library = name == "cpu" and wide == torch.float32 and not is_traced(scores) and not transformed()
+    if by_library:
+        scores, valid = arguments.settled(scores), None if valid is None else arguments.settled(valid)
+    if transformed() or (torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad)):
+        function = _Traced if torch.compiler.is_compiling() else _SoftTopK
+        return function.apply(scores, ratio, valid, temperature, ties, hard, by_library)[0]
+    if by_library:
+        return _library().soft_topk(scores, ratio, valid, temperature, ties, hard)
+    return _forward(scores, ratio, valid, temperature, ties, hard)[0]
+
+
+def _library() -> Any:
+    """The functions of native.py; imported when the first call needs them."""
+    return importlib.import_module(".native", __package__)
+
+
+def _check(scores: Any, ratio: Any, valid: Any, temperature: Any, ties: Any) -> None:
+    """Raise unless the arguments fit together."""
     arguments.tensor("scores", scores)
     arguments.dtype_in("scores", scores, arguments.HIDDEN_DTYPES)
     if scores.dim() != 2:
@@ -121,22 +153,7 @@ def soft_topk(
         arguments.same_device("valid", valid, scores.device, "scores")
     if temperature is not None:
         arguments.positive_number("temperature", temperature)
-        temperature = float(temperature)
     arguments.one_of("ties", ties, TIES)
-    resolve_name(scores, backend, torch.float32)
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    if scores.shape[1] == 0:
-        return scores.to(wide)
-    if isinstance(ratio, torch.Tensor) and ratio.is_cpu and not scores.is_cpu:
-        # One number in host memory: an argument of the kernel that adds it, where .to() would copy.
-        ratio = torch.zeros((1, 1), dtype=wide, device=scores.device) + ratio
-    elif isinstance(ratio, torch.Tensor):
-        ratio = ratio.to(scores.device, wide).reshape(-1, 1)
-    else:
-        ratio = torch.full((1, 1), ratio, dtype=wide, device=scores.device)
-    if transformed() or (torch.is_grad_enabled() and (scores.requires_grad or ratio.requires_grad)):
-        return (_Traced if torch.compiler.is_compiling() else _SoftTopK).apply(scores, ratio, valid, temperature, ties, hard)[0]
-    return _forward(scores, ratio, valid, temperature, ties, hard)[0]
 
 
 class _Traced(torch.autograd.Function):
@@ -147,13 +164,17 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        scores: torch.Tensor, ratio: torch.Tensor, valid: torch.Tensor | None, temperature: float | None, ties: str, hard: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scores: torch.Tensor, ratio: torch.Tensor, valid: torch.Tensor | None, temperature: float | None, ties: str, hard: bool,
+        by_library: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        if by_library:
+            return _library().with_slope(scores, ratio, valid, temperature, ties, hard)
         return _forward(scores, ratio, valid, temperature, ties, hard)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        scores, ratio, valid, *_ = inputs
+        scores, ratio, valid = inputs[:3]
+        ctx.by_library = inputs[6]
         _, slope, order = output
         ctx.mark_non_differentiable(slope, order)
         ctx.save_for_backward(scores, slope, order, valid)
@@ -165,13 +186,14 @@ class _Traced(torch.autograd.Function):
         with torch.no_grad():
             d_scores = d_ratio = None
             if ctx.needs_input_grad[0]:
-                d_scores = _backward(grad, slope, scores, order, valid).to(scores.dtype)
+                find = _library().backward if ctx.by_library and not by_formula(grad) else _backward
+                d_scores = find(grad, slope, scores, order, valid).to(scores.dtype)
             if ctx.needs_input_grad[1]:
                 d_ratio = -(grad * slope).sum(1, keepdim=True)
                 d_ratio = d_ratio.sum(0, keepdim=True) if ctx.shared else d_ratio
         if torch.is_grad_enabled():
             d_scores, d_ratio = (None if d is None else _Once.apply(d, grad, scores, slope) for d in (d_scores, d_ratio))
-        return d_scores, d_ratio, None, None, None, None
+        return d_scores, d_ratio, None, None, None, None, None
 
 
 class _SoftTopK(_Traced):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ...backends import repeated
-from ...backends.choice import resolve_backend, transformed
+from ...backends.choice import forced_name, is_traced, resolve_backend, transformed, why_not
+from ...backends.implementations import interpreting
 from ...backends.requests import Source, TopKRequest
 from ...core import arguments
 from ...core.arguments import check_device, is_packed
@@ -21,6 +22,7 @@ from ...core.types import TopK
 from ..autograd import opaque
 from ..host_ints import host_ints
 from ..variation_score import variation_score
+from .packed import packed_items
 from .torch_op import OP
 
 
@@ -38,7 +40,8 @@ def segmented_topk(
     Parameters
     ----------
     scores : Tensor
-        ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16 (float64 on the reference).
+        ``[B, N]``, or packed ``[T]`` with ``cu_seqlens``; float32, float16 or bfloat16 (float64 on the CPU and the
+        reference).
     k : int | list of int | CPU tensor
         Tokens to keep, one count for all segments or one per segment. 0 is allowed; a count above the size of a segment keeps the
         whole segment.
@@ -88,8 +91,10 @@ def segmented_topk(
     arguments.one_of("order", order, arguments.ORDERS)
     if droppable is not None:
         check_device(droppable, scores.device, "scores")
-    runner = resolve_backend(OP, scores, backend)
-    resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=runner.traced)
+    runner = resolve_backend(OP, scores, backend, _doubles_served(scores, backend))
+    resolved = packed_items(runner, scores, k, droppable, cu_seqlens)
+    if resolved is None:
+        resolved = resolve("topk", scores, k, droppable, cu_seqlens, traced=runner.traced)
     if not runner.traced:
         scores = arguments.settled(scores)
     repeated.remember(earlier, runner, resolved.plan)
@@ -159,11 +164,20 @@ def variation_topk(
         return segmented_topk(scores, k, cu_seqlens=cu_seqlens, droppable=droppable, order=order, backend=runner.name)
     if not runner.traced:
         h_prev, h_cur = arguments.settled(h_prev), arguments.settled(h_cur)
-    resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=runner.traced)
+    resolved = packed_items(runner, h_cur, k, droppable, cu_seqlens)
+    if resolved is None:
+        resolved = resolve("topk", h_cur, k, droppable, cu_seqlens, traced=runner.traced)
     repeated.remember(earlier, runner, resolved.plan)
     source = Source(None, h_prev, h_cur, resolved.mask, metric, score_dtype)
     budget = (k, droppable, cu_seqlens)
     return TopK(*runner.run(TopKRequest(source, resolved.plan, resolved.cu_seqlens, order, budget)))
+
+
+def _doubles_served(scores: torch.Tensor, backend: str | None) -> torch.dtype | None:
+    """The dtype by which a backend is chosen, None for that of the scores: on the CPU the library also selects from float64."""
+    if scores.dtype != torch.float64 or not scores.is_cpu or is_traced(scores) or forced_name(backend) not in (None, "cpu"):
+        return None
+    return torch.float32 if why_not("cpu", "cpu", torch.float32) is None and not interpreting() else None
 
 
 def _again(known: repeated.Known, source: tuple[Any, ...], order: str, budget: Any) -> TopK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,19 +11,20 @@ from ...core import arguments
 from .groups import groups
 
 
-def kernels() -> Any:
-    """The Triton kernels; imported when the first call needs them."""
-    from . import triton
-
-    return triton
+def kernels(name: str) -> Any:
+    """The kernels of a backend; imported when the first call needs them."""
+    return importlib.import_module(".triton" if name == "triton" else ".native", __package__)
 
 
 def gradients(
     grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, mean: bool,
-    both: bool,
+    both: bool, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients in ``x``, through the edges sorted by source row, and, if ``both``, in ``weights`` (else an empty tensor)."""
-    run, (_, n, _), k, edges = kernels(), x.shape, offsets.shape[1] - 1, rows.shape[1]
+    run = kernels(backend)
+    if backend != "triton":
+        return run.gradients(grad, x, offsets, rows, weights, mean, both, backend)
+    (_, n, _), k, edges = x.shape, offsets.shape[1] - 1, rows.shape[1]
     weights = torch.ones(rows.shape, device=x.device) if weights is None else weights
     own = torch.arange(edges, device=x.device).expand(rows.shape).contiguous()
     sums = lambda values: run.weighted_merge(values[:, :, None], offsets, own, None, False)[:, :, 0]
@@ -44,9 +46,9 @@ def gradients(
     return d_x, dots
 
 
-def backward(needed: dict[int, bool], grad: torch.Tensor, *fields: Any) -> tuple[Any, ...]:
-    """The gradients of a request's fields: of the rows and, where they require one, of the weights."""
+def backward(name: str, needed: dict[int, bool], grad: torch.Tensor, *fields: Any) -> tuple[Any, ...]:
+    """The gradients of a request's fields by the kernels of a backend: of the rows and, where they require one, of the weights."""
     x, offsets, rows, weights, mean = fields
     both = needed.get(3, False)
-    d_x, d_weights = gradients(grad, x, offsets, rows, weights, mean, both)
+    d_x, d_weights = gradients(grad, x, offsets, rows, weights, mean, both, name)
     return d_x, None, None, d_weights if both else None
