@@ -1,9 +1,9 @@
 """Measure and write it down: ``make bench``, or ``python bench/run.py --device gpu`` for what ``make gpu-check`` does.
 
-On the CPU first the targets (targets.py), then the suite (suite.py), both in this process. Four files come of it: targets.csv,
-results.csv, report.md and roofline.png. Takes about eight minutes; nothing else should run meanwhile. ``--suite NAME`` measures
-the attention scores, the merges, soft_topk or what threads bring instead, by targets alone, into NAME.csv. On a GPU all further
-arguments are those of gpu_check.py.
+On the CPU first the targets (targets.py), then the suite (suite.py), then every op beside plain PyTorch (never_slower.py), all in
+this process. Five files come of it: targets.csv, results.csv, never_slower.csv, report.md and roofline.png. Takes about twelve
+minutes; nothing else should run meanwhile. ``--suite NAME`` measures the attention scores, the merges, soft_topk, what threads bring
+or never_slower alone, into NAME.csv. On a GPU all further arguments are those of gpu_check.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import never_slower
 import readme_table
 import schema
 import suite
@@ -31,7 +32,7 @@ import torch
 from providers import providers
 from registry import OPS
 
-SUITES = ("attention", "merge", "soft_topk", "threads")  # the module targets_NAME lists the targets of each
+SUITES = ("attention", "merge", "soft_topk", "threads", "never_slower")  # targets_NAME lists the targets of each but the last
 
 
 def measure_targets(
@@ -180,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A run that is cut short must not leave half of its files beside those of an older one.
     with tempfile.TemporaryDirectory() as scratch:
         done = Path(scratch)
-        if options.suite:
+        if options.suite == "never_slower":
+            broken = never_slower.measure_all(done / "never_slower.csv", run)
+        elif options.suite:
             chosen = importlib.import_module(f"targets_{options.suite}").targets
             passed, broken = measure_targets(done / f"{options.suite}.csv", run, chosen)
         elif options.only != "suite":
@@ -188,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "targets" and not options.suite:
             broken += suite.measure(done / "results.csv", run)
         if options.only is None and not options.suite:
+            if not options.quick:
+                broken += never_slower.measure_all(done / "never_slower.csv", run)
             plot(tables.read(done / "results.csv"), done / "roofline.png")
             (done / "report.md").write_text(report(done, memory, time.monotonic() - start))
         for file in sorted(done.iterdir()):

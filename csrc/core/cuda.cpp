@@ -14,11 +14,9 @@ void soft_topk_backward(const SoftBackwardRequest&, const v2drop_context&) {
   fail_with(V2DROP_ERROR_UNSUPPORTED, "v2drop_soft_topk_backward runs on the CPU only");
 }
 
-}  // namespace cuda
-
-namespace cuda {
 static constexpr Ops kOps = V2DROP_OPS;
-}
+
+}  // namespace cuda
 
 const Ops& cuda_ops() { return cuda::kOps; }
 

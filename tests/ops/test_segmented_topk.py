@@ -74,7 +74,7 @@ def test_segmented_topk_of_expanded_scores(on):
     check(on, x, [[list(range(70))]] * 3, [20] * 3, got, "position")
 
 
-@pytest.mark.backends("reference")
+@pytest.mark.backends("reference", "cpu")
 @cross(N=SIZES, values=SCORES, order=ORDERS)
 def test_segmented_topk_of_float64(on, N, values, order):
     x = scores(values, (2, N), torch.float64)
@@ -145,3 +145,46 @@ def test_segmented_topk_passes_the_gradient_of_its_values(on):
             grads.append(leaf.grad.cpu())
         assert grads[0].count_nonzero() == sum(min(k, len(s)) for k, s in zip(b.ks("list"), b.flat, strict=True))
         assert torch.equal(*grads)
+
+
+@pytest.mark.backends("cpu")
+def test_segmented_topk_of_doubles_that_are_one_float(on):
+    """Scores that differ in the lower half of their bits only, ties among them, and a mask."""
+    x = 1 + torch.tensor([[3.0, 1, 2, 3, 0, 2, 3, 1]], dtype=torch.float64) * 2.0**-50
+    assert x.float().unique().numel() == 1
+    assert vk.segmented_topk(x, 4, order="score").indices.tolist() == [[0, 3, 6, 2]]
+    assert vk.segmented_topk(x, 2).indices.tolist() == [[0, 3]]
+    among = torch.tensor([[False, True, True, False, True, True, True, True]])
+    assert vk.segmented_topk(x, 3, droppable=among).indices.tolist() == [[2, 5, 6]]
+    assert vk.segmented_topk(torch.zeros(1, 5, dtype=torch.float64), 3).indices.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("kind", ["list", "tuple", "int32", "int64", "strided"])
+@pytest.mark.parametrize("k", [0, 1, 3, 2**70])
+def test_segmented_topk_of_packed_items(on, kind, k):
+    """The table of a packed batch is made by the library; offsets of every kind give what the reference gives."""
+    cu, x = [0, 4, 4, 5, 12], scores("three", (12,), torch.float32)
+    given = {
+        "list": cu, "tuple": tuple(cu), "int32": torch.tensor(cu, dtype=torch.int32), "int64": torch.tensor(cu),
+        "strided": torch.tensor([x for at in cu for x in (at, -1)])[::2],
+    }[kind]  # fmt: skip
+    got, want = vk.segmented_topk(x, k, cu_seqlens=given), vk.reference.segmented_topk(x, min(k, 99), cu_seqlens=cu)
+    same(got.indices, want.indices)
+    same_values(got.values, want.values)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize(
+    ("cu", "message"),
+    [
+        ([0, 3, 2, 5], "must ascend"),
+        ([1, 5], "must start with 0"),
+        ([0, 4], "must end at T"),
+        ([0, 2.5, 5], "must be an int"),
+        ([], "must start with 0"),
+    ],
+)
+def test_segmented_topk_of_wrong_packed_items(on, cu, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        vk.segmented_topk(torch.zeros(5), 1, cu_seqlens=cu)

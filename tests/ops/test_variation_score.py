@@ -207,3 +207,17 @@ def test_cosine_of_any_norms(on, dim, ratio, size):
         for grad, want, of in zip(gradients, wanted, (prev, cur), strict=True):
             noise = 1e-15 / of.double().norm(dim=-1)  # rounding in float64, where the exact gradient is 0
             assert ((grad.double() - want).abs().amax(-1) <= 8 * ulp * want.abs().amax(-1) + noise).all()
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("metric", ["l2", "l1"])
+def test_short_rows_have_the_bits_of_long_ones(on, metric):
+    """Rows of up to 8 channels are scored many at once; zeros at their end, and a gap between rows, take the other way."""
+    for dim in (1, 2, 3, 5, 8):
+        size = 10.0 ** torch.linspace(-30, 18, 70)[:, None]  # squares that vanish, and squares that overflow
+        prev, cur = (normal((2, 70, dim), torch.float32, name, dim) * size for name in "xy")
+        wide = [torch.nn.functional.pad(x, (0, 64 - dim)) for x in (prev, cur)]
+        gaps = [torch.nn.functional.pad(x, (0, 1))[..., :dim] for x in (prev, cur)]
+        got = vk.variation_score(prev, cur, metric=metric)
+        same(got, vk.variation_score(*wide, metric=metric))
+        same(got, vk.variation_score(*gaps, metric=metric))

@@ -264,6 +264,17 @@ def test_the_targets_of_other_ops_run_dry(suite: str, tmp_path: Path):
     assert {row["target"] for row in committed} <= {row["target"] for row in found}
 
 
+def test_every_op_beside_plain_torch_runs_dry(tmp_path: Path):
+    """The results of both sides are equal in the smallest row of every op."""
+    done = run_script(BENCH / "run.py", "--quick", "--suite", "never_slower", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, committed = rows(tmp_path / "never_slower.csv"), rows(BENCH / "results" / "cpu" / "never_slower.csv")
+    assert found[0].keys() == committed[0].keys() == rows(BENCH / "results" / "cpu" / "targets.csv")[0].keys()
+    assert {row["status"] for row in found} == {"dry run"}
+    assert {row["op"] for row in committed} == {row["op"] for row in found}
+    assert {row["status"] for row in committed} <= {"pass", "fail"}
+
+
 def test_results_of_a_cpu_and_of_a_gpu_have_the_columns_of_one_schema(modules: Any):
     folder = BENCH / "results" / "cpu"
     assert list(rows(folder / "results.csv")[0]) == list(modules.schema.RESULTS)

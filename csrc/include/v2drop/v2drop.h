@@ -230,13 +230,12 @@ V2DROP_API v2drop_status v2drop_variation_score_backward(const v2drop_tensor* gr
                                                          const v2drop_tensor* grad_prev, const v2drop_tensor* grad_cur,
                                                          const v2drop_context* context);
 
-/* Scores may also be FLOAT64 on the CPU.
- * The k best of the n competing rows of every segment, by (score descending, index ascending); NaN ranks above +inf, -0.0 equals 0.0. Rows
+/* The k best of the n competing rows of every segment, by (score descending, index ascending); NaN ranks above +inf, -0.0 equals 0.0. Rows
  * where the mask of the source is false are never returned. values [n_segments, K]: dtype of the given scores, else float32. indices
  * [n_segments, K]: INT64, positions inside the batch entry. Both contiguous, K >= every k; places left over hold -inf and -1. Of a segment
  * only src_start, n_prefix, n and k are used. cu_seqlens (optional, CUDA only; INT32, contiguous, [n_segments + 1], on the device; one
  * batch entry): lengths that only the device knows. Segment g is then rows cu_seqlens[g] to cu_seqlens[g + 1], all competing for min(k,
- * their number) places; of the segments only k is used. Offsets outside the rows are clamped. */
+ * their number) places; of the segments only k is used. Offsets outside the rows are clamped. On the CPU the scores may also be FLOAT64. */
 V2DROP_API v2drop_status v2drop_topk(const v2drop_source* source, const v2drop_segment* segments, int64_t n_segments,
                                      const v2drop_tensor* cu_seqlens, int32_t order, const v2drop_tensor* values,
                                      const v2drop_tensor* indices, const v2drop_context* context);

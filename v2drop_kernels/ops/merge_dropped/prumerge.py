@@ -43,7 +43,7 @@ def merge_neighbours(
 
 
 def _nearest(similar: torch.Tensor, other: torch.Tensor, m: int, backend: str | None) -> torch.Tensor:
-    """The ``m`` best columns ``[B, K, m]`` of every row among ``other``, the best first; where there are fewer, others at the end."""
+    """The ``m`` best columns ``[B, K, m]`` of every row among ``other``, the best first; others come after them."""
     if similar.numel() == 0 or resolve_name(similar, backend, torch.float32) == "reference":
         return ranked(similar, other)[:, :, :m]
     rows = similar.masked_fill(~other, -torch.inf).flatten(0, 1)
