@@ -2,8 +2,8 @@
 
 On the CPU first the targets (targets.py), then the suite (suite.py), then every op beside plain PyTorch (never_slower.py), all in
 this process. Five files come of it: targets.csv, results.csv, never_slower.csv, report.md and roofline.png. Takes about twelve
-minutes; nothing else should run meanwhile. ``--suite NAME`` measures the attention scores, the merges, soft_topk, what threads bring
-or never_slower alone, into NAME.csv. On a GPU all further arguments are those of gpu_check.py.
+minutes; nothing else should run meanwhile. ``--suite NAME`` measures the attention scores, the merges, soft_topk, what threads
+bring or never_slower alone, into NAME.csv. On a GPU all further arguments are those of gpu_check.py.
 """
 
 from __future__ import annotations

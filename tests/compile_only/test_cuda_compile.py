@@ -128,7 +128,7 @@ def test_no_spills(name, arch, kernels):
         assert (kernel.stack, local) == (0, 0), f"{function}: {kernel.registers} registers, {kernel.stack} bytes of stack"
 
 
-# The first kernel of a call never waits, and what these read was written before the call, or by a kernel that they are launched behind.
+# The first kernel of a call never waits, and what these read was written before the call, or by a kernel that has ended.
 NEVER_WAIT = {
     "score_cuda.cu": ("score_kernel", "score_backward_kernel"),
     "compact_cuda.cu": ("invert_kernel", "move_to_front_kernel"),
