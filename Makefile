@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the native build, the package itself.
 #   make demo [ARGS="photo.jpg --preset 128"]     make bench [ARGS=...]     make bench-c     make setup     make clean
-#   make test     make test-full     make test-main [ARGS="-k compact"]     make mutants     make sanitize     make fuzz     make lint     make format
+#   make test     make test-full     make test-oldest     make test-main [ARGS="-k compact"]     make mutants     make sanitize     make fuzz     make lint     make format
 #   make docs     make docs-serve     make wheel [PYTHONS="python3.10 python3.13"]     make gpu-check     make gpu-check-dry
 # PYTHON=/path/to/python3 chooses the Python of a new environment, WORKERS=4 the number of test processes.
 
@@ -23,7 +23,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist
 BY_FILE = --dist loadfile --no-loadscope-reorder
 MAIN := env -u TRITON_INTERPRET -u V2DROP_NATIVE_MODULE
 
-.PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main sanitize fuzz gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
+.PHONY: help setup demo test test-full mutants test-native test-emulated test-interpreter test-compile-only test-main test-oldest sanitize fuzz gpu-check gpu-check-dry commit-file bench bench-c lint format docs docs-serve wheel clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,5p' Makefile
@@ -63,6 +63,12 @@ test: setup
 	+@$(MAKE) --no-print-directory test-interpreter
 	+@$(MAKE) --no-print-directory test-compile-only
 	+@$(MAKE) --no-print-directory test-main
+
+# The families of models with the oldest transformers that is supported, which lies over the environment's own; `make test` has the newest.
+OLDEST := 5.20.2
+test-oldest: setup
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target build/transformers-$(OLDEST) transformers==$(OLDEST)
+	@PYTHONPATH=build/transformers-$(OLDEST) $(MAIN) $(PYTEST) tests/models/test_families.py -m "not newest" $(ARGS)
 
 # Every combination of parameters, where `make test` takes all pairs.
 test-full:

@@ -775,14 +775,17 @@ def test_bad_input():
     llama, ids = tiny.made("llama"), {"input_ids": torch.ones(1, 10, dtype=torch.int64)}
     refused(r"spans do not fit a first forward of 1 x 10 rows.* outside", llama, inputs=ids, spans=(3, 15))
     refused(r"spans do not fit", llama, inputs=ids, spans=[[(3, 5)], [(3, 5)]])
-    refused("item 0 at layer 1: it has nothing but vision tokens", llama, Schedule((Stage(1, 0),)), inputs=ids, spans=(0, 10))
     model.get_decoder().config._attn_implementation, before = "flex_attention", "sdpa"
     refused("attn_implementation, got 'flex_attention'", model)
     model.get_decoder().config._attn_implementation = before
-    sliding = tf.MistralForCausalLM(tf.MistralConfig(**tiny.TEXT, sliding_window=8))
-    refused("'sliding_attention', as in block 0", sliding, spans=(3, 6))
-    sliding = tf.Qwen2ForCausalLM(tf.Qwen2Config(**tiny.TEXT, sliding_window=8, use_sliding_window=True, max_window_layers=0))
-    refused("'sliding_attention', as in block 0", sliding, spans=(3, 6))
+    sliding, spans = tf.MistralForCausalLM(tf.MistralConfig(**tiny.TEXT, sliding_window=8)), {"spans": (3, 6)}
+    refused("compact_earlier_kv must be False for a model with windows", sliding, compact_earlier_kv=True, **spans)
+    refused("positions must be 'persistent' for a model with windows", sliding, positions="compacted", **spans)
+    first = Schedule((Stage(0, 1, policy="random"),))
+    refused("schedule must begin behind block 0 in a model with windows", sliding, first, **spans)
+    refused("schedule must begin behind block 0 in a model with windows", sliding, Schedule((), inject=1), **spans)
+    sliding.get_decoder().config._attn_implementation = "flash_attention_2"
+    refused("its kernel counts them in rows", sliding, **spans)
 
 
 def test_images_that_lie_apart():

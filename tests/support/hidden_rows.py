@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from v2drop_kernels.core.counts import n_keep
@@ -76,3 +78,34 @@ class HiddenRows:
             kept.append(sorted(best))
         self.kept.append(kept)
         return gone
+
+
+class AbsentRows(HiddenRows):
+    """The specification for blocks with a state: from the block of its drop on, a row is physically absent.
+
+    Every block runs item by item on the rows that are left, without padding and without a cache; so tokens behind the prompt are
+    given with it, and ``vision`` is False for them. ``real`` is bool ``[B, N]``.
+    """
+
+    def __init__(self, model, decoder, vision, schedule, real):
+        super().__init__(model, decoder, vision, schedule)
+        self.real, self.layers = real, decoder.layers
+        for index, layer in enumerate(decoder.layers):
+            layer.forward = functools.partial(self.forward, index, layer.forward)
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for layer in self.layers:
+            del layer.forward
+
+    def forward(self, index, run, hidden, *args, **kwargs):
+        out = hidden.clone()
+        for item, gone in enumerate(self.gone[index]):
+            rows = (self.real[item] & ~gone).nonzero().flatten()
+            rope = tuple(x[item if len(x) > 1 else 0, rows][None] for x in kwargs["position_embeddings"])
+            alone = kwargs | {"attention_mask": None, "position_ids": None, "past_key_values": None, "position_embeddings": rope}
+            out[item, rows] = run(hidden[item : item + 1, rows], *args, **alone)[0]
+        return out
+
+    def before(self, index, args, kwargs):
+        super().before(index, args, kwargs | {"attention_mask": None})

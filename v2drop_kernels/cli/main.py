@@ -1,4 +1,4 @@
-"""The command line: ``python -m v2drop_kernels info | demo | methods | bench | config``.
+"""The command line: ``python -m v2drop_kernels info | demo | methods | models | bench | config``.
 
 Exit codes: 0 for success, 1 for a wrong result, 2 for a wrong argument or something missing (one line on stderr). ``bench`` returns
 the exit code of the benchmark script.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from . import config
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stage. Both write a picture of what was kept. Exit code 1 if a result differs from the PyTorch reference.",
     )
     commands.add_parser("methods", help="a table of all methods, in Markdown", description="Print a table of all methods.")
+    _add_models(commands)
     commands.add_parser("bench", help="run the benchmarks of a source checkout; arguments are passed on", add_help=False)
     config_parser = commands.add_parser(
         "config",
@@ -58,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "config":
             return config.run(args)
         if args.command == "methods":
-            from ..models import methods
-
-            print(methods.markdown())
-            return 0
+            return methods()
+        if args.command == "models":
+            return models(args.types)
         return demo.run(args) if args.command == "demo" else bench(rest)
     except expected as error:
         line = " ".join(str(error).split())
@@ -105,6 +106,32 @@ def info() -> int:
         print(f"  {found.chosen:<12}runs")
         for name, why in found.rejected.items():
             print(f"  {name:<12}{why}")
+    return 0
+
+
+def _add_models(commands: Any) -> None:
+    parser = commands.add_parser(
+        "models",
+        help="which models of the installed transformers can drop tokens, in Markdown",
+        description="Judge every image-text-to-text type of the installed transformers by the model of its default config, which "
+        "takes no memory, and print a table: served, served with spans=, or refused and why. Takes half a minute.",
+    )
+    parser.add_argument("types", nargs="*", help="config.model_type of the models to judge; all by default")
+
+
+def methods() -> int:
+    """Print the table of methods."""
+    from ..models import methods as table
+
+    print(table.markdown())
+    return 0
+
+
+def models(types: Sequence[str]) -> int:
+    """Print which models can drop tokens."""
+    from ..models import support
+
+    print(support.markdown(types or None))
     return 0
 
 

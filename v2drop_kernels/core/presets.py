@@ -41,6 +41,34 @@ PRESETS = (
 )
 
 
+# Blocks of the models that schedules were published for, where not 32; and the layers of V2Drop's three stages by blocks.
+_BLOCKS = {"v2drop-qwen2-vl": 28}
+_V2DROP_LAYERS = {28: (3, 16, 22), 32: (3, 17, 22)}
+
+
+def fitted(schedule: Schedule, layers: int) -> Schedule:
+    """A published schedule for a model of another depth.
+
+    V2Drop's stages go to the layers that it gives for this depth (32 and 28 blocks); others to the same share of the depth, see
+    :meth:`Schedule.scaled`. A schedule of the depth that it was published for stays as it is.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        A preset of any method.
+    layers : int
+        Blocks of the model.
+    """
+    one = schedule.name.rsplit("-", 1)[-1]
+    blocks = _BLOCKS.get(schedule.name, 40 if schedule.name.startswith("cross-modal") and one in ("288", "144", "58") else 32)
+    if layers == blocks:
+        return schedule
+    if schedule.name.startswith("v2drop-") and layers in _V2DROP_LAYERS:
+        stages = zip(schedule.stages, _V2DROP_LAYERS[layers], strict=True)
+        return dataclasses.replace(schedule, stages=tuple(dataclasses.replace(stage, layer=layer) for stage, layer in stages))
+    return schedule.scaled(layers, of=blocks)
+
+
 def presets() -> tuple[str, ...]:
     """The names of V2Drop's presets; those of all methods are in :func:`v2drop_kernels.models.presets`."""
     return tuple(schedule.name for schedule in PRESETS)

@@ -152,6 +152,25 @@ class Schedule:
             if stage.layer >= layers:
                 raise ValueError(f"stages must lie inside the model: layer {stage.layer}, but it has {layers} blocks")
 
+    def scaled(self, layers: int, *, of: int = 32) -> Schedule:
+        """The schedule of a model of ``of`` blocks for one of ``layers``: at the same share of the depth, one block apart at least.
+
+        Raises
+        ------
+        ValueError
+            Fewer blocks than the stages need.
+        """
+        require_int("layers", layers)
+        require_int("of", of)
+        stages: list[Stage] = []
+        for stage in self.stages:
+            least = stages[-1].layer + 1 if stages else min(stage.layer, 1)
+            layer = max(least, (2 * stage.layer * layers + of) // (2 * of))
+            stages.append(dataclasses.replace(stage, layer=layer))
+        made = dataclasses.replace(self, stages=tuple(stages), inject=(2 * self.inject * layers + of) // (2 * of))
+        made.validate(layers)
+        return made
+
     def counts(self, n: int) -> tuple[int, ...]:
         """Droppable tokens after each stage, when there are ``n`` at first."""
         kept = []

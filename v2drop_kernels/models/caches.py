@@ -108,11 +108,11 @@ class DroppedCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         length = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return 0 if isinstance(length, int) and not length else length + self._state.missing(layer_idx)
+        return 0 if isinstance(length, int) and not length else length + self._state.missing(caches.counted_layer(self, layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         length, offset = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
-        return length + self._state.missing(layer_idx), offset
+        return length + self._state.missing(caches.counted_layer(self, layer_idx)), offset
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         state = self._state

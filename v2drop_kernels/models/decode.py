@@ -18,11 +18,13 @@ def brings_images(setup: Setup, top: dict[str, Any]) -> bool:
     Raises
     ------
     ValueError
-        ``spans`` were given: they describe the first forward.
+        ``spans`` were given, which describe the first forward; or the model has windows.
     """
     tokens: Any = top.get("input_ids")
     if tokens is None or tokens.shape[1] == 1 or not placeholder_runs(tokens, setup.adapter.token_ids):
         return False
+    if setup.adapter.windowed:
+        raise ValueError("input_ids must not bring images behind a filled cache of a model with windows, which forgot rows")
     if setup.options.spans is not None:
         raise ValueError("spans describe the first forward: they must be None where input_ids bring images behind a filled cache")
     return True

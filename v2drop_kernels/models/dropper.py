@@ -31,7 +31,9 @@ class TokenDropper:
     ----------
     schedule : Schedule | str
         When tokens are dropped, how many, and by which ranking; or the name of a preset. An item of a batch has one budget for
-        all its images; items without images are not changed.
+        all its images; items without images are not changed. The last row of a prompt stays also if it is a vision token, for its
+        state gives the first token of the answer. A preset for another number of blocks goes to the layers that its paper gives for
+        this number, else to the same shares of the depth, and one line on stderr says to which.
     positions : {"persistent", "compacted", "group"}
         Position ids of the kept tokens, see :mod:`v2drop_kernels.positions`. "group" requires models with one id per token, which
         excludes M-RoPE.
@@ -78,11 +80,13 @@ class TokenDropper:
     attention weights rank them by the attention within that turn.
 
     Logits keep their shape: rows of dropped tokens repeat those of the last kept token before them. ``output_hidden_states``
-    returns each layer's own rows. With ``soft`` the ratios are read on the host in every prefill. A block normalises its input,
-    so the mask takes effect from the following block on, in the residual stream: with only one block between two stages, the first
-    receives no gradient. Dropping does not pay off for one-token steps without a prefill, or where images are a small part of the
-    prompt: only the prefill, and the cache that decoding reads, become cheaper. Source: V2Drop, Algorithm 1; HiDivDrop for
-    positions, late injection, early exit and ``soft``.
+    returns each layer's own rows. Models that add vision features behind their first blocks (DeepStack) add them to the rows
+    that are left; the policy "variation" excludes them from the change of a block. Windows and chunks count positions in the
+    prompt. With ``soft`` the ratios are read on the host in every prefill. A block normalises its input, so the mask takes
+    effect from the following block on, in the residual stream: with only one block between two stages, the first receives no
+    gradient. Dropping does not pay off for one-token steps without a prefill, or where images are a small part of the prompt:
+    only the prefill, and the cache that decoding reads, become cheaper. Source: V2Drop, Algorithm 1; HiDivDrop for positions,
+    late injection, early exit and ``soft``.
 
     Examples
     --------

@@ -10,10 +10,11 @@ import torch
 from ..core.layout import TokenLayout
 from ..ops.drop_tokens import drop_tokens
 from .adapters import ModelAdapter
-from .adapters.arguments import LayerCall
+from .adapters.arguments import LayerCall, is_pair
 from .adapters.masks import padding_of
 from .adapters.spans import Grid, Spans, given_spans, prompt_spans
 from .caches import CacheState
+from .report import Stopwatch
 from .rows import KeptRows, insert_vision, rows_behind
 from .setup import Setup
 
@@ -58,8 +59,16 @@ class Prefill:
         ``(layer, rows)`` after every drop.
     rope, position_ids, labels
         Rotary tables and ids of the present rows, if they differ from the model's; labels of the prompt.
+    rope_source
+        The model's tables that ``rope`` was made from; layers of another kind may receive others.
+    planes : list
+        Vision features that are added behind the first blocks, see ``adapters/deepstack.py``.
     itemsize : int
         Bytes of an element of the hidden states.
+    watch : Stopwatch
+        From the start of the decoder to its final norm.
+    last_stays : tuple of bool
+        Whether an item ends in a vision token, which is kept: its state gives the first token of the answer.
     """
 
     batch: int
@@ -83,9 +92,13 @@ class Prefill:
     prev_hidden: torch.Tensor | None = None
     stages: list[tuple[int, KeptRows]] = field(default_factory=list)
     rope: Any = None
+    rope_source: Any = None
+    planes: list[torch.Tensor] = field(default_factory=list)
     position_ids: Any = None
     labels: torch.Tensor | None = None
     itemsize: int = 0
+    watch: Stopwatch | None = None
+    last_stays: tuple[bool, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -109,8 +122,12 @@ class Prefill:
             and all(n == self.rows for n in self.lengths)
             and not any(rows.ragged or rows.shift is not None for rows in held)
             and (self.earlier is None or self.earlier.plain)
+            and not adapter.windowed
         )
-        self.rope = self.position_ids = self.prev_hidden = self.embeds = self.labels = None
+        if self.watch is not None:
+            self.watch.stop()
+        self.planes = []
+        self.rope = self.rope_source = self.position_ids = self.prev_hidden = self.embeds = self.labels = None
 
 
 def real_lengths(layout: TokenLayout) -> tuple[int, ...]:
@@ -139,14 +156,18 @@ def begin(
     batch, rows = int(shape[0]), int(shape[1])
     spans, grids = _vision(setup, top, batch, rows, decoder.get("position_ids"))
     device = setup.adapter.norm.weight.device if input_ids is None else input_ids.device
-    layout = _layout(spans, rows, *padding_of(_of_new_rows(decoder.get("attention_mask"), first), rows), device)
+    real, side = padding_of(_of_new_rows(_padding_mask(top, decoder), first), rows)
     ends = [item for item, runs in enumerate(spans) if runs and runs[-1][1] == rows]
     if earlier is not None and earlier.ends_in_image and earlier.prompt == first and any(runs and not runs[0][0] for runs in spans):
         raise ValueError("input_ids must hold whole images: the chunk before this one ends inside an image")
+    layout = _layout(spans, rows, real, side, device)
+    last = tuple(bool(runs) and runs[-1][1] == stop for runs, (_, stop) in zip(spans, layout.bounds, strict=True))
     vision = tuple(sum(stop - start for start, stop in item) for item in spans)
     lengths = real_lengths(layout)
     inject = setup.schedule.inject if any(vision) else 0
-    budgets = _budgets(setup, vision, lengths, inject)
+    if inject and (alone := [item for item, (n, length) in enumerate(zip(vision, lengths, strict=True)) if n and n == length]):
+        raise ValueError(f"schedule must not inject late in item {alone[0]}: it has nothing but vision tokens")
+    budgets = _budgets(setup, vision, last)
     item_ids: list[list[int]] = [[]] * batch
     if input_ids is not None and any(policy.seeded for policy in setup.policies.values()):
         item_ids = [ids[start:stop] for ids, (start, stop) in zip(input_ids.tolist(), layout.bounds, strict=True)]
@@ -162,6 +183,8 @@ def begin(
         labels=labels if labels is not None and tuple(labels.shape) == (batch, rows) else None,
     )  # fmt: skip
     made.hold((None,) * depth)
+    made.last_stays = last
+    made.watch = Stopwatch(device)
     return made
 
 
@@ -170,6 +193,12 @@ def _of_new_rows(mask: Any, first: int) -> Any:
     if isinstance(mask, dict):
         return {kind: _of_new_rows(one, first) for kind, one in mask.items()}
     return mask[..., first:] if first and isinstance(mask, torch.Tensor) else mask
+
+
+def _padding_mask(top: dict[str, Any], decoder: dict[str, Any]) -> Any:
+    """The mask that was given to the model, where the model itself made one of it for its decoder."""
+    made, given = decoder.get("attention_mask"), top.get("attention_mask")
+    return given if isinstance(made, dict) and not isinstance(given, dict) else made
 
 
 def _vision(setup: Setup, top: dict[str, Any], batch: int, rows: int, position_ids: Any) -> tuple[Spans, tuple[Grid, ...]]:
@@ -192,17 +221,12 @@ def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, devic
     return TokenLayout.from_mask(mask, counts, lengths=lengths, padding_side=side)
 
 
-def _budgets(setup: Setup, vision: tuple[int, ...], lengths: tuple[int, ...], inject: int) -> dict[int, tuple[int, ...]]:
+def _budgets(setup: Setup, vision: tuple[int, ...], last: tuple[bool, ...]) -> dict[int, tuple[int, ...]]:
     """Tokens to keep of each item, for every layer at which something is dropped."""
-    vision_only = [item for item, (n, length) in enumerate(zip(vision, lengths, strict=True)) if n and n == length]
-    if inject and vision_only:
-        raise ValueError(f"schedule must not inject late in item {vision_only[0]}: it has nothing but vision tokens")
     ratios, budgets, left = setup.soft.values(), {}, vision
     for layer in setup.stages:
         kept = setup.counts(left, layer, ratios.get(layer))
-        for item in vision_only:
-            if not kept[item]:
-                raise ValueError(f"schedule must keep a token of item {item} at layer {layer}: it has nothing but vision tokens")
+        kept = tuple(max(n, 1) if ends else n for n, ends in zip(kept, last, strict=True))
         if kept != left or (layer in ratios and any(left)):
             budgets[layer] = left = kept
     return budgets
@@ -213,10 +237,11 @@ def remove_vision(setup: Setup, prefill: Prefill, hidden: torch.Tensor, call: La
     prefill.cache_state.attach(call)
     dropped = drop_tokens(
         None, hidden, 0, droppable=prefill.layout, scores=hidden.new_zeros(hidden.shape[:2], dtype=torch.float32),
-        rope=call.rope, backend=setup.options.backend,
+        rope=call.rope if is_pair(call.rope) else None, backend=setup.options.backend,
     )  # fmt: skip
     assert dropped.layout is not None
     lengths, width = real_lengths(dropped.layout), dropped.keep.shape[1]
+    prefill.rope_source = call.rope
     prefill.current, prefill.rope = KeptRows(dropped.keep, any(n != width for n in lengths)), dropped.rope
     prefill.layout, prefill.full_layout = dropped.layout, prefill.layout
     every = KeptRows(torch.arange(prefill.rows, device=dropped.keep.device).expand(prefill.batch, -1), False)

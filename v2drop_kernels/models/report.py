@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Stopwatch:
+    """Seconds from now to :meth:`stop`: of a GPU by events, without waiting for it; else of the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = None
+        if device.type == "cuda":
+            import torch
+
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._stream = torch.cuda.current_stream(device)
+            self._events[0].record(self._stream)
+        self._times = [time.perf_counter()]
+
+    def stop(self) -> None:
+        self._times.append(time.perf_counter())
+        if self._stream is not None:
+            self._events[1].record(self._stream)
+
+    @property
+    def seconds(self) -> float:
+        """Waits for the GPU."""
+        if self._stream is None:
+            return self._times[-1] - self._times[0]
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
 
 
 @dataclass(frozen=True)
@@ -40,11 +72,14 @@ class Report:
     layers : tuple of LayerReport
     full_kv_bytes, full_flops : int
         Of all layers together without dropping.
+    seconds : float
+        What the prefill took from the start of the decoder to its final norm: GPU time on a GPU, else time of the host.
     """
 
     layers: tuple[LayerReport, ...]
     full_kv_bytes: int
     full_flops: int
+    seconds: float = 0.0
 
     @property
     def kv_bytes(self) -> int:
@@ -64,7 +99,7 @@ class Report:
             items = ", ".join(f"{t} ({v})" for t, v in zip(x.tokens, x.vision, strict=True))
             lines.append(f"{x.layer:>5} {x.rows:>6} {x.kv_bytes:>12,} {x.flops:>16,}  {items}")
         share = f"KV {self.kv_bytes / self.full_kv_bytes:.0%}, FLOPs {self.flops / self.full_flops:.0%} of the undropped prompt's"
-        return "\n".join([*lines, share])
+        return "\n".join([*lines, f"{share}; {self.seconds * 1e3:.1f} ms in the decoder"])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from ..core.layout import TokenLayout
 from ..core.schedule import Schedule
 from .adapters import caches, wrappers
 from .adapters.arguments import LayerCall, named_arguments
+from .adapters.deepstack import rows_of, take_planes
+from .adapters.masks import visible_rows
 from .adapters.model import check_attention, check_checkpointing
+from .adapters.spans import record_sizes
 from .caches import CacheState
 from .calls import Call, Calls, ThreadDict
 from .compiled import is_step, regions
@@ -62,7 +65,7 @@ class DropSession:
         return self._setup.soft.ratios
 
     def report(self) -> Report:
-        """Tokens, KV bytes and FLOPs of every layer in the last prefill.
+        """Tokens, KV bytes and FLOPs of every layer in the last prefill, and the time of its decoder.
 
         Raises
         ------
@@ -73,11 +76,17 @@ class DropSession:
         row_bytes = run.batch * adapter.kv_row_bytes(run.itemsize)
         text = run.first + run.rows
         rows = [text if held is None else held.keep.shape[1] for held in run.cache_state.layers]
+        rows = [adapter.cached_rows(layer, n) for layer, n in enumerate(rows)]
         layers = tuple(
             LayerReport(layer, tokens, vision, width, row_bytes * cached, adapter.block_flops(tokens))
             for layer, ((tokens, vision, width), cached) in enumerate(zip(run.entering, rows, strict=True))
         )
-        return Report(layers, row_bytes * text * len(layers), adapter.block_flops(run.lengths) * len(layers))
+        return Report(
+            layers,
+            row_bytes * text * len(layers),
+            adapter.block_flops(run.lengths) * len(layers),
+            run.watch.seconds if run.watch else 0.0,
+        )
 
     def kept(self, item: int = 0) -> Kept:
         """The droppable tokens of an item of the batch that each stage of the last prefill kept.
@@ -151,10 +160,11 @@ class DropSession:
         hooks.behind(adapter.body, self._after_call, always=True)
         for policy in {id(x): x for x in setup.policies.values()}.values():
             hooks.keep(policy.register_hooks(adapter, setup.tower_caches[id(policy)]))
+        hooks.keep(record_sizes(adapter.body))
         hooks.before(decoder, self._before_decoder)
         hooks.before(decoder.rotary_emb, self._before_rotary, part=True)
         # Decoding steps run these hooks too, so only layers that need one get it.
-        all_layers = setup.schedule.inject or setup.options.compact_earlier_kv
+        all_layers = setup.schedule.inject or setup.options.compact_earlier_kv or adapter.deepstack
         self._cover(0 if all_layers else max(0, min(setup.stages, default=adapter.depth) - 1))
         hooks.behind(adapter.norm, self._after_norm, part=True)
         containing = {id(module): module for module in (*self._modules, adapter.body, decoder)}
@@ -196,10 +206,10 @@ class DropSession:
         if not torch.compiler.is_compiling():
             self._calls.end(module)
 
-    def _before_decoder(self, module: Any, args: Any, kwargs: Any) -> None:
+    def _before_decoder(self, module: Any, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             self._trace_step(kwargs)
-            return
+            return None
         call = self._calls.top
         if call is None or call.arguments is None:
             raise RuntimeError("call the model that TokenDropper was given: its decoder alone does not receive the image tokens")
@@ -210,19 +220,23 @@ class DropSession:
         check_checkpointing(module)
         cache: Any = decoder.get("past_key_values")
         state, first = CacheState.of(cache), 0
+        call.forward.visible = visible_rows(top)
         if state is not None or caches.cached_tokens(cache):
             state = state_of(cache)
             if not brings_images(call.setup, top):
                 if state is not None:
                     call.forward.state, state.active = state, True
                     self._cover(state.first_layer)
-                return
+                return None
             first = caches.cached_tokens(cache)
         call.forward.prefill = prefill = begin(call.setup, top, decoder, call.labels, first, state)
         call.forward.state = prefill.cache_state
         if state is not None:
             prefill.cache_state.resume(cache)
             self._cover(state.first_layer)
+        if call.setup.adapter.deepstack and prefill.budgets:
+            prefill.planes = take_planes(decoder, min(prefill.budgets))
+        return ((), decoder) if prefill.planes else None
 
     def _trace_step(self, kwargs: Any) -> None:
         """A step that is being compiled: its hooks read and write the cache's state only, which each step leaves as it was."""
@@ -269,6 +283,11 @@ class DropSession:
     def _prefill_layer(self, index: int, running: Call, prefill: Prefill, call: LayerCall) -> torch.Tensor:
         """The hidden states that layer ``index`` receives in a prefill."""
         hidden, setup = call.hidden, running.setup
+        if 0 < index <= len(prefill.planes):
+            plane = rows_of(prefill.planes[index - 1], None if prefill.current is None else prefill.current.keep, hidden)
+            hidden = hidden + plane
+            if prefill.prev_hidden is not None:  # what the block changed, not what was added behind it
+                prefill.prev_hidden = prefill.prev_hidden + plane
         if index == 0:
             prefill.embeds = hidden
             if prefill.inject:

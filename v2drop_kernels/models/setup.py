@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.presets import fitted
 from ..core.schedule import Schedule, Stage
 from ..distributed.collectives import group_of
 from . import policies
@@ -46,13 +48,19 @@ class Setup:
     @classmethod
     def of(cls, options: TokenDropper, model: Any) -> Setup:
         """Check that the options fit the model; raises ValueError otherwise."""
-        schedule, adapter = options.schedule, adapter_of(model)
+        adapter = adapter_of(model)
+        schedule = _fitted(options.schedule, adapter.depth)
         group = tensor_parallel_group(adapter.decoder.layers[0]) if options.group is None else group_of(options.group)
         adapter = dataclasses.replace(adapter, group=group)
-        assert isinstance(schedule, Schedule)
         schedule.validate(adapter.depth)
         if not adapter.token_ids and options.spans is None:
             raise ValueError(f"spans must be given for {adapter.kind!r}, which has no placeholder of images")
+        _check_capabilities(options, schedule, adapter)
+        compiled = [
+            x for x in (model, *adapter.body.modules()) if getattr(x, "_compiled_call_impl", None) or hasattr(x, "_orig_mod")
+        ]
+        if adapter.windowed and compiled:
+            raise ValueError("model must not be compiled where its blocks have windows: steps read the padding of the whole text")
         made = {(x.policy, repr(x.options)): policies.make(x.policy, x.options) for x in schedule.stages}
         soft = SoftBudgets()
         if options.soft:
@@ -82,3 +90,32 @@ class Setup:
         if policy.counts(left, kept, cache) != kept:
             raise ValueError(f"soft must not be used with the policy {stage.policy!r}, which cannot keep any number of tokens")
         return kept
+
+
+def _fitted(schedule: Any, depth: int) -> Schedule:
+    """A preset for a model of this depth; a line says where its layers are. Other schedules as they are."""
+    assert isinstance(schedule, Schedule)
+    if not schedule.name or policies.presets().get(schedule.name) != schedule:
+        return schedule
+    made = fitted(schedule, depth)
+    if made != schedule:
+        at = ", ".join(map(str, made.layers))
+        print(f"v2drop_kernels: {schedule.name} on {depth} blocks drops before layers {at}", file=sys.stderr)
+    return made
+
+
+def _check_capabilities(options: TokenDropper, schedule: Schedule, adapter: ModelAdapter) -> None:
+    """Raise ValueError for options that are not exact in this model."""
+    if adapter.deepstack and schedule.inject:
+        raise ValueError("schedule must not inject late in a model that adds vision features behind its first blocks")
+    if adapter.stateful and (schedule.inject or options.compact_earlier_kv):
+        what = "inject late" if schedule.inject else "be used with compact_earlier_kv"
+        raise ValueError(f"schedule must not {what} in a model with linear attention, whose state cannot forget rows")
+    if not adapter.windowed:
+        return
+    if options.compact_earlier_kv:
+        raise ValueError("compact_earlier_kv must be False for a model with windows: its caches forget rows by themselves")
+    if options.positions != "persistent":
+        raise ValueError(f"positions must be 'persistent' for a model with windows of positions, got {options.positions!r}")
+    if schedule.inject or any(stage.layer == 0 for stage in schedule.stages):
+        raise ValueError("schedule must begin behind block 0 in a model with windows: its masks follow the first block's cache")

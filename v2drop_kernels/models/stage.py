@@ -13,7 +13,7 @@ from ..ops.drop_tokens import drop_tokens
 from ..ops.host_ints import host_ints
 from ..ops.variation_score import variation_score
 from .adapters import caches
-from .adapters.arguments import LayerCall
+from .adapters.arguments import LayerCall, is_pair
 from .caches import compact_static
 from .context import DropContext
 from .forward import Forward
@@ -31,7 +31,7 @@ def run_stage(setup: Setup, forward: Forward, index: int, call: LayerCall) -> to
     cache = prefill.cache_state.attach(call)
     context = _context(setup, forward, prefill, index, call)
     ratio = setup.soft.parameter(index)
-    scores = _scores(setup, context, ratio)
+    scores = _scores(setup, context, prefill.last_stays, ratio)
     early = setup.options.compact_earlier_kv and cache is not None
     if early:
         caches.check_plain(cache)
@@ -43,6 +43,7 @@ def run_stage(setup: Setup, forward: Forward, index: int, call: LayerCall) -> to
         check_equal(f"the tokens kept before layer {index}", dropped.keep, setup.adapter.group)
     rows = _kept_rows(prefill, dropped)
     _update_positions(setup, prefill, rows, dropped, ids)
+    prefill.rope_source = call.rope
     if static:
         compact_static(earlier, dropped.keep, ragged=rows.ragged, mask=call.mask, rows=prefill.rows, backend=setup.options.backend)
     elif earlier:
@@ -68,7 +69,7 @@ def _context(setup: Setup, forward: Forward, prefill: Prefill, index: int, call:
         mask = mask.bool()[:, None, None].expand(-1, -1, call.hidden.shape[1], -1)
     return DropContext(
         layer=index, stage=setup.stages[index], adapter=setup.adapter, hidden=call.hidden, prev_hidden=prefill.prev_hidden,
-        rope=call.rope if prefill.rope is None else prefill.rope, mask=mask, layout=prefill.layout, counts=prefill.vision,
+        rope=forward.rope(call), mask=mask, layout=prefill.layout, counts=prefill.vision,
         keep=prefill.budgets[index], origin=None if current is None else current.keep, embeds=prefill.embeds,
         grids=prefill.grids, seeds=_seeds(options.seed, index, prefill.item_ids), tower_cache=setup.tower_cache(index),
         backend=options.backend, scores=options.scores, labels=prefill.labels,
@@ -80,19 +81,32 @@ def _seeds(seed: int, layer: int, items: list[list[int]]) -> list[int]:
     return [zlib.crc32(repr((seed, layer, ids)).encode()) for ids in items]
 
 
-def _scores(setup: Setup, context: DropContext, ratio: torch.Tensor | None) -> torch.Tensor | None:
+def _scores(setup: Setup, context: DropContext, last_stays: tuple[bool, ...], ratio: torch.Tensor | None) -> torch.Tensor | None:
     """Scores of the stage's policy, with a gradient in soft training; None: the variation, scored while dropping."""
     hidden = context.hidden
     with torch.set_grad_enabled(ratio is not None):
         if not any(context.keep):  # nothing is ranked if nothing is kept
             return hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
         scores = setup.policies[context.layer].score(context)
-        if ratio is not None and scores is None:
+        if scores is None and (ratio is not None or any(last_stays)):
             assert context.prev_hidden is not None
-            return variation_score(context.prev_hidden, hidden, metric=context.stage.metric, score_dtype=setup.options.score_dtype)
+            scores = variation_score(
+                context.prev_hidden, hidden, metric=context.stage.metric, score_dtype=setup.options.score_dtype
+            )
+        if any(last_stays) and scores is not None:
+            scores = _last_first(context, scores, last_stays)
         if isinstance(scores, Ranking):
             return scores.ordinals(context.droppable) if ratio is None else scores.shifted(context.droppable)
         return scores
+
+
+def _last_first(context: DropContext, scores: torch.Tensor | Ranking, last_stays: tuple[bool, ...]) -> Ranking:
+    """The ranking with the last real row of these items in a tier above all others."""
+    known = scores if isinstance(scores, Ranking) else Ranking(scores, torch.zeros_like(scores, dtype=torch.int64))
+    stops = [stop - 1 if stays else -1 for stays, (_, stop) in zip(last_stays, context.layout.bounds, strict=True)]
+    rows = torch.arange(known.tier.shape[1], device=known.tier.device)
+    last = rows == host_ints(stops, known.tier.device)[:, None]
+    return Ranking(known.scores, torch.where(last, known.tier.max() + 1, known.tier))
 
 
 def _drop(setup: Setup, context: DropContext, scores: torch.Tensor | None, ids: Any, earlier: list[Any]) -> Dropped:
@@ -103,7 +117,7 @@ def _drop(setup: Setup, context: DropContext, scores: torch.Tensor | None, ids: 
     return drop_tokens(
         context.prev_hidden, context.hidden, per_segment, droppable=layout,
         scores=None if scores is None else scores.detach(), metric=context.stage.metric, score_dtype=options.score_dtype,
-        rope=None if compacted else context.rope, position_ids=ids if compacted else None,
+        rope=context.rope if is_pair(context.rope) and not compacted else None, position_ids=ids if compacted else None,
         positions="compacted" if compacted else "persistent", kv=caches.keys_and_values(earlier) or None,
         backend=options.backend,
     )  # fmt: skip

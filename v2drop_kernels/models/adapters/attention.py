@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .arguments import is_pair
+
 
 def rotate(block: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
     """The rotary embedding of the block's model, ``apply_rotary_pos_emb``."""
@@ -25,7 +27,11 @@ def project(
 
     ``hidden`` is the input of the block, ``rope`` the ``(cos, sin)`` tables of its rows.
     """
-    attn = block.self_attn
+    attn: Any = getattr(block, "self_attn", None)
+    lacking = next((name for name in ("q_proj", "k_proj", "head_dim", "scaling") if not hasattr(attn, name)), None)
+    if lacking or not is_pair(rope):
+        what = lacking or "rotary tables (cos, sin)"
+        raise ValueError(f"policy must not need attention in {type(block).__name__}, whose attention has no {what}")
     items = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     normed = block.input_layernorm(hidden)
 

@@ -15,7 +15,8 @@ def check_cache(cache: Any) -> None:
     from transformers import cache_utils
 
     kinds = {type(layer) for layer in getattr(cache, "layers", [None])} | {getattr(cache, "layer_class_to_replicate", None)}
-    known = {cache_utils.DynamicLayer, cache_utils.StaticLayer, None}
+    known = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.StaticLayer, None}
+    known.add(getattr(cache_utils, "LinearAttentionLayer", None))
     quantised = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
     odd = sorted(
         kind.__name__
@@ -24,7 +25,7 @@ def check_cache(cache: Any) -> None:
     )
     if odd or not hasattr(cache, "layers"):
         what = odd[0] if odd else type(cache).__name__
-        raise ValueError(f"past_key_values must be a DynamicCache or StaticCache with full attention; {what} cannot be ragged")
+        raise ValueError(f"past_key_values must be a DynamicCache, or a StaticCache with full attention; {what} cannot be ragged")
 
 
 def check_plain(cache: Any) -> None:
@@ -48,9 +49,26 @@ def cached_tokens(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def layer_tokens(cache: Any, layer: int) -> int:
+    """Tokens that a layer has received, also those that its window forgot."""
+    return int(cache.layers[layer].get_seq_length())
+
+
+def _counts(layer: Any) -> bool:
+    """Whether a layer has keys and values, not a state."""
+    return hasattr(layer, "get_seq_length")
+
+
+def counted_layer(cache: Any, layer: int) -> int:
+    """The layer whose length transformers takes for that of ``layer``: itself, or the first with keys and values."""
+    if layer >= len(cache.layers) or _counts(cache.layers[layer]):
+        return layer
+    return next((i for i, x in enumerate(cache.layers) if _counts(x)), layer)
+
+
 def check_one_length(cache: Any) -> None:
     """Raise ValueError if the layers differ in length. A static layer's length is on the device and is not read."""
-    lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
+    lengths = {n for layer in cache.layers if _counts(layer) and isinstance(n := layer.get_seq_length(), int)}
     if len(lengths) > 1:
         raise ValueError("past_key_values must be of a prefill under a TokenDropper, but its layers differ in length")
 

@@ -15,6 +15,12 @@ def full_attention(mask: Any) -> Any:
     return mask.get("full_attention") if isinstance(mask, dict) else mask
 
 
+def visible_rows(given: dict[str, Any]) -> torch.Tensor | None:
+    """bool ``[B, N]`` of the 2-D mask that the model was called with; None without one."""
+    mask = given.get("attention_mask")
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
 def last_row(mask: torch.Tensor, prompt: int) -> torch.Tensor:
     """bool ``[B, prompt]``: which rows of the prompt the last row of a 4-D mask may attend to."""
     last = mask[:, 0, -1, :prompt]
@@ -87,3 +93,60 @@ def _mask_of_padding(rows: KeptRows, *, prefill: bool, length: int, flash: bool)
         return valid
     causal = torch.ones(keep.shape[1], length, dtype=torch.bool, device=keep.device).tril() if prefill else True
     return valid[:, None, None, :] & causal
+
+
+def state_mask(mask: Any, rows: KeptRows | None) -> Any:
+    """The 2-D mask ``[B, S]`` of the rows that a layer with a state receives; None where all are real, or for new tokens."""
+    if rows is None:
+        return mask
+    real = rows.keep >= 0
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        real = real & mask.to(real.device).bool().gather(1, rows.keep.clamp(min=0))
+    elif not rows.ragged:
+        return None
+    return real.to(mask.dtype) if isinstance(mask, torch.Tensor) else real
+
+
+def position_mask(
+    keep: torch.Tensor,
+    prompt: int,
+    new: int,
+    length: int,
+    visible: torch.Tensor | None,
+    hidden: torch.Tensor,
+    *,
+    later: int,
+    window: int | None,
+    chunked: bool,
+    attention: str,
+) -> torch.Tensor:
+    """The mask of ``new`` tokens over the keys of a layer, rows of the prompt and all tokens behind it, by places in the text.
+
+    Parameters
+    ----------
+    keep : Tensor
+        int64 ``[B, S]``: the rows of the prompt that the layer received, -1 for padding.
+    prompt, later : int
+        Rows of the prompt; tokens behind it, the new ones included.
+    length : int
+        Keys that the layer attends to: the last ones, for a windowed cache forgets the first.
+    visible : Tensor | None
+        bool ``[B, prompt + later]``: not padding.
+    window : int | None
+        Of the layer, in places; ``chunked``: places are cut into chunks of this size, from the first real token on.
+    """
+    text = torch.arange(prompt, prompt + later, device=keep.device).expand(keep.shape[0], -1)
+    place = torch.cat([keep, text], dim=1)[:, -length:]  # [B, length]
+    query = text[:, -new:, None]
+    seen = (place >= 0)[:, None] & (place[:, None] <= query)
+    if visible is not None:
+        seen = seen & visible.to(keep.device).gather(1, place.clamp(min=0))[:, None]
+    if window is not None and chunked:
+        first = 0 if visible is None else visible.to(keep.device).int().argmax(1)[:, None, None]
+        seen = seen & ((place[:, None] - first) // window == (query - first) // window)
+    elif window is not None:
+        seen = seen & (query - place[:, None] < window)
+    seen = seen[:, None].to(hidden.device)
+    if attention == "eager":
+        return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+    return seen

@@ -6,8 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.schedule import prefill_flops
-from .capabilities import ATTENTION, check_sequence, layer_kinds, norm_of, placeholder_ids, text_decoder
+from . import deepstack
+from .arguments import parameters
+from .capabilities import (
+    ATTENTION,
+    STATEFUL,
+    WINDOWED,
+    check_sequence,
+    check_streams,
+    layer_kinds,
+    norm_of,
+    placeholder_ids,
+    text_decoder,
+)
 from .wrappers import unwrapped
+
+OLDEST = (5, 20)  # transformers; the oldest that the tests run with
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,33 @@ class ModelAdapter:
         """Those of :attr:`token_ids` that stand for videos."""
         ids = [getattr(self.config, name, None) for name in ("video_token_id", "video_token_index")]
         return tuple(x for x in ids if isinstance(x, int))
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a block has attention that counts positions."""
+        return any(kind in WINDOWED for kind in self.kinds)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a block keeps a state in place of keys and values."""
+        return any(kind in STATEFUL for kind in self.kinds)
+
+    def window(self, layer: int) -> int | None:
+        """The window or chunk of a block, in positions; None for full attention."""
+        config, kind = self.decoder.config, self.kinds[layer]
+        return int(config.sliding_window if kind == WINDOWED[0] else config.attention_chunk_size) if kind in WINDOWED else None
+
+    def cached_rows(self, layer: int, rows: int) -> int:
+        """Of the rows that a block receives in a prefill, those that its dynamic cache holds."""
+        if self.kinds[layer] in STATEFUL:
+            return 0
+        window = self.window(layer)
+        return rows if window is None else min(rows, window - 1)
+
+    @property
+    def deepstack(self) -> bool:
+        """Whether the decoder adds vision features behind its first blocks."""
+        return deepstack.PLANES in parameters(type(self.decoder).forward)
 
     @property
     def depth(self) -> int:
@@ -106,13 +147,25 @@ def adapter_of(model: Any) -> ModelAdapter:
         The model lacks a capability; the sentence says which.
     """
     model = unwrapped(model)
+    check_version()
     decoder = text_decoder(model)
     check_sequence(model, decoder)
+    check_streams(decoder)
     body, config = model.base_model, model.config
     kinds = layer_kinds(decoder)
     adapter = ModelAdapter(body, decoder, config.model_type, config, placeholder_ids(config, body), kinds)
     check_attention(adapter)
     return adapter
+
+
+def check_version() -> None:
+    """Raise RuntimeError for a transformers that is older than those tested."""
+    import transformers
+
+    if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise RuntimeError(
+            f"TokenDropper needs transformers >= {OLDEST[0]}.{OLDEST[1]}, but {transformers.__version__} is installed"
+        )
 
 
 def patch_sides(config: Any) -> tuple[int | None, int | None]:
@@ -127,6 +180,8 @@ def check_attention(adapter: ModelAdapter) -> None:
     """Raise ValueError unless masks of this attention implementation can be cut."""
     if adapter.attention not in ATTENTION:
         raise ValueError(f"model must use one of {', '.join(ATTENTION)} as attn_implementation, got {adapter.attention!r}")
+    if adapter.flash and adapter.windowed:
+        raise ValueError(f"model must not use {adapter.attention!r} with windows: its kernel counts them in rows, not in positions")
 
 
 def check_checkpointing(decoder: Any) -> None:

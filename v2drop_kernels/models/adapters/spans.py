@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ...core.layout import TokenLayout
+from .arguments import MethodReplacement
 from .model import ModelAdapter, patch_sides
 
 Spans = tuple[tuple[tuple[int, int], ...], ...]
@@ -49,7 +52,11 @@ def prompt_spans(adapter: ModelAdapter, given: dict[str, Any], position_ids: Any
     mine: list[list[tuple[int, int, int]]] = [[] for _ in spans]
     for item, token, start, stop in runs:
         mine[item].append((token, start, stop))
-    grid_of = _grids_by_position(adapter, position_ids) if _is_mrope(position_ids) else _grids_by_tile(adapter, given, runs)
+    if _is_mrope(position_ids):
+        grid_of = _grids_by_position(adapter, position_ids)
+    else:
+        sizes = grid_thw(given)
+        grid_of = _grids_by_tile(adapter, given, runs) if sizes is None else _grids_by_size(adapter, sizes, runs)
     return tuple(map(tuple, spans)), tuple(grid_of(item, its) if its else None for item, its in enumerate(mine))
 
 
@@ -80,27 +87,72 @@ def _grids_by_position(adapter: ModelAdapter, position_ids: torch.Tensor) -> Gri
     return grid_of
 
 
-def _grids_by_tile(adapter: ModelAdapter, given: dict[str, Any], runs: list[tuple[int, int, int, int]]) -> GridOf:
-    """The square grid of items whose one image is one tile, if every tile has the same number of tokens."""
-    tiles = _tiles(given)
+def _grids_by_size(adapter: ModelAdapter, sizes: torch.Tensor, runs: list[tuple[int, int, int, int]]) -> GridOf:
+    """Grids of images whose patches ``(frames, rows, columns)`` the tower was given, where each image is one run."""
     images = [run for run in runs if run[1] not in adapter.video_ids]
-    tokens = sum(stop - start for _, _, start, stop in images)
-    side, patch = patch_sides(adapter.config)
-    width = math.isqrt(tokens // tiles) if tiles and tokens % tiles == 0 else 0
-    regular = bool(width and side and patch) and width * width * tiles == tokens and (side // patch) % width == 0  # type: ignore[operator]
+    found: dict[int, list[tuple[int, ...]]] = {}
+    if len(images) == len(sizes):
+        for (item, _, start, stop), (frames, rows, columns) in zip(images, sizes.tolist(), strict=True):
+            merge = math.isqrt(frames * rows * columns // (stop - start))
+            fits = frames * (rows // merge) * (columns // merge) == stop - start
+            found.setdefault(item, []).append((rows // merge, columns // merge) if fits and frames == 1 else ())
 
     def grid_of(item: int, runs: list[tuple[int, int, int]]) -> Grid:
-        one = len(runs) == 1 and runs[0][0] not in adapter.video_ids and runs[0][2] - runs[0][1] == width * width
-        return (width, width) if regular and one else None
+        grids = found.get(item, [])
+        return grids[0] or None if len(grids) == len(runs) == 1 else None
 
     return grid_of
 
 
-def _tiles(given: dict[str, Any]) -> int:
-    """Pictures that the vision tower received for this batch; 0 if that is unknown. ``generate`` runs the tower beforehand."""
-    outputs = given.get("mm_encoder_outputs") or {}
-    features = getattr(outputs.get("image"), "pooler_output", None)
-    if features is not None:
-        return len(features)
-    pixels = given.get("pixel_values")
-    return math.prod(pixels.shape[:-3]) if isinstance(pixels, torch.Tensor) and pixels.dim() >= 4 else 0
+def _grids_by_tile(adapter: ModelAdapter, given: dict[str, Any], runs: list[tuple[int, int, int, int]]) -> GridOf:
+    """The square grid of items whose one image is one tile, if every tile has the same number of tokens."""
+    images = [run for run in runs if run[1] not in adapter.video_ids]
+    tokens = sum(stop - start for _, _, start, stop in images)
+    side, patch = patch_sides(adapter.config)
+    width = 0
+    for tiles in _tiles(given) if side and patch else ():
+        n = math.isqrt(tokens // tiles)
+        if n and n * n * tiles == tokens and (side // patch) % n == 0:  # type: ignore[operator]
+            width = n
+            break
+
+    def grid_of(item: int, runs: list[tuple[int, int, int]]) -> Grid:
+        one = len(runs) == 1 and runs[0][0] not in adapter.video_ids and runs[0][2] - runs[0][1] == width * width
+        return (width, width) if width and one else None
+
+    return grid_of
+
+
+def _tiles(given: dict[str, Any]) -> list[int]:
+    """How many pictures the vision tower may have received for this batch. ``generate`` runs the tower beforehand."""
+    outputs, pixels = given.get("mm_encoder_outputs") or {}, given.get("pixel_values")
+    if isinstance(pixels, torch.Tensor) and pixels.dim() >= 4:
+        return [n for n in (math.prod(pixels.shape[:-3]),) if n]
+    features, hidden = (getattr(outputs.get("image"), name, None) for name in ("pooler_output", "last_hidden_state"))
+    return [n for n in (len(x) for x in (features, hidden) if x is not None) if n]
+
+
+GRID = "_v2drop_grid_thw"  # attribute of an output of the vision tower
+
+
+def grid_thw(given: dict[str, Any]) -> torch.Tensor | None:
+    """int64 ``[images, 3]`` that the model, or its vision tower in ``generate``, was called with; None without."""
+    sizes = given.get("image_grid_thw")
+    return sizes if sizes is not None else getattr((given.get("mm_encoder_outputs") or {}).get("image"), GRID, None)
+
+
+def record_sizes(body: Any) -> Iterator[Any]:
+    """A handle of a replaced ``get_image_features``, which notes the sizes of images on its output, for ``generate``."""
+    encode = getattr(body, "get_image_features", None)
+    if encode is None or "image_grid_thw" not in inspect.signature(encode).parameters:
+        return
+
+    @functools.wraps(encode)  # transformers reads signatures
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        output = encode(*args, **kwargs)
+        sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_grid_thw")
+        if sizes is not None and not isinstance(output, tuple):
+            object.__setattr__(output, GRID, sizes)
+        return output
+
+    yield MethodReplacement(body, "get_image_features", get_image_features)

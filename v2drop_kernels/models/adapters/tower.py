@@ -13,13 +13,14 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ...ops.attention_score import cls_attention_score
+from .arguments import MethodReplacement
 from .model import ModelAdapter
 
 TOWER = "tower"  # key of the Tower in a policy's tower_cache
@@ -76,21 +77,6 @@ class Tower(threading.local):
         self.features = self.order = None
         self.grids = []
         self.notes.clear()
-
-
-class _MethodReplacement:
-    """A method of one object that is replaced until :meth:`remove`, which makes it a handle like those of hooks."""
-
-    def __init__(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
-        self.owner, self.name = owner, name
-        setattr(owner, name, method)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Undo the replacement in a copy of the owner's attributes."""
-        state.pop(self.name, None)
-
-    def remove(self) -> None:
-        self.owner.__dict__.pop(self.name, None)
 
 
 def clip_tower(adapter: ModelAdapter) -> Any:
@@ -154,7 +140,7 @@ def _register(adapter: ModelAdapter, tower_cache: dict[str, Any], record: Tower)
         yield _record_packing(body, record)
 
 
-def _record_packing(body: Any, record: Tower) -> _MethodReplacement:
+def _record_packing(body: Any, record: Tower) -> MethodReplacement:
     pack = body.pack_image_features
     grid_of = sys.modules[type(body).__module__].get_anyres_image_grid_shape
     pinpoints, side = body.config.image_grid_pinpoints, body.config.vision_config.image_size
@@ -171,7 +157,7 @@ def _record_packing(body: Any, record: Tower) -> _MethodReplacement:
         record.grids = [grid_of(size, pinpoints, side) if len(x) > 1 else (0, 0) for x, size in sizes]
         return pack(image_features, image_sizes, *args, **kwargs)
 
-    return _MethodReplacement(body, "pack_image_features", packing)
+    return MethodReplacement(body, "pack_image_features", packing)
 
 
 def record_cls(adapter: ModelAdapter, tower_cache: dict[str, Any], layers: Sequence[int]) -> Iterator[Any]:
