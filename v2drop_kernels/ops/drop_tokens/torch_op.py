@@ -43,10 +43,9 @@ def _drop(
     return outs, keep, cu
 
 
-def _drop_fake(
-    scores: Any, h_prev: Any, h_cur: Any, mask: Any, cu_seqlens: Any, tensors: Any, dims: Any, fills: Any, plan: Any, batch: Any,
-    rows: Any, out_rows: Any, *options: Any,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:  # fmt: skip
+def _drop_fake(*given: Any) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The shapes of ``_drop``, from the same arguments."""
+    (scores, _, h_cur, _, cu_seqlens, tensors, dims), (batch, _, out_rows) = given[:7], given[9:12]
     like = h_cur if scores is None else scores
     cu = like.new_empty(0 if cu_seqlens is None else cu_seqlens.shape[0], dtype=torch.int32)
     return registration.resized(tensors, dims, out_rows), like.new_empty((batch, out_rows), dtype=torch.int64), cu
