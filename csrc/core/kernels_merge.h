@@ -20,12 +20,27 @@ inline void finish_block(Pair (&sums)[kPairs], float divisor, typename T::Elemen
   }
 }
 
+// The same for few columns of float32, without a copy of each.
+inline void merge_short(const void* x, int64_t stride_bytes, const int64_t* rows, const float* weights, int64_t edges, int64_t columns,
+                        float divisor, float* to) {
+  float sums[kLanes] = {};
+  for (int64_t e = 0; e < edges; ++e) {
+    const float* from = reinterpret_cast<const float*>(static_cast<const char*>(x) + rows[e] * stride_bytes);
+    const float w = weights ? weights[e] : 1.0f;
+    for (int64_t c = 0; c < columns; ++c) sums[c] += w * from[c];
+  }
+  for (int64_t c = 0; c < columns; ++c) to[c] = divisor == 1 ? sums[c] : sums[c] / divisor;
+}
+
 // to = (the sum over e of weights[e] * row rows[e] of x) / divisor
 template <class T>
 void merge_row(const void* x, int64_t stride_bytes, const int64_t* rows, const float* weights, int64_t edges, int64_t dim, float divisor,
                void* to) {
   using Element = typename T::Element;
   Element* out = static_cast<Element*>(to);
+  if constexpr (std::is_same_v<T, Float32>) {
+    if (dim < kLanes) return merge_short(x, stride_bytes, rows, weights, edges, dim, divisor, out);
+  }
   for (int64_t j = 0; j < dim; j += kLanes) {
     const int64_t left = dim - j < kLanes ? dim - j : kLanes;
     Pair sums[kPairs] = {};

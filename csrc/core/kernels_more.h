@@ -32,10 +32,12 @@ void magnitudes(const float* __restrict prev, const float* __restrict cur, int64
   constexpr int64_t kBlock = 256;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
-    int32_t outside = 0;
+    uint32_t outside = 0;
     for (int64_t l = i; l < i + m; ++l) {
       const float d = __builtin_fabsf(cur[l] - prev[l]);
-      outside |= !(d == 0 || (d >= 0x1p-60f && d <= 0x1p60f));
+      uint32_t u;  // 0, or between 2^-60 and 2^60
+      std::memcpy(&u, &d, sizeof u);
+      outside |= static_cast<uint32_t>(u != 0) & static_cast<uint32_t>(u - 0x21800000u > 0x3c000000u);
       to[l] = d;
     }
     if (outside) score_short_rows<true, 1>(prev + i, cur + i, m, to + i);
