@@ -38,12 +38,12 @@ def runs(row):
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def check(model, inputs, vision, spans=None):
+def check(model, inputs, vision, spans=None, schedule=SCHEDULE):
     """Kept rows, logits of every step and tokens of a generation."""
     with torch.no_grad():
-        with HiddenRows(model, text_decoder(model), vision, SCHEDULE) as want:
+        with HiddenRows(model, text_decoder(model), vision, schedule) as want:
             expected = model.generate(**inputs, **GREEDY)
-        with TokenDropper(SCHEDULE, spans=spans)(model) as session:
+        with TokenDropper(schedule, spans=spans)(model) as session:
             got = model.generate(**inputs, **GREEDY)
     for i, row in enumerate(vision):
         mine = row.nonzero().flatten()
@@ -184,6 +184,29 @@ def test_an_older_transformers_is_refused(monkeypatch):
     words = r"TokenDropper needs transformers >= 5\.\d+, but 5\.8\.1 is installed"
     with pytest.raises(RuntimeError, match=words), TokenDropper(SCHEDULE)(families.made("llava")):
         pass
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3"])
+def test_budgets_per_image(kind):
+    """Every image keeps its own share, at both stages; the batch has items of one, two and three images, and of none."""
+    rows = [
+        [5, *[IMAGE] * 9, 13, *[IMAGE] * 4, 7],
+        [33, *[IMAGE] * 6, 4, *[IMAGE] * 2, 44, *[IMAGE] * 5, 12],
+        [8, 9],
+        [4, *[IMAGE] * 3, 6],
+    ]
+    inputs, vision = prompts(rows)
+    model = families.made(kind)
+    schedule = Schedule((Stage(1, 0.6), Stage(3, 1)), per="image")
+    session = check(model, inputs, vision, schedule=schedule)
+    assert [len(session.kept(i).stages[0]) for i in range(4)] == [5 + 2, 3 + 1 + 3, 0, 1]
+    assert [len(session.kept(i).stages[1]) for i in range(4)] == [2, 3, 0, 1]
+    assert Schedule.from_json(schedule.to_json()) == schedule
+    with pytest.raises(ValueError, match="per must be one of"):
+        Schedule((), per="batch")
+    dycoke = Schedule((Stage(0, 0.5, "dycoke"),), per="image")
+    with pytest.raises(ValueError, match="per='image' with the policy 'dycoke', which counts by itself"):
+        TokenDropper(dycoke)(families.made("llava")).__enter__()
 
 
 @pytest.mark.parametrize("policy", ["variation", "fastv", "random"])

@@ -18,6 +18,7 @@ class HiddenRows:
 
     def __init__(self, model, decoder, vision, schedule):
         self.schedule = {stage.layer: stage for stage in schedule.stages}
+        self.per = schedule.per
         self.vision, self.gone, self.kept, self.change = vision, {}, [], None
         self.handles = []
         for index, layer in enumerate(decoder.layers):
@@ -70,10 +71,14 @@ class HiddenRows:
     def drop(self, stage, gone):
         gone, kept = gone.clone(), []
         for item, row in enumerate(self.vision & ~gone):
-            left = row.nonzero().flatten().tolist()
-            n = len(left)
-            count = min(n, stage.keep) if isinstance(stage.keep, int) else n_keep(n, stage.keep, stage.rounding, stage.at_least)
-            best = sorted(left, key=lambda r: (-float(self.change[item, r]), r))[:count]
+            left, best = row.nonzero().flatten().tolist(), []
+            starts = self.vision[item] & ~torch.nn.functional.pad(self.vision[item], (1, 0))[:-1]
+            image = starts.cumsum(0).tolist() if self.per == "image" else [0] * len(row)
+            for number in {image[r] for r in left}:
+                mine = [r for r in left if image[r] == number]
+                n = len(mine)
+                count = min(n, stage.keep) if isinstance(stage.keep, int) else n_keep(n, stage.keep, stage.rounding, stage.at_least)
+                best += sorted(mine, key=lambda r: (-float(self.change[item, r]), r))[:count]
             gone[item, [r for r in left if r not in best]] = True
             kept.append(sorted(best))
         self.kept.append(kept)

@@ -104,6 +104,9 @@ class Schedule:
     inject : int
         Late injection (HiDivDrop, section 3.1): the droppable tokens enter before this 0-based block, under the position ids that
         they have in the prompt; the blocks before it process the text alone. No stage lies before it.
+    per : {"item", "image"}
+        What a stage's count or share applies to: all droppable tokens of a batch item together, or each run of them, which is an
+        image, or a frame where time stamps lie between frames. :meth:`counts` and the like then speak of one image.
 
     Examples
     --------
@@ -116,10 +119,12 @@ class Schedule:
     name: str = ""
     source: str = ""
     inject: int = 0
+    per: str = "item"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         require_int("inject", self.inject)
+        one_of("per", self.per, ("item", "image"))
         for stage in self.stages:
             if not isinstance(stage, Stage):
                 raise TypeError(f"stages must hold Stage, got {type(stage).__name__}")

@@ -31,9 +31,10 @@ class TokenDropper:
     ----------
     schedule : Schedule | str
         When tokens are dropped, how many, and by which ranking; or the name of a preset. An item of a batch has one budget for
-        all its images; items without images are not changed. The last row of a prompt stays also if it is a vision token, for its
-        state gives the first token of the answer. A preset for another number of blocks goes to the layers that its paper gives for
-        this number, else to the same shares of the depth, and one line on stderr says to which.
+        all its images unless ``Schedule(per="image")``; items without images are not changed. The last row of a prompt stays
+        also if it is a vision token, for its state gives the first token of the answer. A preset for another number of blocks
+        goes to the layers that its paper gives for this number, else to the same shares of the depth, and one line on stderr
+        says to which.
     positions : {"persistent", "compacted", "group"}
         Position ids of the kept tokens, see :mod:`v2drop_kernels.positions`. "group" requires models with one id per token, which
         excludes M-RoPE.

@@ -14,6 +14,7 @@ from .adapters.arguments import LayerCall, is_pair
 from .adapters.masks import padding_of
 from .adapters.spans import Grid, Spans, given_spans, prompt_spans
 from .caches import CacheState
+from .images import Counts, run_counts
 from .report import Stopwatch
 from .rows import KeptRows, insert_vision, rows_behind
 from .setup import Setup
@@ -69,6 +70,8 @@ class Prefill:
         From the start of the decoder to its final norm.
     last_stays : tuple of bool
         Whether an item ends in a vision token, which is kept: its state gives the first token of the answer.
+    images : dict
+        With budgets per image what every stage keeps of each.
     """
 
     batch: int
@@ -99,6 +102,7 @@ class Prefill:
     itemsize: int = 0
     watch: Stopwatch | None = None
     last_stays: tuple[bool, ...] = ()
+    images: dict[int, Counts] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -167,7 +171,8 @@ def begin(
     inject = setup.schedule.inject if any(vision) else 0
     if inject and (alone := [item for item, (n, length) in enumerate(zip(vision, lengths, strict=True)) if n and n == length]):
         raise ValueError(f"schedule must not inject late in item {alone[0]}: it has nothing but vision tokens")
-    budgets = _budgets(setup, vision, last)
+    images = _images(setup, spans, last) if setup.schedule.per == "image" else {}
+    budgets = _budgets(setup, vision, last, images)
     item_ids: list[list[int]] = [[]] * batch
     if input_ids is not None and any(policy.seeded for policy in setup.policies.values()):
         item_ids = [ids[start:stop] for ids, (start, stop) in zip(input_ids.tolist(), layout.bounds, strict=True)]
@@ -183,7 +188,7 @@ def begin(
         labels=labels if labels is not None and tuple(labels.shape) == (batch, rows) else None,
     )  # fmt: skip
     made.hold((None,) * depth)
-    made.last_stays = last
+    made.last_stays, made.images = last, images
     made.watch = Stopwatch(device)
     return made
 
@@ -221,11 +226,21 @@ def _layout(spans: Spans, rows: int, lengths: list[int] | None, side: str, devic
     return TokenLayout.from_mask(mask, counts, lengths=lengths, padding_side=side)
 
 
-def _budgets(setup: Setup, vision: tuple[int, ...], last: tuple[bool, ...]) -> dict[int, tuple[int, ...]]:
+def _images(setup: Setup, spans: Spans, last: tuple[bool, ...]) -> dict[int, Counts]:
+    """Tokens to keep of each image, for every stage."""
+    left, kept = tuple(tuple(stop - start for start, stop in item) for item in spans), {}
+    for layer, stage in setup.stages.items():
+        kept[layer] = left = run_counts(stage, left, last)
+    return kept
+
+
+def _budgets(
+    setup: Setup, vision: tuple[int, ...], last: tuple[bool, ...], images: dict[int, Counts]
+) -> dict[int, tuple[int, ...]]:
     """Tokens to keep of each item, for every layer at which something is dropped."""
     ratios, budgets, left = setup.soft.values(), {}, vision
     for layer in setup.stages:
-        kept = setup.counts(left, layer, ratios.get(layer))
+        kept = tuple(map(sum, images[layer])) if images else setup.counts(left, layer, ratios.get(layer))
         kept = tuple(max(n, 1) if ends else n for n, ends in zip(kept, last, strict=True))
         if kept != left or (layer in ratios and any(left)):
             budgets[layer] = left = kept

@@ -106,6 +106,11 @@ def _fitted(schedule: Any, depth: int) -> Schedule:
 
 def _check_capabilities(options: TokenDropper, schedule: Schedule, adapter: ModelAdapter) -> None:
     """Raise ValueError for options that are not exact in this model."""
+    if schedule.per == "image":
+        own = next((x.policy for x in schedule.stages if _counts_itself(policies.find(x.policy))), None)
+        if own is not None or options.soft:
+            what = f"the policy {own!r}, which counts by itself" if own else "soft"
+            raise ValueError(f"schedule must not have per='image' with {what}")
     if adapter.deepstack and schedule.inject:
         raise ValueError("schedule must not inject late in a model that adds vision features behind its first blocks")
     if adapter.stateful and (schedule.inject or options.compact_earlier_kv):
@@ -119,3 +124,8 @@ def _check_capabilities(options: TokenDropper, schedule: Schedule, adapter: Mode
         raise ValueError(f"positions must be 'persistent' for a model with windows of positions, got {options.positions!r}")
     if schedule.inject or any(stage.layer == 0 for stage in schedule.stages):
         raise ValueError("schedule must begin behind block 0 in a model with windows: its masks follow the first block's cache")
+
+
+def _counts_itself(policy: type[Policy]) -> bool:
+    """Whether a policy does not keep just the number that the schedule requests."""
+    return policy.count is not Policy.count or policy.counts is not Policy.counts

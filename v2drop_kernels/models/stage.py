@@ -17,6 +17,7 @@ from .adapters.arguments import LayerCall, is_pair
 from .caches import compact_static
 from .context import DropContext
 from .forward import Forward
+from .images import by_image
 from .prefill import Prefill, real_lengths
 from .ranking import Ranking
 from .rows import KeptRows
@@ -31,7 +32,7 @@ def run_stage(setup: Setup, forward: Forward, index: int, call: LayerCall) -> to
     cache = prefill.cache_state.attach(call)
     context = _context(setup, forward, prefill, index, call)
     ratio = setup.soft.parameter(index)
-    scores = _scores(setup, context, prefill.last_stays, ratio)
+    scores = _scores(setup, context, prefill, ratio)
     early = setup.options.compact_earlier_kv and cache is not None
     if early:
         caches.check_plain(cache)
@@ -81,20 +82,22 @@ def _seeds(seed: int, layer: int, items: list[list[int]]) -> list[int]:
     return [zlib.crc32(repr((seed, layer, ids)).encode()) for ids in items]
 
 
-def _scores(setup: Setup, context: DropContext, last_stays: tuple[bool, ...], ratio: torch.Tensor | None) -> torch.Tensor | None:
+def _scores(setup: Setup, context: DropContext, prefill: Prefill, ratio: torch.Tensor | None) -> torch.Tensor | None:
     """Scores of the stage's policy, with a gradient in soft training; None: the variation, scored while dropping."""
-    hidden = context.hidden
+    hidden, last_stays, images = context.hidden, prefill.last_stays, prefill.images
     with torch.set_grad_enabled(ratio is not None):
         if not any(context.keep):  # nothing is ranked if nothing is kept
             return hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
         scores = setup.policies[context.layer].score(context)
-        if scores is None and (ratio is not None or any(last_stays)):
+        if scores is None and (ratio is not None or any(last_stays) or images):
             assert context.prev_hidden is not None
             scores = variation_score(
                 context.prev_hidden, hidden, metric=context.stage.metric, score_dtype=setup.options.score_dtype
             )
         if any(last_stays) and scores is not None:
             scores = _last_first(context, scores, last_stays)
+        if images and scores is not None:
+            scores = by_image(context, scores, prefill.spans, images[context.layer], prefill.rows)
         if isinstance(scores, Ranking):
             return scores.ordinals(context.droppable) if ratio is None else scores.shifted(context.droppable)
         return scores
