@@ -29,3 +29,11 @@ def test_dry_run():
     llava = [row for row in whole if row["schedule"] == "v2drop-64" and row["new"] == 1 and row["batch"] == 1]
     assert [row["average_tokens"] for row in llava] == [24, (3 * 24 + 21) / 24, (3 * 24 + 21) / 24]
     assert llava[1]["cache_mb"] < llava[0]["cache_mb"]
+
+
+def test_dry_run_of_sessions():
+    done = run_script(BENCH / "model" / "session.py", "--dry", "--only", "entering", "hooks", "steps")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["run"] for row in rows] == ["dry"] * 3
+    assert all(row["ours_ms"] > 0 for row in rows)

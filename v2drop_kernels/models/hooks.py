@@ -57,13 +57,14 @@ class Hooks:
 
     def keep(self, handles: Iterable[Any]) -> None:
         """Handles of hooks somewhere in the model."""
-        self._handles.extend(handles)
-        if new := {id(table) for handle in self._handles if (table := _table(handle)) is not None}:
-            self._ids |= {handle.id for handle in self._handles if _table(handle) is not None}
-            for module in self.model.modules():
-                if any(id(module.__dict__.get(name)) in new for name in _TABLES):
-                    self._guard(module)
-        for handle in self._handles:
+        added = list(handles)
+        self._handles.extend(added)
+        tables = {id(table) for handle in added if (table := _table(handle)) is not None}
+        self._ids |= {handle.id for handle in added if _table(handle) is not None}
+        for module in self.model.modules() if tables else ():
+            if any(id(module.__dict__.get(name)) in tables for name in _TABLES):
+                self._guard(module)
+        for handle in added:
             if _table(handle) is None and (owner := getattr(handle, "owner", None)) is not None:
                 self._guard(owner)
 
