@@ -179,6 +179,35 @@ def test_the_table_judges_as_the_tests_do():
         support.markdown(["llama"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        *((kind, "") for kind in ("glm4", "granite_docling", "paddleocr_vl", "qwen3_moe", "qwen3_vl")),
+        ("gemma3", "the policy 'fastv' needs attention weights, which a model with windows"),
+        ("qwen3_5", "the policy 'fastv' needs attention weights, which a model with windows or linear attention"),
+        ("hunyuan_vl", "whose attention has query_layernorm"),
+        ("olmo2", "whose attention has no norm of the block's input"),
+        ("phi3", "whose attention has no q_proj"),
+    ],
+)
+def test_policies_that_need_attention_rank_by_the_weights_of_the_block_or_are_refused(kind, words):
+    model = families.made(kind)
+    inputs, vision = prompts([[5, 9, 7, 11, *[IMAGE] * 9, 13, 21, 17]])
+    spans = None if placeholder_ids(model.config, model.base_model) else [runs(row) for row in vision]
+    dropper = TokenDropper(Schedule((Stage(2, 3, "fastv"),)), spans=spans)
+    if words:
+        with torch.no_grad(), dropper(model), pytest.raises(ValueError, match=words):
+            model(**inputs)
+        return
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**inputs, output_attentions=True).attentions[1].mean(1)[0, -1, 4:13]
+        model.set_attn_implementation("sdpa")
+        with dropper(model) as session:
+            model(**inputs)
+    assert list(session.kept(0).stages[0]) == sorted(weights.topk(3).indices.tolist())
+
+
 def test_an_older_transformers_is_refused(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.8.1")
     words = r"TokenDropper needs transformers >= 5\.\d+, but 5\.8\.1 is installed"

@@ -167,6 +167,9 @@ class DropContext:
         ``hidden`` is the input of that block. The keys are computed again, because attention kernels that never form the weights
         cannot return them; V2Drop's score avoids this cost.
         """
+        if self.adapter.windowed or self.adapter.stateful:
+            what = "attention weights, which a model with windows or linear attention forms in a way of each kind of block"
+            raise ValueError(f"the policy {self.stage.policy!r} needs {what}")
         with unsharded(self.blocks[layer]):
             return block_attention.project(self.blocks[layer], hidden, rows, self.rope)
 

@@ -20,6 +20,21 @@ def scaling(block: Any) -> float:
     return float(block.self_attn.scaling)
 
 
+def _check(block: Any, rope: Any) -> None:
+    """Raise ValueError where queries and keys are made in a way that :func:`project` does not repeat."""
+    attn = getattr(block, "self_attn", None)
+    lacking = next((name for name in ("q_proj", "k_proj", "head_dim", "scaling") if not hasattr(attn, name)), None)
+    if lacking is None and not hasattr(block, "input_layernorm"):
+        lacking = "norm of the block's input"
+    if lacking is None and not is_pair(rope):
+        lacking = "rotary tables (cos, sin)"
+    if lacking is not None:
+        raise ValueError(f"policy must not need attention in {type(block).__name__}, whose attention has no {lacking}")
+    norms = [name for name, _ in attn.named_children() if "norm" in name and name not in ("q_norm", "k_norm")]
+    if norms or hasattr(attn, "sinks"):
+        raise ValueError(f"policy must not need attention in {type(block).__name__}, whose attention has {(norms or ['sinks'])[0]}")
+
+
 def project(
     block: Any, hidden: torch.Tensor, rows: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,11 +42,8 @@ def project(
 
     ``hidden`` is the input of the block, ``rope`` the ``(cos, sin)`` tables of its rows.
     """
-    attn: Any = getattr(block, "self_attn", None)
-    lacking = next((name for name in ("q_proj", "k_proj", "head_dim", "scaling") if not hasattr(attn, name)), None)
-    if lacking or not is_pair(rope):
-        what = lacking or "rotary tables (cos, sin)"
-        raise ValueError(f"policy must not need attention in {type(block).__name__}, whose attention has no {what}")
+    _check(block, rope)
+    attn = block.self_attn
     items = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     normed = block.input_layernorm(hidden)
 
