@@ -22,7 +22,7 @@ def scaling(block: Any) -> float:
 
 def _check(block: Any, rope: Any) -> None:
     """Raise ValueError where queries and keys are made in a way that :func:`project` does not repeat."""
-    attn = getattr(block, "self_attn", None)
+    attn: Any = getattr(block, "self_attn", None)
     lacking = next((name for name in ("q_proj", "k_proj", "head_dim", "scaling") if not hasattr(attn, name)), None)
     if lacking is None and not hasattr(block, "input_layernorm"):
         lacking = "norm of the block's input"
