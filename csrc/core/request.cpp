@@ -8,10 +8,13 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
+#include <utility>
 
 #include "checks.h"
 #include "kernels.h"
 #include "ordinal.h"
+#include "overlap.h"
 
 namespace v2drop {
 namespace {
@@ -112,6 +115,33 @@ void check_writable(const char* name, const v2drop_tensor& tensor) {
   for (int d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] > 1 && tensor.stride[d] == 0) fail("%s: dimension %d has stride 0, a result must not overlap itself", name, d);
   }
+  if (overlaps_itself(tensor)) fail("%s: elements share memory, a result must not overlap itself", name);
+}
+
+constexpr int64_t kNoGather = -1;
+
+// Of two tensors of a call that share memory none may be written.
+void check_apart(std::initializer_list<std::pair<const char*, const v2drop_tensor*>> written,
+                 std::initializer_list<std::pair<const char*, const v2drop_tensor*>> read, const v2drop_source* source = nullptr,
+                 const v2drop_gather* gathers = nullptr, int64_t n_gathers = 0, bool in_place = false) {
+  Regions regions(written.size() + read.size() + 4 + 2 * static_cast<size_t>(n_gathers));
+  for (const auto& [name, tensor] : written) regions.written({name, kNoGather}, tensor);
+  for (const auto& [name, tensor] : read) regions.read({name, kNoGather}, tensor);
+  if (source) {
+    regions.read({"prev", kNoGather}, source->prev);
+    regions.read({"cur", kNoGather}, source->cur);
+    regions.read({"scores", kNoGather}, source->scores);
+    regions.read({"mask", kNoGather}, source->mask);
+  }
+  for (int64_t p = 0; p < n_gathers; ++p) {
+    if (in_place) {
+      regions.written({"src", p}, &gathers[p].src);
+    } else {
+      regions.read({"src", p}, &gathers[p].src);
+      regions.written({"dst", p}, &gathers[p].dst);
+    }
+  }
+  regions.check();
 }
 
 void check_contiguous(const char* name, const v2drop_tensor& tensor) {
@@ -434,6 +464,8 @@ ScoreRequest check_score(const v2drop_source* source, const v2drop_tensor* score
   const Hidden hidden = check_only_hidden(source, true);
   const RowView out = check_scores_of("scores", hidden, scores);
   check_writable("scores", *scores);
+  const v2drop_source given = read_source(source);
+  check_apart({{"scores", scores}}, {}, &given);
   return {hidden, out};
 }
 
@@ -449,7 +481,10 @@ ScoreBackwardRequest check_score_backward(const v2drop_tensor* grad, const v2dro
     return view;
   };
   const RowView of_scores = check_scores_of("grad", hidden, grad);
-  return {hidden, of_scores, check_one("grad_prev", grad_prev), check_one("grad_cur", grad_cur)};
+  const ScoreBackwardRequest request = {hidden, of_scores, check_one("grad_prev", grad_prev), check_one("grad_cur", grad_cur)};
+  const v2drop_source given = read_source(source);
+  check_apart({{"grad_prev", grad_prev}, {"grad_cur", grad_cur}}, {{"grad", grad}}, &given);
+  return request;
 }
 
 TopkRequest check_topk(const v2drop_source* source, const v2drop_segment* segments, int64_t n_segments, const v2drop_tensor* cu_seqlens,
@@ -475,14 +510,16 @@ TopkRequest check_topk(const v2drop_source* source, const v2drop_segment* segmen
     if (segments[g].k <= request.width) continue;
     fail("indices: width %" PRId64 " is less than k %" PRId64 " of segment %" PRId64, request.width, segments[g].k, g);
   }
+  check_apart({{"values", values}, {"indices", indices}}, {{"cu_seqlens", cu_seqlens}}, &given);
   return request;
 }
 
 DropRequest check_drop(const v2drop_source* source, const v2drop_segment* segments, int64_t n_segments, const v2drop_tensor* cu_seqlens,
                        const v2drop_tensor* keep, const v2drop_tensor* new_cu, const v2drop_gather* gathers, int64_t n_gathers,
                        int32_t place) {
+  const v2drop_source given = read_source(source);
   DropRequest request = {};
-  request.source = check_source(read_source(source), kForced);
+  request.source = check_source(given, kForced);
   const ScoreSource& ranked = request.source;
   if (new_cu && !cu_seqlens) fail("new_cu: is given without cu_seqlens");
   request.segments = check_all_segments(ranked, segments, n_segments, cu_seqlens, place);
@@ -494,24 +531,31 @@ DropRequest check_drop(const v2drop_source* source, const v2drop_segment* segmen
   if (request.keep.batch != ranked.batch) fail("keep: has %" PRId64 " entries, but there are %" PRId64, request.keep.batch, ranked.batch);
   if (!cu_seqlens) check_tiling(segments, n_segments, ranked.rows, request.keep);
   request.copies = check_gathers(gathers, n_gathers, ranked.batch, ranked.rows, request.keep.count, false);
+  check_apart({{"keep", keep}, {"new_cu", new_cu}}, {{"cu_seqlens", cu_seqlens}}, &given, gathers, n_gathers);
   return request;
 }
 
 CompactRequest check_compact(const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers) {
   const Keep kept = check_keep(keep);
-  return {kept, 0, check_gathers(gathers, n_gathers, kept.batch, -1, kept.count, false)};
+  CompactRequest request = {kept, 0, check_gathers(gathers, n_gathers, kept.batch, -1, kept.count, false)};
+  check_apart({}, {{"keep", keep}}, nullptr, gathers, n_gathers);
+  return request;
 }
 
 CompactRequest check_compact_backward(const v2drop_tensor* keep, int64_t rows, const v2drop_gather* gathers, int64_t n_gathers) {
   const Keep kept = check_keep(keep);
   int64_t total;
   if (rows < 0 || __builtin_mul_overflow(kept.batch, rows, &total)) fail("rows: is %" PRId64, rows);
-  return {kept, rows, check_gathers(gathers, n_gathers, kept.batch, kept.count, rows, false)};
+  CompactRequest request = {kept, rows, check_gathers(gathers, n_gathers, kept.batch, kept.count, rows, false)};
+  check_apart({}, {{"keep", keep}}, nullptr, gathers, n_gathers);
+  return request;
 }
 
 CompactRequest check_compact_inplace(const v2drop_tensor* keep, const v2drop_gather* gathers, int64_t n_gathers) {
   const Keep kept = check_keep(keep);
-  return {kept, 0, check_gathers(gathers, n_gathers, kept.batch, -1, -1, true)};
+  CompactRequest request = {kept, 0, check_gathers(gathers, n_gathers, kept.batch, -1, -1, true)};
+  check_apart({}, {{"keep", keep}}, nullptr, gathers, n_gathers, true);
+  return request;
 }
 
 AttentionRequest check_attention(const v2drop_tensor* q, const v2drop_tensor* k, const v2drop_tensor* query_rows,
@@ -534,6 +578,7 @@ AttentionRequest check_attention(const v2drop_tensor* q, const v2drop_tensor* k,
   if (queries != V2DROP_QUERIES_MEAN && queries != V2DROP_QUERIES_L2) fail("queries: unknown code %d", queries);
   a.scores = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", a.k.batch, a.k.rows);
   check_writable("scores", *scores);
+  check_apart({{"scores", scores}}, {{"q", q}, {"k", k}, {"query_rows", query_rows}, {"key_mask", key_mask}, {"droppable", droppable}});
   return a;
 }
 
@@ -542,6 +587,7 @@ NormRequest check_key_norm(const v2drop_tensor* k, int32_t norm, const v2drop_te
   if (norm < 0 || norm >= kNorms) fail("norm: must be l2 or l1, got code %d", norm);
   const RowView out = check_row_values("scores", scores, V2DROP_FLOAT32, "float32", keys.batch, keys.rows);
   check_writable("scores", *scores);
+  check_apart({{"scores", scores}}, {{"k", k}});
   return {keys, norm, out};
 }
 
@@ -557,6 +603,7 @@ PivotsRequest check_pivots(const v2drop_tensor* x, const v2drop_tensor* pivots, 
     fail("cosines: is %" PRId64 " x %" PRId64 " x %" PRId64 ", not %" PRId64 " x %" PRId64 " x %" PRId64, out.batch, out.rows, out.dim,
          p.x.batch, p.pivots.rows, p.x.rows);
   }
+  check_apart({{"cosines", cosines}}, {{"x", x}, {"pivots", pivots}});
   return p;
 }
 
@@ -569,6 +616,7 @@ UploadRequest check_upload(const v2drop_tensor* values, const v2drop_tensor* to)
   if (to->shape[0] != values->shape[0]) fail("to: has %" PRId64 " elements, not %" PRId64, to->shape[0], values->shape[0]);
   check_contiguous("values", *values);
   check_contiguous("to", *to);
+  check_apart({{"to", to}}, {{"values", values}});
   return {static_cast<const int64_t*>(values->data), values->shape[0], to->data, to->dtype};
 }
 

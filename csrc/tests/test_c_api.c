@@ -415,6 +415,58 @@ static void test_bad_gathers(void) {
   BAD("keep", compact_backward(&keep, 4, &p, 1));
 }
 
+/* A result shares memory with an input or another result; the halves of a workspace and the columns of a matrix do not. */
+static void test_overlap(void) {
+  float room[64] = {0};
+  int64_t rows[3] = {0, 2, -1};
+  const v2drop_tensor keep = tensor(rows, V2DROP_INT64, 3, 0);
+  v2drop_tensor prev = tensor(room, V2DROP_FLOAT32, 4, 2), cur = tensor(room + 8, V2DROP_FLOAT32, 4, 2);
+  v2drop_tensor scores = tensor(room + 16, V2DROP_FLOAT32, 4, 0), other = tensor(room + 20, V2DROP_FLOAT32, 4, 2);
+  v2drop_gather p[3];
+  int i;
+  OK(score(&prev, &cur, V2DROP_L2, V2DROP_FLOAT32, &scores));
+  OK(score(&prev, &prev, V2DROP_L2, V2DROP_FLOAT32, &scores)); /* inputs may be one tensor */
+  scores.data = room + 15;
+  BAD("scores: shares memory with cur", score(&prev, &cur, V2DROP_L2, V2DROP_FLOAT32, &scores));
+  scores.data = room + 16;
+  OK(score_backward(&scores, &prev, &cur, V2DROP_L2, &other, NULL));
+  BAD("grad_cur: shares memory with cur", score_backward(&scores, &prev, &cur, V2DROP_L2, &other, &cur));
+  BAD("grad_prev: shares memory with grad_cur", score_backward(&scores, &prev, &cur, V2DROP_L2, &other, &other));
+  for (i = 0; i < 3; ++i) {
+    p[i].src = tensor(room + 8 * i, V2DROP_FLOAT32, 4, 2);
+    p[i].dst = tensor(room + 24 + 6 * i, V2DROP_FLOAT32, 3, 2);
+    p[i].batch_dim = -1;
+    p[i].row_dim = 0;
+    p[i].fill = 0;
+  }
+  OK(compact(&keep, p, 3));
+  p[2].dst.data = room + 24 + 6 + 5;
+  BAD("gathers[1].dst: shares memory with gathers[2].dst", compact(&keep, p, 3));
+  p[2].dst.data = room + 21;
+  BAD("gathers[2].dst: shares memory with gathers[2].src", compact(&keep, p, 3));
+  p[2].dst.data = room + 36;
+  BAD("gathers[0].src: shares memory with gathers[1].src", (p[1].src.data = room + 7, compact_inplace(&keep, p, 2)));
+  p[1].src.data = room + 8;
+  p[1].dst.data = rows;
+  BAD("gathers[1].dst: shares memory with keep", compact(&keep, p, 2));
+  /* The columns of a matrix of four lie between one another: 0 and 1, 2 and 3; 1 and 2 meet both. From the last row to the first too. */
+  for (i = 0; i < 2; ++i) p[i].dst = tensor(room + 40 + 2 * i, V2DROP_FLOAT32, 3, 2), p[i].dst.stride[0] = 4;
+  OK(compact(&keep, p, 2));
+  p[1].dst.data = room + 50, p[1].dst.stride[0] = -4;
+  OK(compact(&keep, p, 2));
+  p[1].dst.data = room + 49;
+  BAD("gathers[0].dst: shares memory with gathers[1].dst", compact(&keep, p, 2));
+  /* 0 1, 3 4, 6 7 are apart although 3 is no multiple of 2; steps of 1 are not. Nor do 0 3, 2 5 and 4 7 meet, which do not nest. */
+  p[0].dst = tensor(room + 40, V2DROP_FLOAT32, 3, 2), p[0].dst.stride[0] = 3;
+  OK(compact(&keep, p, 1));
+  p[0].dst.stride[0] = 1;
+  BAD("gathers[0].dst: elements share memory", compact(&keep, p, 1));
+  p[0].dst.stride[0] = 2, p[0].dst.stride[1] = 3;
+  OK(compact(&keep, p, 1));
+  p[0].dst.stride[1] = 4;
+  BAD("gathers[0].dst: elements share memory", compact(&keep, p, 1));
+}
+
 /* Both structs that may grow: their size, and fields of later versions. */
 static void test_sizes(void) {
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
@@ -632,6 +684,7 @@ static void test_all(void) {
   test_bad_scores();
   test_bad_selection();
   test_bad_gathers();
+  test_overlap();
   test_sizes();
 }
 

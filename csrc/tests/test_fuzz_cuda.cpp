@@ -765,7 +765,7 @@ void test_wrong() {
   const v2drop_context* cuda = &on.cuda;
   const bool topk = one_in(2);
   bool only_cuda = false;
-  switch (random(0, 9)) {
+  switch (random(0, 10)) {
     case 0:
       in.computed ? spoil(one_in(2) ? prev : cur) : spoil(scores);
       break;
@@ -821,6 +821,14 @@ void test_wrong() {
         on.cuda.size = one_in(2) ? 0 : sizeof on.cuda - 1;
       }
       break;
+    case 9: {  // a result in the memory of an input or of another result
+      if (n * k == 0 || in.rows == 0) return;
+      const v2drop_tensor& input = in.computed ? (one_in(2) ? prev : cur) : scores;
+      if (in.computed && input.shape[input.ndim - 1] == 0) return;
+      v2drop_tensor& result = topk ? (one_in(2) ? v : i) : to;
+      result.data = topk && one_in(2) ? (&result == &v ? i : v).data : input.data;
+      break;
+    }
     default:
       only_cuda = true;
       if (!in.computed || in.rows * in.batch * k == 0) return;

@@ -75,17 +75,32 @@ def test_help(args, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
-def test_bench_outside_a_checkout_names_the_command(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "site-packages" / "v2drop_kernels")
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["bench"]) == 2
+RUN = "import sys\nsys.exit(7 if sys.argv[1:] == ['--help', '-x', 'a b'] else 1)\n"
+
+
+def checkout(path, project="v2drop-kernels"):
+    """A folder with the files by which a checkout is recognised."""
+    for folder in ("csrc", "bench"):
+        (path / folder).mkdir(parents=True)
+    (path / "bench" / "run.py").write_text(RUN)
+    (path / "pyproject.toml").write_text(f'[project]\nname = "{project}"\n')
+    return path
+
+
+@pytest.mark.parametrize("beside", [None, "other"])
+def test_bench_runs_nothing_of_the_current_folder(beside, capsys, monkeypatch, tmp_path):
+    """Not even a checkout: whoever unpacked it there need not be whoever calls. Nor what another project left in site-packages."""
+    site = tmp_path / "site-packages"
+    if beside:
+        checkout(site, beside)
+    monkeypatch.setattr(cli, "_PACKAGE", site / "v2drop_kernels")
+    monkeypatch.chdir(checkout(tmp_path / "here"))
+    assert cli.main(["bench", "--help", "-x", "a b"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("run `make bench` in a checkout of the sources")
 
 
 def test_bench_passes_arguments_and_exit_code_on(monkeypatch, tmp_path):
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "run.py").write_text("import sys\nsys.exit(7 if sys.argv[1:] == ['--help', '-x', 'a b'] else 1)\n")
-    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "v2drop_kernels")
+    monkeypatch.setattr(cli, "_PACKAGE", checkout(tmp_path / "here") / "v2drop_kernels")
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--help", "-x", "a b"]) == 7

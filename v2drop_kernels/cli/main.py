@@ -136,11 +136,11 @@ def models(types: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run the benchmark suite of the checkout, if this is one."""
-    for root in (_PACKAGE.parent, Path.cwd()):
-        script = root / "bench" / "run.py"
-        if (root / "csrc").is_dir() and script.is_file():
-            return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
+    """Run the benchmark suite of the checkout that this package lies in, never one of the current folder."""
+    root = _PACKAGE.parent
+    script, project = root / "bench" / "run.py", root / "pyproject.toml"
+    if script.is_file() and project.is_file() and 'name = "v2drop-kernels"' in project.read_text():
+        return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
     raise RuntimeError("the benchmarks are not in the installed package: run `make bench` in a checkout of the sources")
 
 

@@ -5,7 +5,8 @@
  * GPU.
  *
  * Ownership   The caller owns every buffer. The library keeps no pointer after a call returns. Outputs are written into memory that the
- *             caller allocated; they must not overlap inputs or each other (only v2drop_compact_inplace works in place).
+ *             caller allocated; they must not overlap inputs or each other (only v2drop_compact_inplace works in place), which every entry
+ *             point checks. The halves of one buffer, or the columns of one matrix, do not overlap.
  * Strides     In elements, 64-bit, of either sign. A stride of zero broadcasts an input. An output must not overlap itself.
  * Alignment   A tensor that is read as numbers (hidden states, scores, indices, masks, gradients) is aligned to its element. Gathered
  * tensors are moved as bytes and need no alignment; 64-byte alignment of a destination is fastest. Threads     Every entry point may be
