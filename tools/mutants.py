@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     Mutant(
         "one zero vector is no direction, two are", f"{OPS}/variation_score/triton.py",
-        "(norm_a == 0) | (norm_b == 0), tl", "(norm_a == 0) & (norm_b == 0), tl", SCORE, "interpreter",
+        "zero = (norm_a == 0) | (norm_b == 0)", "zero = (norm_a == 0) & (norm_b == 0)", SCORE, "interpreter",
     ),
     # C++ kernels.
     Mutant(

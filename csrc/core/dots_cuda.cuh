@@ -32,13 +32,13 @@ inline bool is_aligned(const HeadRows& x) {
 
 // Sums of COUNT values over groups of LANES lanes, with half as many values to exchange in every step: afterwards value[e] of lane l is the
 // sum of value l * COUNT / LANES + e (of l / (LANES / COUNT) where there are more lanes than values). Every lane of the warp comes here.
-template <int LANES, int COUNT, int STEP = LANES / 2, int HALF = COUNT / 2>
-__device__ void sum_over_lanes(float (&value)[COUNT]) {
+template <int LANES, int COUNT, int STEP = LANES / 2, int HALF = COUNT / 2, class Number>
+__device__ void sum_over_lanes(Number (&value)[COUNT]) {
   if constexpr (STEP > 0 && HALF > 0) {
     const bool upper = lane_id() & STEP;
 #pragma unroll
     for (int i = 0; i < HALF; ++i) {
-      const float keep = upper ? value[i + HALF] : value[i], give = upper ? value[i] : value[i + HALF];
+      const Number keep = upper ? value[i + HALF] : value[i], give = upper ? value[i] : value[i + HALF];
       value[i] = keep + __shfl_xor_sync(kAllLanes, give, STEP);
     }
   } else if constexpr (STEP > 0) {

@@ -27,30 +27,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSm)
   gather_tile<true, COMPUTED>(work, &selection, counts, blockIdx.x);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
-    drop_kernel(const __grid_constant__ Scored scored, const __grid_constant__ CopyBatch work, const __grid_constant__ Selection selection,
-                int groups, int tiles) {
+template <class Sums, class T>
+__device__ void drop_block(const Scored& scored, const CopyBatch& work, const Selection& selection, int groups, int tiles) {
   {
     BlockCounts<kThreads> counts;
     RowSums sums;
     const int rows = groups * (kThreads / 32 / scored.warps), first = static_cast<int>(blockIdx.x) * rows;
-    if (first < scored.slots) score_rows<T, true>(scored, counts, sums, first, groups);
+    if (first < scored.slots) score_rows<Sums, T, true>(scored, counts, sums, first, groups);
   }
   cooperative_groups::this_grid().sync();
   BlockCounts<kThreads> counts;
   if (static_cast<int>(blockIdx.x) < tiles) gather_tile<true, true>(work, &selection, counts, blockIdx.x);
 }
 
-// The drop in one launch. False if the device cannot hold it.
 template <class T>
+__global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
+    drop_kernel(const __grid_constant__ Scored scored, const __grid_constant__ CopyBatch work, const __grid_constant__ Selection selection,
+                int groups, int tiles) {
+  drop_block<ChangeSums, T>(scored, work, selection, groups, tiles);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kCooperativeBlocksOfSm)
+    cosine_drop(const __grid_constant__ Scored scored, const __grid_constant__ CopyBatch work, const __grid_constant__ Selection selection,
+                int groups, int tiles) {
+  drop_block<CosineSums, T>(scored, work, selection, groups, tiles);
+}
+
+// The drop in one launch. False if the device cannot hold it.
+template <auto KERNEL>
 bool launch_cooperative(const Scored& scored, CopyBatch work, const Selection& selection, void* stream) {
-  const int64_t resident = resident_blocks<drop_kernel<T>, kThreads>();
+  const int64_t resident = resident_blocks<KERNEL, kThreads>();
   fit_into(work, resident);
   const int64_t tiles = blocks_of(work);
   if (tiles > resident) return false;
   const int groups = static_cast<int>(std::max<int64_t>(1, (score_blocks(scored, 1) + resident - 1) / resident));
-  const cudaError_t error = try_launch(drop_kernel<T>, LaunchShape{std::max(tiles, score_blocks(scored, groups)), kThreads, 0},
+  const cudaError_t error = try_launch(KERNEL, LaunchShape{std::max(tiles, score_blocks(scored, groups)), kThreads, 0},
                                        LaunchDependency::kCooperative, stream, scored, work, selection, groups, static_cast<int>(tiles));
   if (error == cudaErrorCooperativeLaunchTooLarge) {  // the process has a share of the device only (MPS)
     cudaGetLastError();
@@ -60,10 +72,16 @@ bool launch_cooperative(const Scored& scored, CopyBatch work, const Selection& s
   return true;
 }
 
+template <class T>
+bool launch_cooperative_of(const Scored& scored, const CopyBatch& work, const Selection& selection, void* stream) {
+  if (scored.metric == V2DROP_COSINE) return launch_cooperative<cosine_drop<T>>(scored, work, selection, stream);
+  return launch_cooperative<drop_kernel<T>>(scored, work, selection, stream);
+}
+
 bool launch_cooperative(int32_t dtype, const Scored& scored, const CopyBatch& work, const Selection& selection, void* stream) {
-  if (dtype == V2DROP_FLOAT32) return launch_cooperative<Float32>(scored, work, selection, stream);
-  if (dtype == V2DROP_FLOAT16) return launch_cooperative<Float16>(scored, work, selection, stream);
-  return launch_cooperative<BFloat16>(scored, work, selection, stream);
+  if (dtype == V2DROP_FLOAT32) return launch_cooperative_of<Float32>(scored, work, selection, stream);
+  if (dtype == V2DROP_FLOAT16) return launch_cooperative_of<Float16>(scored, work, selection, stream);
+  return launch_cooperative_of<BFloat16>(scored, work, selection, stream);
 }
 
 // Whether the kernels that run here wait for their predecessors: not where they were translated from the PTX of an older architecture.

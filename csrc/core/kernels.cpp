@@ -8,6 +8,7 @@
 #include "kernels.h"
 
 #include "kernels_copy.h"
+#include "kernels_cosine.h"
 #include "kernels_dots.h"
 #include "kernels_merge.h"
 #include "kernels_more.h"
@@ -37,6 +38,9 @@ const Kernels V2DROP_TABLE_NAME(V2DROP_ISA) = {
     {dots<Float32>, dots<Float16>, dots<BFloat16>},
     {{add_norms<true, Float32>, add_norms<true, Float16>, add_norms<true, BFloat16>},
      {add_norms<false, Float32>, add_norms<false, Float16>, add_norms<false, BFloat16>}},
+    {widen_row<Float32>, widen_row<Float16>, widen_row<BFloat16>},
+    {wide_dots<Float32>, wide_dots<Float16>, wide_dots<BFloat16>},
+    {wide_squares<Float32>, wide_squares<Float16>, wide_squares<BFloat16>},
     exponentials,
     sum_where,
     add_scaled,

@@ -29,6 +29,14 @@ using Dots = void (*)(const void* rows, int64_t stride_bytes, int64_t n, const f
 // sums[i] += the sum of squares (l2) or absolute values (l1) of row i.
 using AddNorms = void (*)(const void* rows, int64_t stride_bytes, int64_t n, int64_t dim, float* sums);
 
+// The same in float64, for cosines: the vectors are widened to floats in their order, wide_dim(dim) of them with zeros at the end.
+// out[v * out_stride + i] = vector v . row i; out[i] = the sum of squares of row i.
+constexpr int64_t wide_dim(int64_t dim) { return (dim + 63) / 64 * 64; }
+using WidenRow = void (*)(const void* row, int64_t dim, float* wide);
+using WideDots = void (*)(const void* rows, int64_t stride_bytes, int64_t n, const float* wide, int64_t vectors, int64_t dim, double* out,
+                          int64_t out_stride);
+using WideSquares = void (*)(const void* rows, int64_t stride_bytes, int64_t n, int64_t dim, double* out);
+
 struct Kernels {
   const char* isa;
   ScoreRow score[kMetrics][kFloats][kFloats];                                   // [metric][dtype][rounded to]; rounding to float32 is none
@@ -39,6 +47,9 @@ struct Kernels {
   Pack pack[kFloats];                                                           // [dtype]
   Dots dots[kFloats];                                                           // [dtype]
   AddNorms add_norms[kNorms][kFloats];                                          // [norm][dtype]
+  WidenRow widen_row[kFloats];                                                  // [dtype]
+  WideDots wide_dots[kFloats];                                                  // [dtype]
+  WideSquares wide_squares[kFloats];                                            // [dtype]
   // x[i] = e^(x[i] - max), to 2 ulp, 0 where that is below 2^-126; gives the maximum (NaN apart) and the sum. A maximum of -inf counts as
   // 0.
   void (*exponentials)(float* x, int64_t n, float* max, float* sum);

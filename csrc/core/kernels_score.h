@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "kernels_cosine.h"
 #include "simd.h"
 
 namespace v2drop {
@@ -79,9 +80,6 @@ template <class R>
 struct Cosine {};
 
 using F64 = double __attribute__((vector_size(kWidth * 8)));
-constexpr int kCosineLanes = 8;
-using Lanes = double __attribute__((vector_size(kCosineLanes * 8)));
-using Narrow = float __attribute__((vector_size(kCosineLanes * 4)));
 
 struct CosineSums {
   double prev, cur, dot, change;  // |x|^2, |y|^2, x.y, |x - y|^2
@@ -113,36 +111,18 @@ struct CosineGradient {
   F32 to_prev(F32 x, F32 y) const { return mix(cross, y, own_prev, x); }
 };
 
-inline double total(const Lanes& lanes) {
-  double v[kCosineLanes];
-  std::memcpy(v, &lanes, sizeof v);
-  for (int half = kCosineLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
-}
-
 template <class T>
 inline CosineSums cosine_sums(const typename T::Element* x, const typename T::Element* y, int64_t dim) {
-  using Element = typename T::Element;
   Lanes prev = {}, cur = {}, dot = {}, change = {};
   for (int64_t j = 0; j < dim; j += kLanes) {
     uint32_t u[kLanes], v[kLanes];
-    if (j + kLanes <= dim) {
-      T::widen(x + j, u);
-      T::widen(y + j, v);
-    } else {  // the rest, padded with zeros: they add nothing to any sum
-      Element x_rest[kLanes] = {}, y_rest[kLanes] = {};
-      std::memcpy(x_rest, x + j, static_cast<size_t>(dim - j) * sizeof(Element));
-      std::memcpy(y_rest, y + j, static_cast<size_t>(dim - j) * sizeof(Element));
-      T::widen(x_rest, u);
-      T::widen(y_rest, v);
-    }
+    widen_block<T>(x, j, dim, u);
+    widen_block<T>(y, j, dim, v);
     for (int i = 0; i < kLanes; i += kCosineLanes) {
-      Narrow p, q;
-      std::memcpy(&p, u + i, sizeof p);
-      std::memcpy(&q, v + i, sizeof q);
-      const Lanes a = __builtin_convertvector(p, Lanes), b = __builtin_convertvector(q, Lanes), d = b - a;
+      Lanes a, b;
+      widen_lanes(u + i, a);
+      widen_lanes(v + i, b);
+      const Lanes d = b - a;
       prev += a * a;  // products of floats are exact in double
       cur += b * b;
       dot += a * b;

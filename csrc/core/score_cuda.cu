@@ -8,12 +8,22 @@
 namespace v2drop {
 namespace {
 
-template <class T, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, kBlocksOfSm) score_kernel(const __grid_constant__ Scored scored, int groups) {
+template <class Sums, class T, bool ALIGNED>
+__device__ void score_block(const Scored& scored, int groups) {
   trigger_next();
   BlockCounts<kThreads> counts;
   RowSums sums;
-  score_rows<T, ALIGNED>(scored, counts, sums, static_cast<int>(blockIdx.x) * groups * (kThreads / 32 / scored.warps), groups);
+  score_rows<Sums, T, ALIGNED>(scored, counts, sums, static_cast<int>(blockIdx.x) * groups * (kThreads / 32 / scored.warps), groups);
+}
+
+template <class T, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm) score_kernel(const __grid_constant__ Scored scored, int groups) {
+  score_block<ChangeSums, T, ALIGNED>(scored, groups);
+}
+
+template <class T, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm) cosine_score(const __grid_constant__ Scored scored, int groups) {
+  score_block<CosineSums, T, ALIGNED>(scored, groups);
 }
 
 struct Gradients {
@@ -23,22 +33,43 @@ struct Gradients {
   int64_t prev_batch, prev_row, cur_batch, cur_row;
 };
 
-// d(score)/d(prev) and d(score)/d(cur), times grad, as factors of prev and cur.
-struct Factors {
-  float prev_of_prev, prev_of_cur, cur_of_prev, cur_of_cur;
+// The gradients of a row's elements, from the sums of the row and the gradient of its score.
+class ChangeGradient {
+ public:
+  using Sums = ChangeSums;
+  __device__ ChangeGradient(const Sums& sums, float grad, int metric) {
+    metric_ = metric;
+    scale_ = metric == V2DROP_L1 ? grad : sums.values[0] == 0 ? 0.0f : __fdiv_rn(grad, __fsqrt_rn(sums.values[0]));
+  }
+  __device__ float of_cur(float x, float y) const {
+    const float d = y - x;
+    // NaN stays NaN, and the subgradient at a kink is 0.
+    return scale_ * (metric_ == V2DROP_L2 ? d : d > 0 ? 1.0f : d < 0 ? -1.0f : d);
+  }
+  __device__ float of_prev(float x, float y) const { return -of_cur(x, y); }
+
+ private:
+  int metric_;
+  float scale_;
 };
 
-__device__ Factors factors_of(const Sums& sums, float grad, int metric) {
-  if (metric == V2DROP_COSINE) {
-    // d(1 - cos)/dy = -(x / (|x||y|) - cos y / |y|^2), and the same with x and y exchanged.
-    if (sums.prev == 0 || sums.cur == 0) return {0, 0, 0, 0};
-    const float cosine = 1.0f - score_of(sums, metric);
-    const float cross = __fdiv_rn(-grad, __fsqrt_rn(sums.prev) * __fsqrt_rn(sums.cur));
-    return {__fdiv_rn(grad * cosine, sums.prev), cross, cross, __fdiv_rn(grad * cosine, sums.cur)};
+// d(1 - cos)/dy = -(x / (|x||y|) - cos y / |y|^2), and the same with x and y exchanged.
+class CosineGradient {
+ public:
+  using Sums = CosineSums;
+  __device__ CosineGradient(const Sums& sums, float grad, int) {
+    if (sums.has_zero()) return;
+    const double cosine = 1 - sums.distance();
+    cross_ = __ddiv_rn(-grad, sums.product());
+    own_prev_ = __ddiv_rn(grad * cosine, sums.values[0]);
+    own_cur_ = __ddiv_rn(grad * cosine, sums.values[1]);
   }
-  const float scale = metric == V2DROP_L1 ? grad : sums.change == 0 ? 0.0f : __fdiv_rn(grad, __fsqrt_rn(sums.change));
-  return {scale, -scale, -scale, scale};
-}
+  __device__ float of_cur(double x, double y) const { return static_cast<float>(x * cross_ + y * own_cur_); }
+  __device__ float of_prev(double x, double y) const { return static_cast<float>(y * cross_ + x * own_prev_); }
+
+ private:
+  double cross_ = 0, own_prev_ = 0, own_cur_ = 0;
+};
 
 template <class T, bool ALIGNED>
 __device__ void store_vector(char* row, int j, int dim, const Vector<T>& vector) {
@@ -54,47 +85,61 @@ __device__ void store_vector(char* row, int j, int dim, const Vector<T>& vector)
   }
 }
 
+// A row of the backward kernel, and where its gradients go: NULL where none is wanted.
+struct BackwardRow {
+  const char *prev, *cur;
+  char *to_prev, *to_cur;
+  float grad;
+  int lane, lanes;
+  bool inside;
+};
+
+template <class Gradient, class T, bool ALIGNED>
+__device__ void backward_row(const Scored& s, const BackwardRow& row) {
+  constexpr int kElements = Vector<T>::kElements;
+  typename Gradient::Sums sums;
+  if (s.metric != V2DROP_L1) {  // the second walk finds the row in L1 or L2
+    sums = sum_row<typename Gradient::Sums, T, ALIGNED, true>(row.prev, row.cur, s.dim, row.lane, row.lanes, row.inside, s.metric,
+                                                              V2DROP_FLOAT32);
+    sums = RowSums().total(sums, s.warps);
+  }
+  if (!row.inside) return;
+  const Gradient gradient(sums, row.grad, s.metric);
+  for (int j = row.lane * kElements; j < s.dim; j += row.lanes * kElements) {
+    const Vector<T> x = load_vector<T, ALIGNED, false>(row.prev, j, s.dim), y = load_vector<T, ALIGNED, false>(row.cur, j, s.dim);
+    Vector<T> to;
+    if (row.to_prev) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) to.elements[e] = T::narrow(gradient.of_prev(T::widen(x.elements[e]), T::widen(y.elements[e])));
+      store_vector<T, ALIGNED>(row.to_prev, j, s.dim, to);
+    }
+    if (row.to_cur) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) to.elements[e] = T::narrow(gradient.of_cur(T::widen(x.elements[e]), T::widen(y.elements[e])));
+      store_vector<T, ALIGNED>(row.to_cur, j, s.dim, to);
+    }
+  }
+}
+
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kBlocksOfSm)
     score_backward_kernel(const __grid_constant__ Scored s, const __grid_constant__ Gradients to) {
-  constexpr int kElements = Vector<T>::kElements;
-  RowSums row_sums;
-  const int lanes = 32 * s.warps, lane = thread_id() % lanes;
+  const int lanes = 32 * s.warps;
   const int slot = static_cast<int>(blockIdx.x) * (kThreads / lanes) + thread_id() / lanes;
   const bool inside = slot < s.slots;
   const int entry = inside ? slot / s.rows : 0, position = inside ? slot % s.rows : 0;
-  const char *prev = s.prev.at(entry, position), *cur = s.cur.at(entry, position);
-  Sums sums;
-  if (s.metric != V2DROP_L1) {  // the second walk finds the row in L1 or L2
-    sums = sum_row<T, ALIGNED, true>(prev, cur, s.dim, lane, lanes, inside, s.metric, V2DROP_FLOAT32);
-    sums = row_sums.total(sums, s.warps, s.metric == V2DROP_COSINE);
-  }
-  if (!inside) return;
-  const float grad = *reinterpret_cast<const float*>(to.grad + entry * to.grad_batch + position * to.grad_row);
-  const Factors f = factors_of(sums, grad, s.metric);
-  char* to_prev = to.to_prev ? to.to_prev + entry * to.prev_batch + position * to.prev_row : nullptr;
-  char* to_cur = to.to_cur ? to.to_cur + entry * to.cur_batch + position * to.cur_row : nullptr;
-  for (int j = lane * kElements; j < s.dim; j += lanes * kElements) {
-    const Vector<T> x = load_vector<T, ALIGNED, false>(prev, j, s.dim), y = load_vector<T, ALIGNED, false>(cur, j, s.dim);
-    Vector<T> gx, gy;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      const float a = T::widen(x.elements[e]), b = T::widen(y.elements[e]), d = b - a;
-      float of_prev, of_cur;
-      if (s.metric == V2DROP_COSINE) {
-        of_prev = f.prev_of_prev * a + f.prev_of_cur * b;
-        of_cur = f.cur_of_prev * a + f.cur_of_cur * b;
-      } else {
-        // NaN stays NaN, and the subgradient at a kink is 0.
-        const float direction = s.metric == V2DROP_L2 ? d : d > 0 ? 1.0f : d < 0 ? -1.0f : d;
-        of_cur = f.cur_of_cur * direction;
-        of_prev = -of_cur;
-      }
-      gx.elements[e] = T::narrow(of_prev);
-      gy.elements[e] = T::narrow(of_cur);
-    }
-    if (to_prev) store_vector<T, ALIGNED>(to_prev, j, s.dim, gx);
-    if (to_cur) store_vector<T, ALIGNED>(to_cur, j, s.dim, gy);
+  const BackwardRow row = {s.prev.at(entry, position),
+                           s.cur.at(entry, position),
+                           to.to_prev ? to.to_prev + entry * to.prev_batch + position * to.prev_row : nullptr,
+                           to.to_cur ? to.to_cur + entry * to.cur_batch + position * to.cur_row : nullptr,
+                           *reinterpret_cast<const float*>(to.grad + entry * to.grad_batch + position * to.grad_row),
+                           thread_id() % lanes,
+                           lanes,
+                           inside};
+  if (s.metric == V2DROP_COSINE) {
+    backward_row<CosineGradient, T, ALIGNED>(s, row);
+  } else {
+    backward_row<ChangeGradient, T, ALIGNED>(s, row);
   }
 }
 
@@ -153,8 +198,9 @@ int64_t score_blocks(const Scored& scored, int groups) {
 LaunchDependency launch_score(const Scored& scored, int32_t dtype, bool aligned, void* stream) {
   const int groups = scored.segments.rows ? kTableRowGroups : 1;
   for_dtype(dtype, aligned, [&](auto type, auto is_aligned) {
-    launch(score_kernel<decltype(type), decltype(is_aligned)::value>, score_blocks(scored, groups), kThreads, LaunchDependency::kNone,
-           stream, scored, groups);
+    constexpr bool kAligned = decltype(is_aligned)::value;
+    const auto kernel = scored.metric == V2DROP_COSINE ? cosine_score<decltype(type), kAligned> : score_kernel<decltype(type), kAligned>;
+    launch(kernel, score_blocks(scored, groups), kThreads, LaunchDependency::kNone, stream, scored, groups);
   });
   return scored.slots > 0 ? LaunchDependency::kDependent : LaunchDependency::kNone;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Variation scores by warps: the 16-byte loads of a row are issued before the first is used, sums are float32 in one fixed order that
-// depends on nothing but the row's length and dtype.
+// Variation scores by warps: the 16-byte loads of a row are issued before the first is used, sums, float32 and for cosine float64,
+// in one fixed order that depends on nothing but the row's length and dtype.
 #ifndef V2DROP_CORE_SCORE_CUDA_CUH_
 #define V2DROP_CORE_SCORE_CUDA_CUH_
 
@@ -62,42 +62,71 @@ __device__ Vector<T> load_vector(const char* row, int j, int dim) {
   return vector;
 }
 
-// Sums of squares of prev, cur and their difference (of absolute differences for l1).
-struct Sums {
-  float prev = 0, cur = 0, change = 0;
+// What l2 and l1 sum over a row: squares, or absolute values, of the difference.
+struct ChangeSums {
+  static constexpr int kCount = 1, kLoads = kScoreLoads;
+  float values[kCount] = {};
+
+  template <class T>
+  __device__ void add(const Vector<T>& x, const Vector<T>& y, int metric, int score_dtype) {
+    float change = values[0];
+    // The branches are outside the loops, and one element's numbers live at a time: registers are for the loads in flight.
+    if (metric == V2DROP_L2 && score_dtype == V2DROP_FLOAT32) {
+#pragma unroll
+      for (int e = 0; e < Vector<T>::kElements; ++e) {
+        const float d = T::widen(y.elements[e]) - T::widen(x.elements[e]);
+        change = __fmaf_rn(d, d, change);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < Vector<T>::kElements; ++e) {
+        const float d = round_to_dtype(T::widen(y.elements[e]) - T::widen(x.elements[e]), score_dtype);
+        change = metric == V2DROP_L1 ? change + fabsf(d) : __fmaf_rn(d, d, change);
+      }
+    }
+    values[0] = change;
+  }
+  __device__ float score(int metric) const { return metric == V2DROP_L1 ? values[0] : __fsqrt_rn(values[0]); }
 };
 
-template <class T>
-__device__ void add(Sums& sums, const Vector<T>& x, const Vector<T>& y, int metric, int score_dtype) {
-  // The branches are outside the loops, and one element's numbers live at a time: registers are for the loads in flight.
-  if (metric == V2DROP_COSINE) {
+// What cosine sums: |x|^2, |y|^2, x.y and |x - y|^2, as on the CPU. In float64, where products of float32 numbers are exact: float32 sums
+// overflow beyond 1.8e19 and vanish below 1e-19, and 1 - cos of rows whose norms differ needs more digits than they have. Scaled float32
+// sums with their rounding errors beside them would take 30 instructions for a pair of elements, and a pass before them for the scale;
+// this takes five on the float64 pipe and two conversions, which stay below the time of the loads where that pipe has half the rate of
+// float32 (A100, H100, H200), are as long as the loads on a B200, and some four times as long where it has 1/64 (GeForce, RTX PRO).
+struct CosineSums {
+  static constexpr int kCount = 4, kLoads = kScoreLoads / 2;  // the sums need the registers of the other loads
+  double values[kCount] = {};
+
+  template <class T>
+  __device__ void add(const Vector<T>& x, const Vector<T>& y, int, int) {
 #pragma unroll
     for (int e = 0; e < Vector<T>::kElements; ++e) {
-      const float a = T::widen(x.elements[e]), b = T::widen(y.elements[e]), d = b - a;
-      sums.prev = __fmaf_rn(a, a, sums.prev);
-      sums.cur = __fmaf_rn(b, b, sums.cur);
-      sums.change = __fmaf_rn(d, d, sums.change);
-    }
-  } else if (metric == V2DROP_L2 && score_dtype == V2DROP_FLOAT32) {
-#pragma unroll
-    for (int e = 0; e < Vector<T>::kElements; ++e) {
-      const float d = T::widen(y.elements[e]) - T::widen(x.elements[e]);
-      sums.change = __fmaf_rn(d, d, sums.change);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < Vector<T>::kElements; ++e) {
-      const float d = round_to_dtype(T::widen(y.elements[e]) - T::widen(x.elements[e]), score_dtype);
-      sums.change = metric == V2DROP_L1 ? sums.change + fabsf(d) : __fmaf_rn(d, d, sums.change);
+      const double a = T::widen(x.elements[e]), b = T::widen(y.elements[e]), d = b - a;
+      values[0] = __fma_rn(a, a, values[0]);
+      values[1] = __fma_rn(b, b, values[1]);
+      values[2] = __fma_rn(a, b, values[2]);
+      values[3] = __fma_rn(d, d, values[3]);
     }
   }
-}
+  __device__ bool has_zero() const { return values[0] == 0 || values[1] == 0; }
+  __device__ double product() const { return __dsqrt_rn(values[0]) * __dsqrt_rn(values[1]); }  // of the norms
+  __device__ double distance() const {
+    if (has_zero()) return 1;
+    const double a = __dsqrt_rn(values[0]), b = __dsqrt_rn(values[1]), gap = a - b;
+    // For nearly parallel rows of like norms 1 - x.y/(|x||y|) would cancel, |x - y|^2 does not; for others it is the other way round.
+    const bool alike = a <= 2 * b && b <= 2 * a;
+    const double distance = alike ? __ddiv_rn(values[3] - gap * gap, 2 * a * b) : 1 - __ddiv_rn(values[2], a * b);
+    return distance < 0 ? 0 : distance > 2 ? 2 : distance;  // NaN passes
+  }
+  __device__ float score(int) const { return static_cast<float>(distance()); }
+};
 
 // This thread's share of a row; `lane` of `lanes` threads. Nothing is added where the row is not `wanted`.
-template <class T, bool ALIGNED, bool AGAIN>
+template <class Sums, class T, bool ALIGNED, bool AGAIN>
 __device__ Sums sum_row(const char* prev, const char* cur, int dim, int lane, int lanes, bool wanted, int metric, int score_dtype) {
   constexpr int kElements = Vector<T>::kElements;
-  constexpr int kLoads = ALIGNED ? kScoreLoads : 1;  // element by element there are as many loads in flight, and registers, with one
+  constexpr int kLoads = ALIGNED ? Sums::kLoads : 1;  // element by element there are as many loads in flight, and registers, with one
   Sums sums;
   if (!wanted) return sums;
   for (int begin = lane * kElements; begin < dim; begin += kLoads * lanes * kElements) {
@@ -108,7 +137,7 @@ __device__ Sums sum_row(const char* prev, const char* cur, int dim, int lane, in
       y[j] = load_vector<T, ALIGNED, true>(cur, begin + j * lanes * kElements, dim);
     }
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) add<T>(sums, x[j], y[j], metric, score_dtype);
+    for (int j = 0; j < kLoads; ++j) sums.template add<T>(x[j], y[j], metric, score_dtype);
   }
   return sums;
 }
@@ -116,51 +145,35 @@ __device__ Sums sum_row(const char* prev, const char* cur, int dim, int lane, in
 // Adds up the shares of the warps of a row, for all of its threads. Every thread of the block comes here.
 class RowSums {
  public:
-  __device__ Sums total(Sums sums, int warps, bool squares) {
+  template <class Sums>
+  __device__ Sums total(Sums sums, int warps) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      sums.change += __shfl_xor_sync(kAllLanes, sums.change, step);
-      if (squares) {
-        sums.prev += __shfl_xor_sync(kAllLanes, sums.prev, step);
-        sums.cur += __shfl_xor_sync(kAllLanes, sums.cur, step);
-      }
+#pragma unroll
+      for (int i = 0; i < Sums::kCount; ++i) sums.values[i] += __shfl_xor_sync(kAllLanes, sums.values[i], step);
     }
     if (warps == 1) return sums;
     // Two buffers in turns, so that one barrier is enough.
-    Shared& shared = block_shared<Shared>();
-    if (lane_id() == 0) shared.of_warp[turn_][warp_id()] = {sums.prev, sums.cur, sums.change};
+    Shared<Sums>& shared = block_shared<Shared<Sums>>();
+    if (lane_id() == 0) shared.of_warp[turn_][warp_id()] = sums;
     __syncthreads();
     const int first = warp_id() / warps * warps;
     Sums all;
     for (int w = 0; w < warps; ++w) {
-      const Share share = shared.of_warp[turn_][first + w];
-      all.prev += share.prev;
-      all.cur += share.cur;
-      all.change += share.change;
+#pragma unroll
+      for (int i = 0; i < Sums::kCount; ++i) all.values[i] += shared.of_warp[turn_][first + w].values[i];
     }
     turn_ ^= 1;
     return all;
   }
 
  private:
-  struct Share {
-    float prev, cur, change;
-  };
+  template <class Sums>
   struct Shared {
-    Share of_warp[2][kThreads / 32];
+    Sums of_warp[2][kThreads / 32];
   };
   int turn_ = 0;
 };
-
-__device__ inline float score_of(const Sums& sums, int metric) {
-  if (metric == V2DROP_L1) return sums.change;
-  if (metric == V2DROP_L2) return __fsqrt_rn(sums.change);
-  // 1 - cos from |x|^2, |y|^2 and |x - y|^2: for nearly parallel rows 1 - x.y/(|x||y|) would cancel, |x - y|^2 does not.
-  if (sums.prev == 0 || sums.cur == 0) return 1.0f;
-  const float a = __fsqrt_rn(sums.prev), b = __fsqrt_rn(sums.cur), gap = a - b;
-  const float rest = sums.change - gap * gap;
-  return __fdiv_rn(rest < 0 ? 0.0f : rest, 2 * a * b);  // NaN passes
-}
 
 // The segment that a slot lies in, found by the whole block: the slot becomes its place there.
 __device__ inline int segment_of_slot(BlockCounts<kThreads>& counts, const Table& table, int* slot) {
@@ -191,7 +204,7 @@ __device__ inline int segment_of_slot(BlockCounts<kThreads>& counts, const Table
 
 // Scores `groups` groups of kThreads / 32 / warps rows, from slot `first` on. There are less than 2^31 rows in a call: 32-bit numbers
 // leave the registers to the loads.
-template <class T, bool ALIGNED>
+template <class Sums, class T, bool ALIGNED>
 __device__ void score_rows(const Scored& s, BlockCounts<kThreads>& counts, RowSums& sums, int first, int groups) {
   const int lanes = 32 * s.warps, lane = thread_id() % lanes, mine = thread_id() / lanes, together = kThreads / lanes;
   int g = 0, place = first;
@@ -214,11 +227,12 @@ __device__ void score_rows(const Scored& s, BlockCounts<kThreads>& counts, RowSu
       }
     }
     const bool masked = inside && s.mask && !s.mask[entry * s.mask_batch + position * s.mask_row];
-    const Sums share = sum_row<T, ALIGNED, false>(s.prev.at(entry, position), s.cur.at(entry, position), s.dim, lane, lanes,
-                                                  inside && !masked, s.metric, s.score_dtype);
-    const Sums all = sums.total(share, s.warps, s.metric == V2DROP_COSINE);
+    const char *prev = s.prev.at(entry, position), *cur = s.cur.at(entry, position);
+    const bool wanted = inside && !masked;
+    const Sums share = sum_row<Sums, T, ALIGNED, false>(prev, cur, s.dim, lane, lanes, wanted, s.metric, s.score_dtype);
+    const float exact = sums.total(share, s.warps).score(s.metric);
     if (lane != 0 || !inside) continue;
-    const float score = round_to_dtype(score_of(all, s.metric), s.score_dtype);
+    const float score = round_to_dtype(exact, s.score_dtype);
     if (s.ordinals) {
       s.ordinals[static_cast<int64_t>(entry) * s.rows + position] = masked ? s.masked_ordinal : ordinal_of_bits(__float_as_uint(score));
     } else {

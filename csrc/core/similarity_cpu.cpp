@@ -40,20 +40,21 @@ void key_norm(const NormRequest& request, const v2drop_context& context) {
 
 void cosine_to_pivots(const PivotsRequest& p, const v2drop_context& context) {
   const RowView& rows = p.x;
-  const int64_t n_pivots = p.pivots.rows, pitch = packed_dim(rows.dim);
+  const int64_t n_pivots = p.pivots.rows, pitch = wide_dim(rows.dim);
 
-  // Pivots, packed, and the squares of their norms; all zeros where there is none.
+  // Pivots as floats, and their norms; all zeros where there is none.
   const Kernels& k = kernels();
-  const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(rows.batch * n_pivots * pitch)]());
-  const std::unique_ptr<float[]> norms(new float[static_cast<size_t>(rows.batch * n_pivots)]());
+  const std::unique_ptr<float[]> wide(new float[static_cast<size_t>(rows.batch * n_pivots * pitch)]());
+  const std::unique_ptr<double[]> norms(new double[static_cast<size_t>(rows.batch * n_pivots)]());
   for (int64_t b = 0; b < rows.batch; ++b) {
     for (int64_t i = 0; i < n_pivots; ++i) {
       int64_t pivot;
       __builtin_memcpy(&pivot, p.pivots.at(b, i), sizeof pivot);
       if (pivot < 0 || pivot >= rows.rows) continue;
-      const char* row = rows.at(b, pivot);
-      k.pack[rows.dtype](row, rows.dim, packed.get() + (b * n_pivots + i) * pitch);
-      k.add_norms[V2DROP_L2][rows.dtype](row, 0, 1, rows.dim, norms.get() + b * n_pivots + i);
+      double* norm = norms.get() + b * n_pivots + i;
+      k.widen_row[rows.dtype](rows.at(b, pivot), rows.dim, wide.get() + (b * n_pivots + i) * pitch);
+      k.wide_squares[rows.dtype](rows.at(b, pivot), 0, 1, rows.dim, norm);
+      *norm = std::sqrt(*norm);
     }
   }
   constexpr int64_t kRows = 64, kVectors = 8;  // products of a step
@@ -62,16 +63,17 @@ void cosine_to_pivots(const PivotsRequest& p, const v2drop_context& context) {
   parallel_for(rows.batch * blocks, useful_threads(context.threads, rows.bytes()), [&](int64_t item) {
     const int64_t b = item / blocks, first = item % blocks * block, n = std::min(block, rows.rows - first);
     const char* at = rows.at(b, first);
-    float squares[kRows] = {}, products[kVectors * kRows];
-    k.add_norms[V2DROP_L2][rows.dtype](at, rows.row_stride, n, rows.dim, squares);
+    double own[kRows], products[kVectors * kRows];
+    k.wide_squares[rows.dtype](at, rows.row_stride, n, rows.dim, own);
+    for (int64_t i = 0; i < n; ++i) own[i] = std::sqrt(own[i]);
     for (int64_t v = 0; v < n_pivots; ++v) {
       if (v % kVectors == 0) {
-        k.dots[rows.dtype](at, rows.row_stride, n, packed.get() + (b * n_pivots + v) * pitch, std::min(kVectors, n_pivots - v), rows.dim,
-                           1.0f, products, kRows);
+        k.wide_dots[rows.dtype](at, rows.row_stride, n, wide.get() + (b * n_pivots + v) * pitch, std::min(kVectors, n_pivots - v), rows.dim,
+                                products, kRows);
       }
-      const float norm = std::sqrt(norms[static_cast<size_t>(b * n_pivots + v)]), *product = products + v % kVectors * kRows;
+      const double norm = norms[static_cast<size_t>(b * n_pivots + v)], *product = products + v % kVectors * kRows;
       float* to = reinterpret_cast<float*>(p.cosines.at(b, v)) + first;
-      for (int64_t i = 0; i < n; ++i) to[i] = norm == 0 || squares[i] == 0 ? 0.0f : product[i] / (std::sqrt(squares[i]) * norm);
+      for (int64_t i = 0; i < n; ++i) to[i] = norm == 0 || own[i] == 0 ? 0.0f : static_cast<float>(product[i] / (own[i] * norm));
     }
   });
 }

@@ -68,17 +68,17 @@ struct Cosines {
   int64_t cosines_batch, cosines_pivot;
 };
 
-// A warp takes two rows, with eight pivots at a time.
-constexpr int kCosineRows = 2, kCosinePivots = 8;
+// A warp takes two rows, with four pivots at a time. Sums are float64, as those of the score: see score_cuda.cuh.
+constexpr int kCosineRows = 2, kCosinePivots = 4;
 
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kDotBlocksOfSm) cosine_kernel(const __grid_constant__ Cosines c) {
   constexpr int kElements = Vector<T>::kElements;
   // The rows of a warp lie in one entry.
-  const int64_t pairs = (c.rows + kCosineRows - 1) / kCosineRows;
+  const int64_t groups = (c.rows + kCosineRows - 1) / kCosineRows;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
   if (warp >= c.all) return;
-  const int64_t entry = warp / pairs, first = warp % pairs * kCosineRows;
+  const int64_t entry = warp / groups, first = warp % groups * kCosineRows;
   const char* row[kCosineRows];
 #pragma unroll
   for (int r = 0; r < kCosineRows; ++r) row[r] = c.x.at(entry, first + r < c.rows ? first + r : first);
@@ -95,30 +95,43 @@ __global__ void __launch_bounds__(kThreads, kDotBlocksOfSm) cosine_kernel(const 
       there |= static_cast<unsigned>(valid) << p;
       pivot[p] = c.x.at(entry, valid ? at : 0);
     }
-    float products[kCosineRows * kCosinePivots] = {}, squares[kCosineRows] = {}, of_pivots[kCosinePivots] = {};
+    double products[kCosineRows * kCosinePivots] = {}, squares[kCosineRows] = {}, of_pivots[kCosinePivots] = {};
     for (int j = lane_id() * kElements; j < c.dim; j += 32 * kElements) {
-      Vector<T> x[kCosineRows];
+      Vector<T> x[kCosineRows], y[kCosinePivots];
 #pragma unroll
       for (int r = 0; r < kCosineRows; ++r) x[r] = load_vector<T, ALIGNED, true>(row[r], j, c.dim);
 #pragma unroll
-      for (int r = 0; r < kCosineRows; ++r) squares[r] = add_dot<T>(squares[r], x[r], x[r]);
+      for (int p = 0; p < kCosinePivots; ++p) y[p] = load_vector<T, ALIGNED, true>(pivot[p], j, c.dim);
 #pragma unroll
-      for (int p = 0; p < kCosinePivots; ++p) {
-        const Vector<T> y = load_vector<T, ALIGNED, true>(pivot[p], j, c.dim);
-        of_pivots[p] = add_dot<T>(of_pivots[p], y, y);
+      for (int e = 0; e < kElements; ++e) {
+        double wide[kCosineRows];
 #pragma unroll
-        for (int r = 0; r < kCosineRows; ++r) products[p * kCosineRows + r] = add_dot<T>(products[p * kCosineRows + r], x[r], y);
+        for (int r = 0; r < kCosineRows; ++r) {
+          wide[r] = T::widen(x[r].elements[e]);
+          squares[r] = __fma_rn(wide[r], wide[r], squares[r]);
+        }
+#pragma unroll
+        for (int p = 0; p < kCosinePivots; ++p) {
+          const double of_pivot = T::widen(y[p].elements[e]);
+          of_pivots[p] = __fma_rn(of_pivot, of_pivot, of_pivots[p]);
+#pragma unroll
+          for (int r = 0; r < kCosineRows; ++r) {
+            products[p * kCosineRows + r] = __fma_rn(wide[r], of_pivot, products[p * kCosineRows + r]);
+          }
+        }
       }
     }
-    // Afterwards lane 2 i holds product i, lanes 4 p what is of pivot p, and lanes 16 r what is of row r.
+    // Afterwards each number lies in as many lanes as there are for it, in their order.
+    constexpr int kLanesOf = 32 / (kCosineRows * kCosinePivots);
     sum_over_lanes<32>(products);
     sum_over_lanes<32>(of_pivots);
     sum_over_lanes<32>(squares);
-    const int i = lane_id() / 2, p = i / kCosineRows, r = i % kCosineRows;
-    const float of_pivot = __shfl_sync(kAllLanes, of_pivots[0], 4 * p), of_row = __shfl_sync(kAllLanes, squares[0], 16 * r);
-    if (lane_id() % 2 != 0 || p0 + p >= c.n_pivots || first + r >= c.rows) continue;
+    const int i = lane_id() / kLanesOf, p = i / kCosineRows, r = i % kCosineRows;
+    const double of_pivot = __shfl_sync(kAllLanes, of_pivots[0], 32 / kCosinePivots * p),
+                 of_row = __shfl_sync(kAllLanes, squares[0], 32 / kCosineRows * r);
+    if (lane_id() % kLanesOf != 0 || p0 + p >= c.n_pivots || first + r >= c.rows) continue;
     const bool none = !(there >> p & 1) || of_pivot == 0 || of_row == 0;
-    const float cosine = none ? 0.0f : __fdiv_rn(products[0], __fsqrt_rn(of_row) * __fsqrt_rn(of_pivot));
+    const float cosine = none ? 0.0f : static_cast<float>(__ddiv_rn(products[0], __dsqrt_rn(of_row) * __dsqrt_rn(of_pivot)));
     *reinterpret_cast<float*>(c.cosines + entry * c.cosines_batch + (p0 + p) * c.cosines_pivot + (first + r) * 4) = cosine;
   }
 }

@@ -122,6 +122,25 @@ def test_cosine_to_pivots_of_large_and_small_rows(on):
     torch.testing.assert_close(got[0].diagonal(), torch.ones(30), rtol=0, atol=(2 * 64 + 4) * ULP)
 
 
+@cross(size=[1e-30, 1e-20, 1.0, 1e20, 1e30], ratio=[1, 100, 1e6], dim=[1, 3, 63, 577])
+def test_cosine_to_pivots_of_any_norms(on, size, ratio, dim):
+    """8 units in the last place of the cosine, also where it is nearly 0; in float32 it was NaN beyond 1.8e19 and 0 below 1e-19."""
+    x = normal((2, 9, dim), torch.float32, "x", dim) * (size / (ratio if size > 1 else 1))
+    x[:, ::2] *= ratio
+    x[:, 3] = -x[:, 0]
+    pivots = torch.tensor([[0, 8, 3], [5, 0, 1]])
+    want, _ = cosines(x, pivots)
+    leaf = x.to(on.device, copy=True).requires_grad_()
+    got = vk.cosine_to_pivots(leaf, pivots.to(on.device), backend=on.backend)
+    assert ((got.cpu().double() - want).abs() <= 8 * ULP * want.abs() + 1e-15).all()
+    # A gradient is the larger the smaller the row, and cancels where rows are parallel.
+    exact = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(vk.cosine_to_pivots(exact, pivots, backend="reference").sum(), exact)
+    (grad,) = torch.autograd.grad(got.sum(), leaf)
+    noise = 1e-15 * 6 / x.double().norm(dim=-1)
+    assert ((grad.cpu().double() - wanted).abs().amax(-1) <= 8 * ULP * wanted.abs().amax(-1) + noise).all()
+
+
 @settings(
     max_examples=fewer([60], [6])[0], deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

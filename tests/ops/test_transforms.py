@@ -171,6 +171,43 @@ def test_batched_gradients(on, op):
     close(got, torch.stack([torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in grads]))
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("op", ["variation_score-cosine", "compact"])
+def test_transforms_inside_a_compiled_function(on, op):
+    """A tangent was lost without a word, and a gradient failed in a fake tensor."""
+    torch._dynamo.reset()
+    x, y, ours, plain = inputs(on, op)
+
+    def every(ours):
+        return lambda x, y: (
+            grad(loss(ours))(x, y),
+            jvp(lambda x: ours(x, y), (x,), (y,))[1],
+            vmap(ours)(torch.stack([x, y]), torch.stack([y, x])),
+        )
+
+    close(torch.compile(every(ours), backend="eager", fullgraph=True)(x, y), every(plain)(x, y))
+    torch._dynamo.reset()
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("name", [x for x in dir(torch.ops.v2drop) if x.endswith("_backward")])
+def test_a_traced_gradient_is_differentiable_once(on, name):
+    """Without a gradient of its own it had none, and that term of a loss was dropped with a warning."""
+    op = getattr(torch.ops.v2drop, name).default
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "Autograd")
+
+
+@pytest.mark.backends("cpu")
+def test_a_second_derivative_of_a_compiled_call_is_refused(on):
+    torch._dynamo.reset()
+    prev, cur = normal((1, 3, 4), torch.float32, "p"), normal((1, 3, 4), torch.float32, "c").requires_grad_()
+    score = torch.compile(lambda cur: vk.variation_score(prev, cur, backend=on.backend), backend="eager")
+    (g,) = torch.autograd.grad(score(cur).sum(), cur, create_graph=True)
+    with pytest.raises(RuntimeError, match="variation_score is differentiable once"):
+        g.square().sum().backward()
+    torch._dynamo.reset()
+
+
 @pytest.mark.backends("reference")
 @pytest.mark.parametrize("op", [op for op in OPS if op != "weighted_merge"])
 def test_gradgradcheck(on, op):

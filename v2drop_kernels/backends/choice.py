@@ -235,6 +235,14 @@ def _recorded() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL))
 
 
+def _transformed_in_graph() -> bool:
+    """Whether a transform is traced, as a constant of the graph, which torch.compile guards."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+_transformed_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode AD follows the call; torch.compile follows those by itself."""
     return (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()) and not torch.compiler.is_compiling()
@@ -257,6 +265,9 @@ def resolve_backend(op: Op, tensor: torch.Tensor, argument: str | None, dtype: t
         small = tensor.device.type == "cuda" and "cuda" in op.kernels and is_small(tensor)
         return _chosen_runner(op, tensor.device, dtype or tensor.dtype, forced_name(argument), small)
     name = traced_choice(tensor.device.type, dtype or tensor.dtype, argument)
+    if torch.compiler.is_compiling() and _transformed_in_graph():
+        # Plain PyTorch, which torch.compile can transform: a node of its graph would have no tangent, and lose it without a word.
+        return Runner("reference", op.reference or runner_of(op, "reference").run, True, True)
     if op.traced is not None and name in op.kernels:
         return Runner(name, functools.partial(op.traced, name), True, True)
     plain = runner_of(op, name)

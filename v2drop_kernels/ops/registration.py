@@ -31,6 +31,16 @@ def define(schema: str, fake: Callable[..., Any], implementation: Callable[..., 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _keeping_nothing(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
+    if name.endswith("_backward"):
+        define_gradient(name, functools.partial(_once, name), lambda ctx, inputs, output: None)
+
+
+def _once(name: str, *_: Any) -> Any:
+    """The gradient of a gradient in a traced graph, where a term of a loss would be lost without it."""
+    op = name.removesuffix("_backward")
+    raise RuntimeError(
+        f"{op} is differentiable once where torch.compile or export traced it: call it eagerly, or with backend='reference'"
+    )
 
 
 def _keeping_nothing(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,18 +12,18 @@
  * tensors are moved as bytes and need no alignment; 64-byte alignment of a destination is fastest. Threads     Every entry point may be
  * called from several threads at once. On the CPU a call uses up to `threads` threads of the context, the caller's included; small calls
  * use fewer. Results are bit-identical for any number of threads. The library may be loaded before fork(): the child process starts its own
- * worker threads when it needs them. Arithmetic  On the CPU sums are float32 in one fixed order, without fused multiply-add, so all
- * instruction sets give the same bits. The environment variable V2DROP_ISA=baseline|avx2|avx512|avx512bf16 limits the instruction set; it
- * is read once, by the first call. See v2drop_isa(). Errors      Every entry point checks its arguments first and returns a status. It does
- * not throw, print, exit or crash on an invalid argument. v2drop_last_error() returns the message of the calling thread's last failure; it
- * begins with the name of the argument. After V2DROP_ERROR_ARGUMENT no output has been written. CUDA        With a context whose place is
- * V2DROP_CUDA, all data lies in memory of the current device; segments and descriptions of tensors lie on the host. A call checks what the
- * host can see, enqueues its work on the stream and returns: it allocates nothing, does not synchronise, and may be captured into a CUDA
- * graph. Segments and descriptions are read before it returns; results are available when the stream has reached that point. Results do not
- * depend on the launch mode, on the device or on other work: indices and copied bytes equal those of the CPU for equal scores; scores are
- * summed in another fixed order and agree within float32 rounding. What only the device can see is not checked: an index of `keep` outside
- * the rows gives an empty row, and of duplicates in v2drop_compact_backward one is kept. A library that was built without CUDA returns
- * V2DROP_ERROR_UNSUPPORTED for such a context.
+ * worker threads when it needs them. Arithmetic  On the CPU sums are float32, for cosine float64, in one fixed order, without fused
+ * multiply-add, so all instruction sets give the same bits. The environment variable V2DROP_ISA=baseline|avx2|avx512|avx512bf16 limits the
+ * instruction set; it is read once, by the first call. See v2drop_isa(). Errors      Every entry point checks its arguments first and
+ * returns a status. It does not throw, print, exit or crash on an invalid argument. v2drop_last_error() returns the message of the calling
+ * thread's last failure; it begins with the name of the argument. After V2DROP_ERROR_ARGUMENT no output has been written. CUDA        With
+ * a context whose place is V2DROP_CUDA, all data lies in memory of the current device; segments and descriptions of tensors lie on the
+ * host. A call checks what the host can see, enqueues its work on the stream and returns: it allocates nothing, does not synchronise, and
+ * may be captured into a CUDA graph. Segments and descriptions are read before it returns; results are available when the stream has
+ * reached that point. Results do not depend on the launch mode, on the device or on other work: indices and copied bytes equal those of the
+ * CPU for equal scores; scores are summed in another fixed order and agree within float32 rounding. What only the device can see is not
+ * checked: an index of `keep` outside the rows gives an empty row, and of duplicates in v2drop_compact_backward one is kept. A library that
+ * was built without CUDA returns V2DROP_ERROR_UNSUPPORTED for such a context.
  *
  * Compatibility within a major version
  *   - Enumerators keep their values, functions their signatures, and structs the offsets of their fields. New ones may be added.
@@ -289,18 +289,18 @@ V2DROP_API v2drop_status v2drop_cosine_to_pivots(const v2drop_tensor* x, const v
                                                  const v2drop_context* context);
 
 /* out[b, k] = the sum over e from offsets[b, k] to offsets[b, k + 1] of weights[b, e] * x[b, rows[b, e]]; `mean` divides it by the sum of
- * these weights, and gives 0 where that is 0. x [batch, rows, dim], stride[dim] == 1; out [batch, targets, dim] of its dtype, stride[dim] ==
- * 1; offsets (INT64, [batch, targets + 1]), rows (INT64, [batch, edges]) and weights (optional: 1; float32, [batch, edges]) contiguous. The
- * sum is float32, in the order of the edges. On the CPU, offsets that do not ascend within the edges and used edges from outside the rows
- * are an error; on CUDA nothing outside is read, and such an edge adds nothing. */
+ * these weights, and gives 0 where that is 0. x [batch, rows, dim], stride[dim] == 1; out [batch, targets, dim] of its dtype, stride[dim]
+ * == 1; offsets (INT64, [batch, targets + 1]), rows (INT64, [batch, edges]) and weights (optional: 1; float32, [batch, edges]) contiguous.
+ * The sum is float32, in the order of the edges. On the CPU, offsets that do not ascend within the edges and used edges from outside the
+ * rows are an error; on CUDA nothing outside is read, and such an edge adds nothing. */
 V2DROP_API v2drop_status v2drop_weighted_merge(const v2drop_tensor* x, const v2drop_tensor* offsets, const v2drop_tensor* rows,
                                                const v2drop_tensor* weights, int32_t mean, const v2drop_tensor* out,
                                                const v2drop_context* context);
 
-/* The gradients of v2drop_weighted_merge. grad: like its out. grad_x: like x, and grad_weights: float32, contiguous, [batch, edges]; NULL for
- * one that is not wanted. On CUDA grad_x needs the edges by source row: back_edges (INT64, contiguous, [batch, edges]) are the numbers of
- * the edges, those of row n from back_offsets[b, n] to back_offsets[b, n + 1] (INT64, contiguous, [batch, rows + 1]), and a workspace of 8
- * bytes an edge + 512; on the CPU both are NULL. Deterministic: no atomics. */
+/* The gradients of v2drop_weighted_merge. grad: like its out. grad_x: like x, and grad_weights: float32, contiguous, [batch, edges]; NULL
+ * for one that is not wanted. On CUDA grad_x needs the edges by source row: back_edges (INT64, contiguous, [batch, edges]) are the numbers
+ * of the edges, those of row n from back_offsets[b, n] to back_offsets[b, n + 1] (INT64, contiguous, [batch, rows + 1]), and a workspace of
+ * 8 bytes an edge + 512; on the CPU both are NULL. Deterministic: no atomics. */
 V2DROP_API v2drop_status v2drop_weighted_merge_backward(const v2drop_tensor* grad, const v2drop_tensor* x, const v2drop_tensor* offsets,
                                                         const v2drop_tensor* rows, const v2drop_tensor* weights, int32_t mean,
                                                         const v2drop_tensor* back_offsets, const v2drop_tensor* back_edges,
@@ -311,17 +311,18 @@ V2DROP_API v2drop_status v2drop_weighted_merge_backward(const v2drop_tensor* gra
  * compared by cosine with rows 1, 3, ..., and the `merged` most similar even rows (the lower of equals first) each go to their most similar
  * odd row (the lowest of equals). merged: at most (rows - protected_rows) / 2; the first protected_rows take no part. order: a
  * v2drop_merged_order. All results INT64 and contiguous: keep [batch, rows - merged], the input row that each output row was; row [batch,
- * rows], the output row of each input row; offsets [batch, rows - merged + 1] and edges [batch, rows], the lists of v2drop_weighted_merge. */
+ * rows], the output row of each input row; offsets [batch, rows - merged + 1] and edges [batch, rows], the lists of v2drop_weighted_merge.
+ */
 V2DROP_API v2drop_status v2drop_bipartite_pairs(const v2drop_tensor* features, int64_t merged, int64_t protected_rows, int32_t order,
                                                 const v2drop_tensor* keep, const v2drop_tensor* row, const v2drop_tensor* offsets,
                                                 const v2drop_tensor* edges, const v2drop_context* context);
 
 /* The differentiable top-k of HiDivDrop, on the CPU only. Of n valid scores (a float dtype, [batch, rows]) the one in place s of the order
- * of v2drop_topk has the normalised rank (n - s) / n, and the soft mask is sigmoid(temperature * (rank - ratio)); temperature 0 stands for n.
- * ratio: float32, [batch] or [1]. valid (optional, BOOL, [batch, rows]): the mask of other rows is 0. hard: 0 and 1 instead, by `ties`, a
- * v2drop_ties: the round((1 - ratio) n) first (half to even), or those whose rank exceeds the ratio, where equal scores share the highest
- * of their ranks. mask, slope (optional: the derivative of the soft mask in the rank): float32, and order (optional: the rows in that order,
- * those that are not valid last): INT64; all contiguous, [batch, rows]. */
+ * of v2drop_topk has the normalised rank (n - s) / n, and the soft mask is sigmoid(temperature * (rank - ratio)); temperature 0 stands for
+ * n. ratio: float32, [batch] or [1]. valid (optional, BOOL, [batch, rows]): the mask of other rows is 0. hard: 0 and 1 instead, by `ties`,
+ * a v2drop_ties: the round((1 - ratio) n) first (half to even), or those whose rank exceeds the ratio, where equal scores share the highest
+ * of their ranks. mask, slope (optional: the derivative of the soft mask in the rank): float32, and order (optional: the rows in that
+ * order, those that are not valid last): INT64; all contiguous, [batch, rows]. */
 V2DROP_API v2drop_status v2drop_soft_topk(const v2drop_tensor* scores, const v2drop_tensor* ratio, const v2drop_tensor* valid,
                                           float temperature, int32_t ties, int32_t hard, const v2drop_tensor* mask,
                                           const v2drop_tensor* slope, const v2drop_tensor* order, const v2drop_context* context);
@@ -329,8 +330,8 @@ V2DROP_API v2drop_status v2drop_soft_topk(const v2drop_tensor* scores, const v2d
 /* The gradient of v2drop_soft_topk in the scores, by the nearest neighbours in rank, from its slope and order; on the CPU only. grad and
  * grad_scores: float32, contiguous, [batch, rows]. */
 V2DROP_API v2drop_status v2drop_soft_topk_backward(const v2drop_tensor* grad, const v2drop_tensor* slope, const v2drop_tensor* scores,
-                                                   const v2drop_tensor* order, const v2drop_tensor* valid,
-                                                   const v2drop_tensor* grad_scores, const v2drop_context* context);
+                                                   const v2drop_tensor* order, const v2drop_tensor* valid, const v2drop_tensor* grad_scores,
+                                                   const v2drop_context* context);
 
 /* Random numbers in [0, 1), multiples of 2^-24, the same everywhere: scores (float32, contiguous, [batch, rows]). Column j is word j % 4 of
  * Philox4x32-10 with the counter (j / 4, item) and the key `seed`, 64 bits each, the low word first, without its 8 low bits. item: that of

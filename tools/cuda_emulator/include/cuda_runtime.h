@@ -80,7 +80,7 @@ To bits_as(From from) {
 // `source(lane, first, last)` is the lane to read, of the segment of `width` lanes from first to last.
 template <class T, class Source>
 T shuffle(const char* name, unsigned mask, T value, int width, Source source) {
-  static_assert(is_one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float>, "this type is not emulated");
+  static_assert(is_one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double>, "this type is not emulated");
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("%s: the width is %d; it must be a power of two up to 32", name, width);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
@@ -181,6 +181,9 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double a) { return sqrt(a); }
+inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 inline int __float_as_int(float x) { return emulate::bits_as<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulate::bits_as<unsigned>(x); }
 inline float __int_as_float(int x) { return emulate::bits_as<float>(x); }

@@ -19,8 +19,8 @@ def key_norm_backward(grad: torch.Tensor, k: torch.Tensor, norm: str) -> torch.T
 
 @full_precision
 def cosine_to_pivots_backward(grad: torch.Tensor, x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
-    """The gradient in ``x``, as a row and as a pivot; none reaches a row of zeros."""
-    values = wide(x)
+    """The gradient in ``x``, as a row and as a pivot; none reaches a row of zeros. In float64, as the cosines."""
+    values, grad = x.double(), grad.double()
     (unit, norm), (pivot, pivot_norm) = unit_rows(values), unit_rows(pivot_rows(values, pivots))
     d_unit, d_pivot = grad.transpose(1, 2) @ pivot, grad @ unit
     d_x = (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True)) / norm

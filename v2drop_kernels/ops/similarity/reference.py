@@ -16,8 +16,9 @@ def key_norm(k: torch.Tensor, norm: str) -> torch.Tensor:
 @full_precision
 def cosine_to_pivots(x: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
     """The cosine of every row of ``[B, N, D]`` with the rows ``pivots [B, P]``: ``[B, P, N]`` float32 (float64 for float64)."""
-    x = wide(x)
-    return unit_rows(pivot_rows(x, pivots))[0] @ unit_rows(x)[0].transpose(1, 2)
+    rows = x.double()  # products of float32 numbers neither round nor leave the range
+    cosines = unit_rows(pivot_rows(rows, pivots))[0] @ unit_rows(rows)[0].transpose(1, 2)
+    return cosines.to(wide(x).dtype)
 
 
 def run_key_norm(request: KeyNormRequest) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Token variation scores: how far each row of ``cur`` moved from ``prev``.
 
-One read of both tensors, float32 accumulation, no second pass. Rows are visited in *slot* order: the competing rows of all
-segments, end to end, so that kept-anyway rows cost nothing and ragged batches launch no idle programs. ``l2`` is the correctly
-rounded root of sum d^2. ``cosine`` is 1 - cos from aa = sum a^2, bb = sum b^2, dd = sum (a - b)^2, by
-``dd - (|a| - |b|)^2 = 2 |a| |b| (1 - cos)``, which does not cancel near cos = 1 as 1 - ab/(|a| |b|) would.
+One read of both tensors, no second pass. Rows are visited in *slot* order: the competing rows of all segments, end to end, so
+that kept-anyway rows cost nothing and ragged batches launch no idle programs. ``l2`` is the correctly rounded root of sum d^2,
+summed in float32. ``cosine`` is 1 - cos from float64 sums, in which products of float32 numbers are exact: aa = sum a^2,
+bb = sum b^2, ab = sum a b and dd = sum (a - b)^2. For norms within a factor of two it is taken by
+``dd - (|a| - |b|)^2 = 2 |a| |b| (1 - cos)``, which does not cancel near cos = 1 as 1 - ab/(|a| |b|) would; for others it is the
+other way round. csrc/core/score_cuda.cuh says what float64 costs.
 """
 
 from __future__ import annotations
@@ -56,6 +58,46 @@ def _load_pair(
 
 
 @triton.jit
+def _cosine_sums(x, y, sums, VECTOR: tl.constexpr):
+    """``(aa, bb, ab, dd)``, float64 ``[ROWS, BLOCK_D / VECTOR]``, with what ``[ROWS, BLOCK_D]`` of both rows add to them.
+
+    VECTOR neighbours lie in one thread, which adds them up one after the other: few registers, and no exchange between threads.
+    """
+    if VECTOR > 1:
+        half: tl.constexpr = x.shape[1] // 2
+        x_even, x_odd = tl.split(tl.reshape(x, [x.shape[0], half, 2]))
+        y_even, y_odd = tl.split(tl.reshape(y, [y.shape[0], half, 2]))
+        sums = _cosine_sums(x_even, y_even, sums, VECTOR // 2)
+        sums = _cosine_sums(x_odd, y_odd, sums, VECTOR // 2)
+    else:
+        aa, bb, ab, dd = sums
+        a = x.to(tl.float32).to(tl.float64)
+        b = y.to(tl.float32).to(tl.float64)
+        sums = tl.fma(a, a, aa), tl.fma(b, b, bb), tl.fma(a, b, ab), tl.fma(b - a, b - a, dd)
+    return sums
+
+
+@triton.jit
+def _cosine_distance(sums):
+    """Float64 ``1 - cos`` of rows, 1 where a row is zero; their norms, 1 there; and where that is."""
+    aa, bb, ab, dd = sums
+    norm_a = tl.sqrt(tl.sum(aa, axis=1))
+    norm_b = tl.sqrt(tl.sum(bb, axis=1))
+    ab = tl.sum(ab, axis=1)
+    dd = tl.sum(dd, axis=1)
+    zero = (norm_a == 0) | (norm_b == 0)
+    norm_a = tl.where(zero, 1.0, norm_a)
+    norm_b = tl.where(zero, 1.0, norm_b)
+    gap = norm_a - norm_b
+    product = norm_a * norm_b
+    alike = (norm_a <= 2 * norm_b) & (norm_b <= 2 * norm_a)
+    distance = tl.where(alike, (dd - gap * gap) / (2 * product), 1 - ab / product)
+    # Not tl.clamp: it would turn a NaN into 0.
+    distance = tl.where(distance < 0, 0.0, tl.where(distance > 2, 2.0, distance))
+    return tl.where(zero, 1.0, distance), norm_a, norm_b, zero
+
+
+@triton.jit
 def _round(x, TYPE: tl.constexpr):
     """Float32 ``x`` rounded to nearest even in TYPE. By hand for bfloat16: Triton's interpreter truncates there."""
     if TYPE == tl.bfloat16:  # noqa: SIM300
@@ -78,8 +120,8 @@ def _variation_score_fwd_kernel(
     table, starts,  # [G, 8], [G + 1]; None for uniform plans
     slots, rows, n_prefix, n, groups,
     D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROUND: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, SEARCH_STEPS: tl.constexpr, FORCE: tl.constexpr,
-    TRIGGERS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    FORCE: tl.constexpr, TRIGGERS: tl.constexpr,
 ):  # fmt: skip
     if TRIGGERS:
         gdc_launch_dependents()
@@ -103,9 +145,8 @@ def _variation_score_fwd_kernel(
     cur_row = (cur + b * cur_b + r * cur_r)[:, None]
 
     diff = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    if METRIC == 2:
-        aa = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        bb = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    none = tl.zeros([ROWS, BLOCK_D // VECTOR], tl.float64)
+    sums = (none, none, none, none)
     for start in tl.static_range(0, D, STEPS * BLOCK_D):
         loaded = (_load_pair(prev_row, cur_row, start, competes, D, BLOCK_D, ALIGN, "evict_first", ""),)
         for step in tl.static_range(1, STEPS):
@@ -113,34 +154,24 @@ def _variation_score_fwd_kernel(
                 pair = _load_pair(prev_row, cur_row, start + step * BLOCK_D, competes, D, BLOCK_D, ALIGN, "evict_first", "")
                 loaded = loaded + (pair,)  # type: ignore[assignment]  # noqa: RUF005
         # Always true, but ptxas cannot know: in one basic block it moves uses up between the loads, which leaves as few as two
-        # of the eight in flight.
-        if slots > 0:
+        # of the eight in flight. Cosine has a block for each step, so that the float64 numbers of one live at a time.
+        if METRIC == 2:
+            for step in tl.static_range(len(loaded)):
+                if slots != -1 - step:
+                    x, y = loaded[step]
+                    sums = _cosine_sums(x, y, sums, VECTOR)
+        elif slots > 0:
             for step in tl.static_range(len(loaded)):
                 x, y = loaded[step]
-                x = x.to(tl.float32)
-                y = y.to(tl.float32)
-                d = y - x
-                if METRIC == 2:
-                    aa = tl.fma(x, x, aa)
-                    bb = tl.fma(y, y, bb)
-                else:
-                    d = _round(d, ROUND)
-                if METRIC == 1:
-                    diff += tl.abs(d)
-                else:
-                    diff = tl.fma(d, d, diff)
+                d = _round(y.to(tl.float32) - x.to(tl.float32), ROUND)
+                diff = tl.fma(d, d, diff) if METRIC == 0 else diff + tl.abs(d)
 
-    score = tl.sum(diff, axis=1)  # [ROWS]
-    if METRIC == 0:
-        score = tl.sqrt_rn(score)
     if METRIC == 2:
-        norm_a = tl.sqrt_rn(tl.sum(aa, axis=1))
-        norm_b = tl.sqrt_rn(tl.sum(bb, axis=1))
-        gap = norm_a - norm_b
-        score = score - gap * gap
-        # Not tl.maximum: it would turn a NaN into 0.
-        score = tl.div_rn(tl.where(score < 0, 0.0, score), 2.0 * norm_a * norm_b)
-        score = tl.where((norm_a == 0) | (norm_b == 0), tl.where(competes, 1.0, 0.0), score)
+        distance, _, _, _ = _cosine_distance(sums)
+        score = tl.where(competes, distance, 0.0).to(tl.float32)  # [ROWS]
+    else:
+        score = tl.sum(diff, axis=1)
+        score = tl.sqrt_rn(score) if METRIC == 0 else score
     score = _round(score, ROUND)
     if scores.dtype.element_ty == tl.int32:
         score = score_keys(score)
@@ -156,42 +187,39 @@ def _variation_score_bwd_kernel(
     prev, prev_b, prev_r,
     cur, cur_b, cur_r,
     total, rows,
-    D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, METRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     flat = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = flat < total
     flat = tl.where(inside, flat, 0)
     b = flat // rows
     r = flat % rows
-    g = tl.load(grad + b * grad_b + r * grad_r, mask=inside, other=0.0)[:, None]
+    g = tl.load(grad + b * grad_b + r * grad_r, mask=inside, other=0.0)
     prev_row = (prev + b * prev_b + r * prev_r)[:, None]
     cur_row = (cur + b * cur_b + r * cur_r)[:, None]
 
     # The metric as sums over the row; the second walk below finds the row in L1 or L2.
     if METRIC != 1:
         dd = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        aa = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        bb = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        none = tl.zeros([ROWS, BLOCK_D // VECTOR], tl.float64)
+        sums = (none, none, none, none)
         for start in tl.static_range(0, D, BLOCK_D):
             x, y = _load_pair(prev_row, cur_row, start, inside, D, BLOCK_D, ALIGN, "evict_last", "evict_last")
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-            dd = tl.fma(y - x, y - x, dd)
             if METRIC == 2:
-                aa = tl.fma(x, x, aa)
-                bb = tl.fma(y, y, bb)
-        norm = tl.sqrt_rn(tl.sum(dd, axis=1))[:, None]
-        g_norm = tl.where(norm == 0, 0.0, tl.div_rn(g, norm))
+                sums = _cosine_sums(x, y, sums, VECTOR)
+            else:
+                d = y.to(tl.float32) - x.to(tl.float32)
+                dd = tl.fma(d, d, dd)
         if METRIC == 2:
-            norm_a = tl.sqrt_rn(tl.sum(aa, axis=1))[:, None]
-            norm_b = tl.sqrt_rn(tl.sum(bb, axis=1))[:, None]
-            zero = (norm_a == 0) | (norm_b == 0)
-            norm_a = tl.where(zero, 1.0, norm_a)
-            norm_b = tl.where(zero, 1.0, norm_b)
-            gap = norm_a - norm_b
-            product = norm_a * norm_b
-            cos = 1.0 - (norm * norm - gap * gap) / (2.0 * product)
-            g = tl.where(zero, 0.0, g)
+            # d(1 - cos)/dy = -(x / (|x||y|) - cos y / |y|^2), and the same with x and y exchanged.
+            distance, norm_a, norm_b, zero = _cosine_distance(sums)
+            up = tl.where(zero, 0.0, g.to(tl.float64))
+            cross = (-up / (norm_a * norm_b))[:, None]
+            own_a = (up * (1 - distance) / (norm_a * norm_a))[:, None]
+            own_b = (up * (1 - distance) / (norm_b * norm_b))[:, None]
+        else:
+            norm = tl.sqrt_rn(tl.sum(dd, axis=1))[:, None]
+            g_norm = tl.where(norm == 0, 0.0, tl.div_rn(g[:, None], norm))
 
     out_row = (flat * D)[:, None]
     for start in tl.static_range(0, D, BLOCK_D):
@@ -202,11 +230,11 @@ def _variation_score_bwd_kernel(
             to_cur = g_norm * (y - x)
             to_prev = -to_cur
         elif METRIC == 1:
-            to_cur = g * ((y > x).to(tl.float32) - (y < x).to(tl.float32))
+            to_cur = g[:, None] * ((y > x).to(tl.float32) - (y < x).to(tl.float32))
             to_prev = -to_cur
         else:
-            to_cur = g * (cos * y / (norm_b * norm_b) - x / product)
-            to_prev = g * (cos * x / (norm_a * norm_a) - y / product)
+            to_cur = (x.to(tl.float64) * cross + y.to(tl.float64) * own_b).to(tl.float32)
+            to_prev = (y.to(tl.float64) * cross + x.to(tl.float64) * own_a).to(tl.float32)
         cols = start + tl.arange(0, BLOCK_D)[None, :]
         mask = inside[:, None] & (cols < D)
         if grad_cur is not None:
@@ -255,7 +283,7 @@ def _launch_score(
         scores, prev, *_strides(prev), cur, *_strides(cur), mask, *row_strides(mask), tables.segments, tables.starts,
         slots, plan.rows, n_prefix, n, groups,
         D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROUND=_ROUNDINGS[score_dtype],
-        ROWS=tile_rows, BLOCK_D=block_d, STEPS=configs.SCORE_STEPS, FORCE=force,
+        ROWS=tile_rows, BLOCK_D=block_d, VECTOR=_vector(block_d, cur), STEPS=configs.SCORE_STEPS, FORCE=force,
         SEARCH_STEPS=0 if tables.segments is None else max(groups - 1, 0).bit_length(),
         TRIGGERS=triggers and launch.has_pdl(cur.device), num_warps=num_warps,
     )  # fmt: skip
@@ -274,7 +302,8 @@ def variation_score_backward(request: ScoreBackwardRequest) -> tuple[torch.Tenso
     launch.start(
         _variation_score_bwd_kernel, -(-total // tile_rows) if need_prev or need_cur else 0, cur.device,
         grad_prev, grad_cur, grad, *row_strides(grad), prev, *_strides(prev), cur, *_strides(cur), total, rows,
-        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROWS=tile_rows, BLOCK_D=block_d, num_warps=num_warps,
+        D=d, ALIGN=_alignment(prev, cur), METRIC=METRICS.index(metric), ROWS=tile_rows, BLOCK_D=block_d,
+        VECTOR=_vector(block_d, cur), num_warps=num_warps,
     )  # fmt: skip
     return grad_prev, grad_cur
 
@@ -282,6 +311,11 @@ def variation_score_backward(request: ScoreBackwardRequest) -> tuple[torch.Tenso
 def _strides(hidden: torch.Tensor) -> tuple[int, int]:
     """Strides (batch entry, row) of ``[B, N, D]`` or ``[T, D]``."""
     return (hidden.stride(0), hidden.stride(1)) if hidden.dim() == 3 else (0, hidden.stride(0))
+
+
+def _vector(block_d: int, cur: torch.Tensor) -> int:
+    """Neighbours in a row that one thread loads at once."""
+    return min(block_d, 16 // cur.element_size())
 
 
 def _alignment(prev: torch.Tensor, cur: torch.Tensor) -> int:
