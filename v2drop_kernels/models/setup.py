@@ -56,10 +56,9 @@ class Setup:
         if not adapter.token_ids and options.spans is None:
             raise ValueError(f"spans must be given for {adapter.kind!r}, which has no placeholder of images")
         _check_capabilities(options, schedule, adapter)
-        compiled = [
-            x for x in (model, *adapter.body.modules()) if getattr(x, "_compiled_call_impl", None) or hasattr(x, "_orig_mod")
-        ]
-        if adapter.windowed and compiled:
+        if adapter.windowed and any(
+            getattr(x, "_compiled_call_impl", None) or hasattr(x, "_orig_mod") for x in (model, *adapter.body.modules())
+        ):
             raise ValueError("model must not be compiled where its blocks have windows: steps read the padding of the whole text")
         made = {(x.policy, repr(x.options)): policies.make(x.policy, x.options) for x in schedule.stages}
         soft = SoftBudgets()

@@ -62,7 +62,10 @@ def check_streams(decoder: Any) -> None:
 
 def check_sequence(model: Any, decoder: Any) -> None:
     """Raise ValueError where vision tokens are not rows of the decoder's sequence but read by cross-attention."""
-    odd = next((kind for module in decoder.modules() if "cross" in (kind := type(module).__name__).lower()), None)
+    blocks = list(decoder.layers) if hasattr(decoder, "layers") else [decoder]
+    parts = [part for block in blocks for part in (block, *block.children())]
+    inside = [part for block in {type(x): x for x in blocks}.values() for part in block.modules()]  # one block of each class
+    odd = next((kind for module in parts + inside if "cross" in (kind := type(module).__name__).lower()), None)
     if odd is not None:
         raise ValueError(f"model must have vision tokens in its sequence of tokens; {type(decoder).__name__} reads them by {odd}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from ...core.schedule import Schedule
 from ..policy import Policy
 
 
+@functools.cache  # listing a folder takes as long as registering ten hooks
 def names() -> tuple[str, ...]:
     """The methods, in alphabetical order."""
     return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
