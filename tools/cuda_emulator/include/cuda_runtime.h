@@ -80,7 +80,8 @@ To bits_as(From from) {
 // `source(lane, first, last)` is the lane to read, of the segment of `width` lanes from first to last.
 template <class T, class Source>
 T shuffle(const char* name, unsigned mask, T value, int width, Source source) {
-  static_assert(is_one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double>, "this type is not emulated");
+  static_assert(is_one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double>,
+                "this type is not emulated");
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("%s: the width is %d; it must be a power of two up to 32", name, width);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
