@@ -91,7 +91,7 @@ struct Shares {
   Rows x, grad;
   Lists lists;
   int32_t dim, mean;
-  int64_t all;  // output rows of all entries
+  int64_t all;  // output rows of all entries, at least one for each
   // By edge: its share of its output row, that row (-1: none), and the gradient of its weight (or null).
   float* shares;
   int32_t* targets;
@@ -120,6 +120,10 @@ __global__ void __launch_bounds__(kThreads) shares_kernel(const __grid_constant_
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + warp_id();
   if (row >= s.all) return;
   const Lists& l = s.lists;
+  if (l.targets == 0) {  // a warp for every entry, whose edges are all unused
+    for (int64_t e = lane_id(); e < l.edges; e += 32) no_share(s, row * l.edges + e);
+    return;
+  }
   const int64_t entry = row / l.targets, target = row % l.targets, base = entry * l.edges;
   int64_t begin, end;
   bounds(l, entry, target, &begin, &end);
@@ -226,7 +230,7 @@ void merge_backward(const MergeBackwardRequest& r, const v2drop_context& context
                     {e.offsets, e.rows, e.weights, e.targets, e.count, r.x.rows},
                     static_cast<int32_t>(r.x.dim),
                     r.mean,
-                    e.batch * e.targets,
+                    e.batch * std::max<int64_t>(e.targets, 1),
                     workspace.take<float>(edges),
                     workspace.take<int32_t>(edges),
                     r.grad_weights};
