@@ -223,9 +223,9 @@ def of_one(launch: Launch, machine: Machine, c: Constants, warm: bool = False) -
     else:
         far += work.read
     moved: Time[str] = Time({"kernel": machine.dram_us(far + work.write), "l2": machine.dram_us(near)})
-    issue = machine.clock_us(alone.move * busiest)
-    if issue > c.us(moved):
-        moved = Time({"select": issue})
+    issued: Time[str] = Time({"select": machine.clock_us(alone.move * busiest)})
+    if c.us(issued) > c.us(moved):
+        moved = issued
     if far > 1e6:
         found["ramp"] += 1
     elif not work.n:

@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 # Files with few, long tests begin first: where processes share the files, none is left with a long one at the end.
-FIRST = ("tests/native", "tests/tools", "tests/models", "tests/ops", "tests/interop")
+FIRST = ("tests/distributed", "tests/native", "tests/tools", "tests/models", "tests/ops", "tests/interop")
 
 
 def _late(item: pytest.Item) -> int:

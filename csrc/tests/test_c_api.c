@@ -321,9 +321,10 @@ static void test_bad_scores(void) {
 static void test_bad_selection(void) {
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
-  float values[2];
+  float values[2], grads[2][8];
   int64_t indices[2];
   const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
+  const v2drop_tensor to_prev = tensor(grads[0], V2DROP_FLOAT32, 4, 2), to_cur = tensor(grads[1], V2DROP_FLOAT32, 4, 2);
   const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
   v2drop_segment s;
   v2drop_tensor t;
@@ -661,7 +662,7 @@ static void test_no_cuda(void) {
   CHECK(why == V2DROP_ERROR_UNSUPPORTED || why == V2DROP_ERROR_DEVICE);
   CHECK(v2drop_last_error()[0] != '\0');
   REFUSES(score(&prev, &cur, 0, 0, &scores));
-  REFUSES(score_backward(&scores, &prev, &cur, 0, &prev, &cur));
+  REFUSES(score_backward(&scores, &prev, &cur, 0, &to_prev, &to_cur));
   REFUSES(topk(&scores, NULL, NULL, NULL, &good, 1, 0, 0, 0, &v, &i));
   REFUSES(drop(NULL, &prev, &cur, NULL, &good, 1, 0, 0, &keep, &gather, 1));
   REFUSES(compact(&keep, &gather, 1));

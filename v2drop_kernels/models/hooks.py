@@ -56,9 +56,11 @@ class Hooks:
                 self._done.add(key)
 
     def keep(self, handles: Iterable[Any]) -> None:
-        """Handles of hooks somewhere in the model."""
-        added = list(handles)
-        self._handles.extend(added)
+        """Handles of hooks somewhere in the model; those that exist when ``handles`` raises are removed with the others."""
+        added = []
+        for handle in handles:
+            self._handles.append(handle)
+            added.append(handle)
         tables = {id(table) for handle in added if (table := _table(handle)) is not None}
         self._ids |= {handle.id for handle in added if _table(handle) is not None}
         for module in self.model.modules() if tables else ():

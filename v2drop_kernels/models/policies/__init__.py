@@ -13,10 +13,14 @@ from ...core.schedule import Schedule
 from ..policy import Policy
 
 
-@functools.cache  # listing a folder takes as long as registering ten hooks
 def names() -> tuple[str, ...]:
     """The methods, in alphabetical order."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+    return _listed(tuple(__path__))
+
+
+@functools.cache  # listing a folder takes as long as registering ten hooks
+def _listed(folders: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(folders)))
 
 
 def find(name: str) -> type[Policy]:
