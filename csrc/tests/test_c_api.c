@@ -321,10 +321,9 @@ static void test_bad_scores(void) {
 static void test_bad_selection(void) {
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
-  float values[2], grads[2][8];
+  float values[2];
   int64_t indices[2];
   const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
-  const v2drop_tensor to_prev = tensor(grads[0], V2DROP_FLOAT32, 4, 2), to_cur = tensor(grads[1], V2DROP_FLOAT32, 4, 2);
   const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
   v2drop_segment s;
   v2drop_tensor t;
@@ -648,9 +647,10 @@ static void test_no_cuda(void) {
   const v2drop_status why = v2drop_cuda_available();
   const v2drop_tensor prev = tensor(prev_data, V2DROP_FLOAT32, 4, 2), cur = tensor(cur_data, V2DROP_FLOAT32, 4, 2);
   const v2drop_tensor scores = tensor(score_data, V2DROP_FLOAT32, 4, 0), keep = tensor(keep_data, V2DROP_INT64, 3, 0);
-  float values[2];
+  float values[2], grads[2][8];
   int64_t indices[2];
   const v2drop_tensor v = tensor(values, V2DROP_FLOAT32, 1, 2), i = tensor(indices, V2DROP_INT64, 1, 2);
+  const v2drop_tensor to_prev = tensor(grads[0], V2DROP_FLOAT32, 4, 2), to_cur = tensor(grads[1], V2DROP_FLOAT32, 4, 2);
   const v2drop_segment good = {0, 0, 4, 0, 2, 0, 0, 1};
   const v2drop_gather gather = {cur, tensor(out_data, V2DROP_FLOAT32, 3, 2), -1, 0, 0}, back = {gather.dst, gather.src, -1, 0, 0};
 #define REFUSES(call)                                                           \
