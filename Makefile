@@ -65,9 +65,10 @@ test: setup
 	+@$(MAKE) --no-print-directory test-main
 
 # The families of models with the oldest transformers that is supported, which lies over the environment's own; `make test` has the newest.
-OLDEST := 5.20.2
+OLDEST := 5.17.0
 test-oldest: setup
-	@$(BIN)/python -m pip install -q --no-deps --upgrade --target build/transformers-$(OLDEST) transformers==$(OLDEST)
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target build/transformers-$(OLDEST) \
+	  transformers==$(OLDEST) huggingface_hub==1.33.0 httpx httpcore
 	@PYTHONPATH=build/transformers-$(OLDEST) $(MAIN) $(PYTEST) tests/models/test_families.py -m "not newest" $(ARGS)
 
 # Every combination of parameters, where `make test` takes all pairs.

@@ -91,7 +91,17 @@ def test_drops_equal_absent_rows_where_blocks_keep_a_state(kind):
     assert torch.equal(expected.argmax(-1), got.sequences[:, -new - 1 :])
 
 
-@pytest.mark.parametrize("kind", families.known(families.WITH_PICTURES))
+# With transformers 5.17 the tower of MiniMax-M3-VL has other sizes, and the grid of Video-LLaVA is not known.
+NEWER_PICTURES = ("minimax_m3_vl", "video_llava")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.newest) if kind in NEWER_PICTURES else kind
+        for kind in families.known(families.WITH_PICTURES)
+    ],
+)
 def test_pictures(kind):
     """The same with pixels, which DeepStack and ids of time, row and column need; the grid is known after generate()."""
     model = families.made(kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cases import BATCHES, LARGE, METRICS, companions, every_op, hidden_pair, integers, normal, random_bytes, same, scores
+from support.streams import Pool, take_for_eager
 
 import v2drop_kernels as vk
 from v2drop_kernels import native as library
@@ -59,18 +60,22 @@ def test_launches_of_the_automatic_mode(on, started):
     assert launches(started, lambda: vk.drop_tokens(*large, 9, backend=on.backend)) == 3
 
 
-def test_a_captured_drop_is_two_launches(on, started):
+def test_a_captured_drop_is_two_launches(on, started, monkeypatch):
     """By the model a dependent launch takes a GPU less than a grid barrier; an eager drop, where the host counts, is one launch."""
     emulator = ctypes.CDLL(str(Path(library.lib().__file__).parent / "libv2drop.so"))
     small = hidden_pair((1, 64, 8), torch.bfloat16)
     want = vk.drop_tokens(*small, 9, backend=on.backend)
-    emulator.v2drop_emulate_begin_capture()
-    found = vk.drop_tokens(*small, 9, backend=on.backend)
-    emulator.v2drop_emulate_end_capture()
+    pool = Pool()  # a graph keeps the memory that was allocated during its capture
+    with monkeypatch.context() as patch, pool:
+        take_for_eager(patch)
+        emulator.v2drop_emulate_begin_capture()
+        found = vk.drop_tokens(*small, 9, backend=on.backend)
+        emulator.v2drop_emulate_end_capture()
     assert launches(started, emulator.v2drop_emulate_replay) == 2
     assert torch.equal(found.keep, want.keep)
     assert torch.equal(found.hidden, want.hidden)
     emulator.v2drop_emulate_drop_capture()
+    assert pool.tensors
 
 
 @pytest.mark.parametrize(("rows", "want"), [(7, 1), (9, 3)])

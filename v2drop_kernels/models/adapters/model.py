@@ -21,7 +21,7 @@ from .capabilities import (
 )
 from .wrappers import unwrapped
 
-OLDEST = (5, 20)  # transformers; the oldest that the tests run with
+OLDEST = (5, 17)  # transformers; the oldest that the tests run with
 
 
 @dataclass(frozen=True)
