@@ -241,7 +241,6 @@ def test_a_gather_that_selects_is_one_wave(n, batch, kv):
     """Every program repeats the select, so none should start when another has ended.
 
     Batches of more than 105 such items have more tiles of 32 rows than fit; narrower pieces would cost more than a second select.
-    Programs of 16 warps fill an SM each, and pieces are powers of two: 128 of them leave 3 % of 132 SMs without one.
     """
     h = torch.empty(1, n, 4096, dtype=torch.bfloat16).expand(batch, -1, -1)
     parts = [GatherSpec(h, 0, 1)]
@@ -252,7 +251,7 @@ def test_a_gather_that_selects_is_one_wave(n, batch, kv):
     item = launches[-1]
     threads = 32 * item.meta["num_warps"]
     resident = 65536 // (-(-compile_for(SM90, item).registers // 8) * 8 * threads)  # an SM hands out registers by 8 per thread
-    assert 0.96 <= item.programs / 132 <= resident
+    assert 1 <= item.programs / 132 <= resident
 
 
 @every_target

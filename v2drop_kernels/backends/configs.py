@@ -225,14 +225,15 @@ def wide_chunk(n: int, groups: int, longest: int) -> int:
     return chunk if n > FUSED_SELECT_MAX and many < one else 0
 
 
-def fused_select_block(n: int) -> tuple[int, int]:
-    """``(BLOCK, num_warps)`` of the select inside the gather kernel, in three variants: 8 keys per thread up to 1024, then 4.
+def fused_select_block(n: int, classes: int = 1) -> tuple[int, int]:
+    """``(BLOCK, num_warps)`` of the select inside a gather of so many classes of tensors: 8 keys per thread, or 4.
 
-    With 8 of 2048 keys, the gather of many tensors needs more than 128 registers, and ptxas spills to come down to them.
+    With 8 of more than 1024 keys, a gather of three and more classes needs more than 128 registers, and ptxas spills to come down
+    to them.
     """
     block = min(max(next_power_of_2(n), 512), FUSED_KEYS_MAX)
     tuned = _entry("fused", next_power_of_2(n))
-    return block, tuned[0] if tuned else min(max(4, block // (256 if block <= 1024 else 128)), 32)
+    return block, tuned[0] if tuned else min(max(4, block // (128 if block > 1024 and classes > 2 else 256)), 32)
 
 
 def fuses_select(n: int, batch: int) -> bool:

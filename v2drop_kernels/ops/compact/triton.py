@@ -401,7 +401,7 @@ def _launch_gather(
     if selection is not None:
         all_keys, plan, tables = selection
         segments = plan.groups
-        block, num_warps = configs.fused_select_block(plan.max_n)
+        block, num_warps = configs.fused_select_block(plan.max_n, len(portion))
         most = configs.FUSED_WARPS // num_warps
         if plan.uniform is None:
             table, steps = tables.segments, max(segments - 1, 0).bit_length()
